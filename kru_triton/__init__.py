@@ -1,0 +1,24 @@
+"""Kronecker Recurrent Units: the operation, the layers, the algebra behind them, and diagnostics."""
+
+from kru_triton import diagnostics
+from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
+from kru_triton.modules import KRU, KRUCell
+from kru_triton.scan import kru_scan, kru_step, why_not_triton
+from kru_triton.unitarity import unitarity_penalty, unitary_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KRU",
+    "KRUCell",
+    "diagnostics",
+    "group_factors",
+    "kron_dense",
+    "kron_matvec",
+    "kru_scan",
+    "kru_step",
+    "nearest_kronecker",
+    "unitarity_penalty",
+    "unitary_",
+    "why_not_triton",
+]

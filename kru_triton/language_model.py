@@ -1,0 +1,341 @@
+"""The language model that `train/lm.py` trains, and its baselines in the same residual frame.
+
+    tokens -> embedding -> num_layers × [ x += mixer(norm(x));  x += MLP(norm(x)) ] -> norm -> tied head
+
+The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, or one of `torch.nn`'s LSTM, GRU
+and RNN with a projection, or causal attention over a sliding window. Each carries its state from one
+call to the next, so the context of a recurrent model has no fixed length, and `reset` cuts the state
+where a document starts.
+
+B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time-first `(T, B, D)`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from kru_triton.modules import KRU
+from kru_triton.scan import why_not_triton
+from kru_triton.unitarity import unitarity_penalty
+
+MODELS = ("kru", "lstm", "gru", "rnn", "transformer")
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Every size and choice of a `LanguageModel`; plain values, so it can be stored as JSON."""
+
+    vocab_size: int = 257
+    model: Literal["kru", "lstm", "gru", "rnn", "transformer"] = "kru"
+    d_model: int = 128
+    num_layers: int = 2
+    hidden_size: int = 256  # units per recurrent layer (complex ones for a complex KRU)
+    mlp_ratio: float = 2.0
+    dropout: float = 0.0
+    factors: tuple[int, ...] | None = None  # KRU: sizes of square factors; None: two balanced ones
+    num_heads: int = 1  # KRU: independent blocks of the recurrence; transformer: attention heads
+    field: Literal["complex", "real"] = "complex"
+    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "tanh"
+    radius: float = 1.0  # KRU: the recurrent matrix starts as this times a unitary one
+    gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
+    context_length: int = 256  # transformer: how many earlier positions are attended to
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class LanguageModel(nn.Module):
+    """`logits, state = model(tokens, state=None, reset=None)`.
+
+    Args:
+        config: sizes and choices.
+
+    Raises:
+        ValueError, TypeError: sizes that do not fit, with a proposal.
+
+    Example:
+        >>> model = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=16))
+        >>> logits, state = model(torch.randint(257, (2, 5)))
+        >>> logits.shape
+        torch.Size([2, 5, 257])
+    """
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        for name in ("vocab_size", "d_model", "num_layers", "context_length"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(config, name)}")
+        if config.model not in MODELS:
+            raise ValueError(
+                f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
+            )
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model)
+
+    def forward(
+        self, tokens: Tensor, state: list[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Next-token logits, and the state after the last token.
+
+        Args:
+            tokens: `(B, T)` int64.
+            state: what the last call returned (detach it between training steps); None: zeros.
+            reset: `(B, T)` bool, True where a document starts.
+
+        Returns:
+            logits `(B, T, V)` and a list of tensors, each with B as its first dimension.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
+        x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
+        new_state, taken = [], 0
+        for block in self.blocks:
+            size = block.mixer.num_states
+            own = None if state is None else state[taken : taken + size]
+            x, out = block(x, own, reset)
+            new_state += out
+            taken += size
+        if state is not None and len(state) != taken:
+            raise ValueError(f"state: expected {taken} tensors, got {len(state)}")
+        logits = nnf.linear(self.norm(x), self.embedding.weight)
+        return logits.transpose(0, 1), new_state
+
+    @property
+    def num_parameters(self) -> int:
+        """All trainable numbers; the tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_recurrent_parameters(self) -> int:
+        """The numbers of the state-to-state matrices alone (0 for a transformer)."""
+        return sum(p.numel() for name, p in self.named_parameters() if _is_recurrent(name))
+
+    def unitarity_penalty(self) -> Tensor:
+        """Σ ‖WᴴW − I‖²_F over all Kronecker factors; zero for the baselines."""
+        return unitarity_penalty(self)
+
+    def parameter_groups(self, lr: float, recurrent_lr: float, weight_decay: float) -> list[dict]:
+        """Groups for AdamW: Kronecker factors at their own rate, and decay on matrices only."""
+        groups = {name: [] for name in ("factors", "matrices", "vectors")}
+        for name, p in self.named_parameters():
+            kind = "factors" if ".factor" in name else "matrices" if p.dim() > 1 else "vectors"
+            groups[kind].append(p)
+        return [
+            {
+                "name": name,
+                "params": params,
+                "lr": recurrent_lr if name == "factors" else lr,
+                "weight_decay": weight_decay if name == "matrices" else 0.0,
+            }
+            for name, params in groups.items()
+            if params
+        ]
+
+    def backend_report(self) -> str:
+        """One line: what runs the time loop on the model's device, and why."""
+        if self.config.model != "kru":
+            return f"{self.config.model}: torch.nn"
+        kru = self.blocks[0].mixer.kru
+        x = kru.weight_ih_l0.new_empty(1, 1, kru.output_size)
+        reason = why_not_triton(
+            x,
+            kru.recurrent_factors(0),
+            kru.beta(),
+            nonlinearity=kru.nonlinearity,
+            precision=kru.precision,
+        )
+        if kru.backend == "torch":
+            return 'kru_scan: torch backend, because backend="torch"'
+        return "kru_scan: triton" if reason is None else f"kru_scan: torch backend, because {reason}"
+
+
+def _is_recurrent(name: str) -> bool:
+    return ".factor" in name or "weight_hh" in name
+
+
+class _Block(nn.Module):
+    """x += mixer(norm(x)); x += MLP(norm(x))."""
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        d = config.d_model
+        inner = max(1, round(config.mlp_ratio * d))
+        mixers = {"kru": _KRUMixer, "transformer": _AttentionMixer}
+        self.mixer_norm = nn.RMSNorm(d)
+        self.mixer = mixers.get(config.model, _RNNMixer)(config)
+        self.mlp_norm = nn.RMSNorm(d)
+        self.mlp = nn.Sequential(
+            nn.Linear(d, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, d)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        y, state = self.mixer(self.mixer_norm(x), state, reset)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
+
+
+class _KRUMixer(nn.Module):
+    """V (norm(KRU(x)) · silu(G x))."""
+
+    num_states = 1
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        self.kru = KRU(
+            config.d_model,
+            config.hidden_size,
+            factors=config.factors,
+            num_heads=config.num_heads,
+            field=config.field,
+            nonlinearity=config.nonlinearity,
+            backend=config.backend,
+            precision=config.precision,
+        )
+        factors = self.kru.recurrent_factors(0)
+        with torch.no_grad():
+            for w in factors:
+                w.mul_(config.radius ** (1 / len(factors)))
+        features = self.kru.output_size
+        self.norm = nn.RMSNorm(features)
+        self.gate = nn.Linear(config.d_model, features) if config.gated else None
+        self.projection = nn.Linear(features, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
+        h = self.norm(h)
+        if self.gate is not None:
+            h = h * nnf.silu(self.gate(x))
+        return self.projection(h), [h_n[0]]
+
+
+class _RNNMixer(nn.Module):
+    """A projected `torch.nn` LSTM, GRU or RNN; a reset splits the sequence where it falls."""
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[config.model]
+        self.rnn = kind(config.d_model, config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
+        self.num_states = 2 if config.model == "lstm" else 1
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        time, batch = x.shape[:2]
+        if state is None:
+            state = [x.new_zeros(batch, self.rnn.hidden_size) for _ in range(self.num_states)]
+        cuts = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
+        outputs = []
+        bounds = [0, *(t for t in cuts if t), time]
+        for start, end in zip(bounds, bounds[1:]):
+            if start in cuts:
+                state = [s.masked_fill(reset[:, start, None], 0) for s in state]
+            hidden = [s[None].contiguous() for s in state]
+            hidden = tuple(hidden) if self.num_states == 2 else hidden[0]
+            y, hidden = self.rnn(x[start:end], hidden)
+            state = [s[0] for s in (hidden if self.num_states == 2 else (hidden,))]
+            outputs.append(y)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.projection(y), state
+
+
+class _AttentionMixer(nn.Module):
+    """Causal attention within a document over the last `context_length` positions.
+
+    The state holds those positions' keys and values (before the rotary embedding) and, per
+    position, how many document starts lie between it and the end of what was read so far.
+    """
+
+    num_states = 3
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        d, heads = config.d_model, config.num_heads
+        if d % heads or d // heads % 2:
+            raise ValueError(
+                f"num_heads: must divide d_model into even parts, got num_heads={heads} and "
+                f"d_model={d}"
+            )
+        self.heads, self.context = heads, config.context_length
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.projection = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        time, batch, d = x.shape
+        q, k, v = self.qkv(x).view(time, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4)
+        starts = x.new_zeros(batch, time, dtype=torch.int64) if reset is None else reset.long()
+        document = starts.cumsum(1)
+        if state is not None:
+            k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
+            document = torch.cat((-state[2], document), 1)
+        total = k.shape[2]
+        key, query = torch.arange(total, device=x.device), torch.arange(
+            total - time, total, device=x.device
+        )
+        distance = query[:, None] - key
+        visible = (distance >= 0) & (distance <= self.context)
+        visible = visible & (document[:, -time:, None] == document[:, None, :])
+        y = nnf.scaled_dot_product_attention(
+            _rotate(q, query), _rotate(k, key), v, attn_mask=visible[:, None]
+        )
+        y = y.permute(2, 0, 1, 3).reshape(time, batch, d)
+        kept = slice(max(0, total - self.context), None)
+        age = document[:, -1:] - document[:, kept]
+        return self.projection(y), [k[:, :, kept], v[:, :, kept], age]
+
+
+def _rotate(x: Tensor, position: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of `x (B, H, T, E)` at `position (T,)`."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = position[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelConfig:
+    """The config of nearly `count` parameters: d_model is scaled, and with it hidden_size of the baselines.
+
+    A KRU keeps its hidden_size and factors: its width does not cost recurrent parameters.
+
+    Raises:
+        ValueError: no d_model from 8 to 8192 comes within 10 % of `count`.
+    """
+    ratio = config.hidden_size / config.d_model
+    unit = 2 * config.num_heads if config.model == "transformer" else 4
+
+    def scaled(d_model: int) -> LanguageModelConfig:
+        hidden = config.hidden_size if config.model == "kru" else max(1, round(ratio * d_model))
+        return dataclasses.replace(config, d_model=d_model, hidden_size=hidden)
+
+    def parameters(d_model: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in LanguageModel(scaled(d_model)).parameters())
+
+    low, high = 1, 8192 // unit
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if parameters(middle * unit) < count else (low, middle)
+    best = min({max(1, low - 1), low}, key=lambda k: abs(parameters(k * unit) - count)) * unit
+    if abs(parameters(best) - count) > 0.1 * count:
+        raise ValueError(
+            f"match_params: d_model={best} gives {parameters(best)} parameters, the nearest to "
+            f"{count} that this {config.model} comes; change num_layers, hidden_size or vocab_size"
+        )
+    return scaled(best)
+
+
+PRESETS = {
+    "tiny": LanguageModelConfig(d_model=64, num_layers=1, hidden_size=64, mlp_ratio=2.0),
+    "small": LanguageModelConfig(d_model=128, num_layers=2, hidden_size=256, mlp_ratio=2.0),
+    "base": LanguageModelConfig(d_model=512, num_layers=6, hidden_size=1024, mlp_ratio=3.0),
+    "large": LanguageModelConfig(d_model=1024, num_layers=16, hidden_size=4096, num_heads=4),
+}

@@ -1,0 +1,403 @@
+"""`KRU` and `KRUCell`: Kronecker recurrent units with the calling conventions of `torch.nn.RNN`.
+
+    h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t + b)        (Jose, Cissé and Fleuret, ICML 2018)
+
+B batch, T time, D input_size, H heads, N units per head, hidden_size = H·N, F = parts·hidden_size
+features of a state (parts = 2: real parts, then imaginary parts; 1 in the real field), L layers,
+R directions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from kru_triton.kronecker import factor_shapes, kron_dense
+from kru_triton.nonlinearity import check_nonlinearity
+from kru_triton.scan import BACKENDS, PRECISIONS, check_choice, kru_scan
+from kru_triton.unitarity import unitarity_penalty, unitary_
+
+FIELDS = ("complex", "real")
+
+
+class _Recurrence(nn.Module):
+    """Sizes and parameters that `KRU` and `KRUCell` share; a suffix names layer and direction."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        factors,
+        num_heads: int,
+        field: str,
+        nonlinearity: str,
+        bias: bool,
+        backend: str,
+        precision: str,
+    ):
+        super().__init__()
+        self.input_size = _positive("input_size", input_size)
+        self.hidden_size = _positive("hidden_size", hidden_size)
+        self.num_heads = _positive("num_heads", num_heads)
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"num_heads: must divide hidden_size, got num_heads={num_heads} and hidden_size="
+                f"{hidden_size}; the nearest that does is {_nearest_divisor(hidden_size, num_heads)}"
+            )
+        self.factor_shapes = factor_shapes(factors, hidden_size // num_heads)
+        self.field = check_choice("field", field, FIELDS)
+        self.nonlinearity = check_nonlinearity(nonlinearity)
+        self.backend = check_choice("backend", backend, BACKENDS)
+        self.precision = check_choice("precision", precision, PRECISIONS)
+        self.bias = bias
+        self.parts = 2 if field == "complex" else 1
+        self.output_size = self.parts * hidden_size
+
+    def _add_parameters(self, suffix: str, input_size: int, device, dtype) -> None:
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        setattr(self, f"weight_ih{suffix}", parameter(self.output_size, input_size))
+        if self.bias:
+            setattr(self, f"bias{suffix}", parameter(self.output_size))
+        if self.nonlinearity == "modrelu":
+            setattr(self, f"beta{suffix}", parameter(self.hidden_size))
+        for f, (p, q) in enumerate(self.factor_shapes):
+            setattr(self, f"factor{f}{suffix}", parameter(self.parts, self.num_heads, p, q))
+
+    def _factors(self, suffix: str) -> list[Tensor]:
+        return [getattr(self, f"factor{f}{suffix}") for f in range(len(self.factor_shapes))]
+
+    def reset_parameters(self) -> None:
+        """Haar unitary factors, beta and bias 0, input weights N(0, 1/D)."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("factor"):
+                unitary_(parameter)
+            elif name.startswith("weight_ih"):
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+            else:
+                nn.init.zeros_(parameter)
+
+    def _scan(self, x_proj: Tensor, suffix: str, h_0, reset) -> tuple[Tensor, Tensor]:
+        return kru_scan(
+            x_proj,
+            self._factors(suffix),
+            getattr(self, f"beta{suffix}", None),
+            h_0,
+            nonlinearity=self.nonlinearity,
+            reset=reset,
+            backend=self.backend,
+            precision=self.precision,
+        )
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        return nnf.linear(x, getattr(self, f"weight_ih{suffix}"), getattr(self, f"bias{suffix}", None))
+
+    @property
+    def num_recurrent_parameters(self) -> int:
+        """Real numbers in the Kronecker factors: seven complex 2×2 factors count 56."""
+        return sum(p.numel() for n, p in self.named_parameters() if n.startswith("factor"))
+
+    def unitarity_penalty(self) -> Tensor:
+        """Σ ‖WᴴW − I‖²_F over all factors, heads, layers and directions; a 0-dimensional tensor."""
+        return unitarity_penalty(self)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{p}x{q}" for p, q in self.factor_shapes)
+        return (
+            f"{self.input_size}, {self.hidden_size}, factors=({shapes}), num_heads={self.num_heads}"
+            f", field={self.field!r}, nonlinearity={self.nonlinearity!r}"
+        )
+
+
+class KRU(_Recurrence):
+    """Kronecker recurrent layers: `output, h_n = kru(input, h_0=None, *, reset=None)`.
+
+    `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t + b)`, with a complex state by default. A layer's
+    output is planar real, `(…, parts·hidden_size)`: real parts, then imaginary parts.
+
+    Args:
+        input_size: D, real input features.
+        hidden_size: units per layer and direction, over all heads (complex units by default).
+        num_layers: stacked layers; each reads the planar output of the one before.
+        factors: ints (square) or `(P, Q)` pairs whose products are hidden_size / num_heads; None
+            takes two balanced ones.
+        num_heads: independent diagonal blocks of the recurrent matrix.
+        field: "complex" or "real" (real state, orthogonal factors).
+        nonlinearity: "modrelu", "modtanh", "tanh", "relu" or "identity".
+        bias: learn b.
+        batch_first: input and output are `(B, T, …)` instead of `(T, B, …)`.
+        dropout: probability on the output of every layer but the last.
+        bidirectional: a second recurrence runs from the end; outputs are concatenated.
+        backend, precision: as in `kru_scan`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: sizes that do not fit, with a proposal.
+
+    Example:
+        >>> kru = KRU(8, 64, factors=(8, 8), batch_first=True)
+        >>> output, h_n = kru(torch.randn(2, 5, 8))
+        >>> output.shape, h_n.shape, kru.num_recurrent_parameters
+        (torch.Size([2, 5, 128]), torch.Size([1, 2, 128]), 256)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        factors=None,
+        num_heads: int = 1,
+        field: str = "complex",
+        nonlinearity: str = "modrelu",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        backend: str = "auto",
+        precision: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            input_size,
+            hidden_size,
+            factors=factors,
+            num_heads=num_heads,
+            field=field,
+            nonlinearity=nonlinearity,
+            bias=bias,
+            backend=backend,
+            precision=precision,
+        )
+        self.num_layers = _positive("num_layers", num_layers)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: must be in [0, 1), got {dropout}")
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.num_directions = 2 if bidirectional else 1
+        for layer in range(num_layers):
+            size = input_size if layer == 0 else self.num_directions * self.output_size
+            for direction in range(self.num_directions):
+                self._add_parameters(_suffix(layer, direction), size, device, dtype)
+        self.reset_parameters()
+
+    def forward(
+        self, input: Tensor | PackedSequence, h_0: Tensor | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run all layers.
+
+        Args:
+            input: `(T, B, D)`, `(B, T, D)` with batch_first, `(T, D)` unbatched, or a
+                `PackedSequence`.
+            h_0: `(L·R, B, F)`, or `(L·R, F)` unbatched; zeros if None.
+            reset: bool, `(B, T)` whatever batch_first says, or `(T,)` unbatched: a document starts
+                at t, so no state crosses into it from before. Not with a `PackedSequence`.
+
+        Returns:
+            output `(T, B, R·F)` (or as the input came) and h_n `(L·R, B, F)`: for each row the state
+            after its last step, which for the reverse direction is its first time step.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, h_0, reset)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: must be a tensor or PackedSequence, got {type(input).__name__}")
+        _check_features("input", input, self.input_size)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"input: must have 2 (unbatched) or 3 dimensions, got shape {tuple(input.shape)}"
+            )
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            h_0 = None if h_0 is None else h_0.unsqueeze(1)
+            reset = None if reset is None else reset.unsqueeze(0)
+        x = input.transpose(0, 1) if self.batch_first else input
+        output, h_n = self._run(x, self._check_h_0(h_0, x.shape[1], batched), reset)
+        output = output.transpose(0, 1) if self.batch_first else output
+        return (output, h_n) if batched else (output.squeeze(batch_dim), h_n.squeeze(1))
+
+    def _forward_packed(self, input: PackedSequence, h_0, reset):
+        if reset is not None:
+            raise ValueError("reset: not with a PackedSequence; pad the batch to use it")
+        _check_features("input", input.data, self.input_size)
+        x, lengths = pad_packed_sequence(input)  # in the order in which the user packed them
+        lengths = lengths.to(x.device)
+        output, h_n = self._run(x, self._check_h_0(h_0, x.shape[1], True), None, lengths)
+        in_order = input.sorted_indices is None
+        packed = pack_padded_sequence(output, lengths.cpu(), enforce_sorted=in_order)
+        return packed, h_n
+
+    def _run(self, x: Tensor, h_0: Tensor | None, reset, lengths: Tensor | None = None):
+        """`x (T, B, ·)` through all layers; `lengths (B,)` of rows that end earlier."""
+        last_states = []
+        flip = None if not self.bidirectional else _reversal(x.shape[0], lengths, x.device)
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                x = nnf.dropout(x, self.dropout, self.training)
+            outputs = []
+            for direction in range(self.num_directions):
+                suffix = _suffix(layer, direction)
+                x_proj = self._project(x, suffix).transpose(0, 1)  # (B, T, F)
+                cut = reset
+                if direction:
+                    x_proj = _reorder(x_proj, flip)
+                    cut = None if reset is None else _reverse_reset(reset)
+                start = None if h_0 is None else h_0[layer * self.num_directions + direction]
+                h, h_n = self._scan(x_proj, suffix, start, cut)
+                if lengths is not None:
+                    rows = torch.arange(h.shape[0], device=h.device)
+                    h_n = h[rows, lengths - 1].to(h_n.dtype)
+                outputs.append((_reorder(h, flip) if direction else h).transpose(0, 1))
+                last_states.append(h_n)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return x, torch.stack(last_states)
+
+    def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
+        """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
+        x_proj = self._project(x, _suffix(layer, direction))
+        return x_proj if self.batch_first else x_proj.transpose(0, 1)
+
+    def recurrent_factors(self, layer: int | None = None, direction: int = 0):
+        """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
+        if layer is not None:
+            return self._factors(_suffix(layer, direction))
+        return [
+            self._factors(_suffix(i, d))
+            for i in range(self.num_layers)
+            for d in range(self.num_directions)
+        ]
+
+    def beta(self, layer: int = 0, direction: int = 0) -> Tensor | None:
+        """The modReLU threshold `(hidden_size,)`, None for other nonlinearities."""
+        return getattr(self, f"beta{_suffix(layer, direction)}", None)
+
+    def recurrent_matrix(self, layer: int = 0, direction: int = 0, head: int = 0) -> Tensor:
+        """W_0 ⊗ … ⊗ W_{F-1} of one head as a complex `(N, N)` matrix (real in the real field)."""
+        w = kron_dense(self.recurrent_factors(layer, direction))[:, head]
+        return torch.complex(w[0], w[1]) if self.parts == 2 else w[0]
+
+    def _check_h_0(self, h_0, batch: int, batched: bool):
+        if h_0 is None:
+            return None
+        shape = (self.num_layers * self.num_directions, batch, self.output_size)
+        if tuple(h_0.shape) != shape:
+            want, got = shape, tuple(h_0.shape)
+            if not batched:
+                want, got = (shape[0], shape[2]), (got[0], *got[2:])
+            raise ValueError(
+                f"h_0: must have shape {want} (layers · directions, batch, "
+                f"parts · hidden_size), got {got}"
+            )
+        return h_0
+
+
+
+class KRUCell(_Recurrence):
+    """One step of a `KRU` layer: `h = cell(input, h=None)`, as `torch.nn.RNNCell`.
+
+    `h' = σ((W_0 ⊗ … ⊗ W_{F-1}) h + U x + b)`. Arguments are those of `KRU`.
+
+    Example:
+        >>> cell = KRUCell(8, 64)
+        >>> cell(torch.randn(3, 8)).shape
+        torch.Size([3, 128])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        factors=None,
+        num_heads: int = 1,
+        field: str = "complex",
+        nonlinearity: str = "modrelu",
+        bias: bool = True,
+        backend: str = "auto",
+        precision: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            input_size,
+            hidden_size,
+            factors=factors,
+            num_heads=num_heads,
+            field=field,
+            nonlinearity=nonlinearity,
+            bias=bias,
+            backend=backend,
+            precision=precision,
+        )
+        self._add_parameters("", input_size, device, dtype)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor, h: Tensor | None = None) -> Tensor:
+        """input `(B, D)` or `(D,)`, h `(B, F)` or `(F,)` (zeros if None); returns the next h."""
+        _check_features("input", input, self.input_size)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"input: must be (B, D) or (D,), got shape {tuple(input.shape)}")
+        batched = input.dim() == 2
+        if not batched:
+            input, h = input.unsqueeze(0), None if h is None else h.unsqueeze(0)
+        _, h_n = self._scan(self._project(input, "").unsqueeze(1), "", h, None)
+        return h_n if batched else h_n.squeeze(0)
+
+    def recurrent_factors(self):
+        """The factors `(parts, H, P, Q)`, as the only entry of a list."""
+        return [self._factors("")]
+
+
+def _suffix(layer: int, direction: int) -> str:
+    return f"_l{layer}" + ("_reverse" if direction else "")
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: must be at least 1, got {value}")
+    return value
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
+
+def _check_features(name: str, x: Tensor, size: int) -> None:
+    if x.is_complex():
+        raise TypeError(
+            f"{name}: must be real, got {x.dtype}; convert with torch.cat((x.real, x.imag), -1) "
+            "and double input_size"
+        )
+    if x.shape[-1] != size:
+        raise ValueError(f"{name}: the last dimension must be input_size={size}, got {x.shape[-1]}")
+
+
+def _reversal(time: int, lengths: Tensor | None, device) -> Tensor:
+    """`(B or 1, T)` time indices that reverse each row within its length."""
+    t = torch.arange(time, device=device)
+    if lengths is None:
+        return (time - 1 - t)[None]
+    reverse = lengths[:, None] - 1 - t
+    return torch.where(reverse >= 0, reverse, t)
+
+
+def _reorder(x: Tensor, index: Tensor) -> Tensor:
+    """`x (B, T, F)` with each row's time steps in the order of `index (B or 1, T)`."""
+    if index.shape[0] == 1:
+        return x.flip(1)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _reverse_reset(reset: Tensor) -> Tensor:
+    """Cuts of the reversed sequence: before the step that follows a document's first one."""
+    cut = torch.zeros_like(reset)
+    cut[:, 1:] = reset[:, 1:].flip(1)
+    return cut

@@ -1,0 +1,349 @@
+"""`kru_scan`, the recurrence as one differentiable operation, and the choice of its backend.
+
+    z_t = (W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t        h_t = σ(z_t)
+
+Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, section 3. The factors are
+regrouped into two matrices A and B by small Kronecker products under autograd; one `torch.library`
+op then runs the whole sequence, and a second one its adjoint.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kru_triton import torch_backend
+from kru_triton.kronecker import group_factors, kron_dense
+from kru_triton.nonlinearity import check_nonlinearity
+
+BACKENDS = ("auto", "triton", "torch")
+PRECISIONS = ("auto", "fp32", "bf16")
+_logger = logging.getLogger("kru_triton")
+_said = set()
+
+
+def kru_scan(
+    x_proj: Tensor,
+    factors: Sequence[Tensor],
+    beta: Tensor | None = None,
+    h_0: Tensor | None = None,
+    *,
+    nonlinearity: str = "modrelu",
+    reset: Tensor | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the Kronecker recurrence over a whole sequence.
+
+    `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t)`, per batch row and head (Jose et al., 2018).
+    Complex data is planar: all real parts, then all imaginary parts, unit index `head·N + n`.
+    Differentiable once in every float argument, through both results.
+
+    Args:
+        x_proj: `(B, T, parts·H·N)` input projection, float64, float32, bfloat16 or float16; any
+            strides. Under autocast it is cast to the autocast dtype.
+        factors: sequence of `(parts, H, P_f, Q_f)` tensors, `parts` 2 ([real, imag]) or 1 (real
+            field), ∏P_f = ∏Q_f = N; float64 with float64 `x_proj`, else float32.
+        beta: `(H·N,)` threshold of modReLU (zeros if None); refused by the others.
+        h_0: `(B, parts·H·N)` initial state, zeros if None.
+        nonlinearity: "modrelu", "modtanh", "tanh", "relu" (both on Re and Im apart) or "identity".
+        reset: `(B, T)` bool; where True, h_{t-1} of that row is replaced by 0 before step t.
+        backend: "auto", "triton" or "torch".
+        precision: "auto", "fp32" or "bf16": of the products inside the Triton kernels. The torch
+            backend always computes in the dtype of the factors.
+
+    Returns:
+        `h (B, T, parts·H·N)` in the dtype of `x_proj` (its memory is time-first), and the last
+        state `h_n (B, parts·H·N)` in the dtype of the factors.
+
+    Raises:
+        ValueError: a shape or value breaks a rule; TypeError: a dtype or kind does;
+        RuntimeError: `backend="triton"` where it cannot run, with the reason.
+
+    Example:
+        >>> x = torch.randn(2, 5, 2 * 6)
+        >>> h, h_n = kru_scan(x, [unitary_(torch.empty(2, 1, p, p)) for p in (2, 3)])
+        >>> h.shape, h_n.shape
+        (torch.Size([2, 5, 12]), torch.Size([2, 12]))
+    """
+    factors = list(factors) if not isinstance(factors, Tensor) else [factors]
+    units = _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision)
+    if backend == "triton":
+        reason = why_not_triton(
+            x_proj, factors, beta, h_0, nonlinearity=nonlinearity, reset=reset, precision=precision
+        )
+        if reason is not None:
+            raise RuntimeError(f'backend="triton" cannot run here: {reason}')
+    dtype = _state_dtype(x_proj)
+    if nonlinearity == "modrelu" and beta is None:
+        beta = x_proj.new_zeros(units, dtype=dtype)
+    a, b = (w.to(dtype) for w in group_factors(factors))
+    if a.shape[-1] == 1 or b.shape[-1] == 1:  # one matrix in all: it takes the place of B
+        a, b = torch.ones_like(a[..., :1, :1]), kron_dense([a, b])
+        a = a if a.shape[0] == 1 else torch.stack((a[0], torch.zeros_like(a[0])))
+    beta = None if beta is None else beta.to(dtype)
+    h_0 = None if h_0 is None else h_0.to(dtype)
+    h, h_n = _scan(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision)
+    return h.transpose(0, 1), h_n
+
+
+def kru_step(
+    x_proj: Tensor,
+    factors: Sequence[Tensor],
+    beta: Tensor | None = None,
+    h_0: Tensor | None = None,
+    *,
+    nonlinearity: str = "modrelu",
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """One step of `kru_scan`: `x_proj (B, parts·H·N)`, state `h_0` alike, returns the next state.
+
+    Args, errors and gradients are those of `kru_scan`.
+
+    Example:
+        >>> w = [unitary_(torch.empty(2, 1, 4, 4))]
+        >>> kru_step(torch.zeros(3, 8), w, h_0=torch.ones(3, 8)).shape
+        torch.Size([3, 8])
+    """
+    if x_proj.dim() != 2:
+        raise ValueError(f"x_proj: one step takes (B, parts·H·N), got shape {tuple(x_proj.shape)}")
+    _, h = kru_scan(
+        x_proj.unsqueeze(1),
+        factors,
+        beta,
+        h_0,
+        nonlinearity=nonlinearity,
+        backend=backend,
+        precision=precision,
+    )
+    return h
+
+
+def why_not_triton(
+    x_proj: Tensor,
+    factors: Sequence[Tensor],
+    beta: Tensor | None = None,
+    h_0: Tensor | None = None,
+    *,
+    nonlinearity: str = "modrelu",
+    reset: Tensor | None = None,
+    precision: str = "auto",
+) -> str | None:
+    """Why the fused kernels cannot run these arguments, in one sentence; None if they can.
+
+    The arguments are those of `kru_scan`.
+
+    Example:
+        >>> why_not_triton(torch.zeros(1, 1, 8), [torch.zeros(2, 1, 4, 4)])
+        'this version holds no fused Triton kernel yet; backend="torch" runs everywhere'
+    """
+    return 'this version holds no fused Triton kernel yet; backend="torch" runs everywhere'
+
+
+def _state_dtype(x_proj: Tensor) -> torch.dtype:
+    return torch.float64 if x_proj.dtype == torch.float64 else torch.float32
+
+
+def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) -> int:
+    """Check every argument of `kru_scan`; returns the number of units H·N."""
+    check_nonlinearity(nonlinearity)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("precision", precision, PRECISIONS)
+    if not isinstance(x_proj, Tensor):
+        raise TypeError(f"x_proj: must be a tensor, got {type(x_proj).__name__}")
+    if x_proj.is_complex():
+        raise TypeError(
+            "x_proj: must be planar real (all real parts, then all imaginary parts), got "
+            f"{x_proj.dtype}; convert with torch.cat((x.real, x.imag), -1)"
+        )
+    if not x_proj.is_floating_point():
+        raise TypeError(f"x_proj: must be a float tensor, got {x_proj.dtype}; convert with .float()")
+    if x_proj.dim() != 3:
+        raise ValueError(f"x_proj: must be (B, T, parts·H·N), got shape {tuple(x_proj.shape)}")
+    if not factors:
+        raise ValueError("factors: at least one factor is needed, got none")
+    for i, w in enumerate(factors):
+        if not isinstance(w, Tensor):
+            raise TypeError(f"factors[{i}]: must be a tensor, got {type(w).__name__}")
+        if w.is_complex():
+            raise TypeError(
+                f"factors[{i}]: must be planar real (2, H, P, Q), got {w.dtype}; convert a complex "
+                "(H, P, Q) factor with torch.stack((w.real, w.imag))"
+            )
+        if w.dim() != 4 or w.shape[0] not in (1, 2):
+            raise ValueError(
+                f"factors[{i}]: must be (2, H, P, Q), or (1, H, P, Q) for the real field, "
+                f"got shape {tuple(w.shape)}"
+            )
+        if w.shape[:2] != factors[0].shape[:2]:
+            raise ValueError(
+                f"factors[{i}]: field and heads must agree over the factors, got "
+                f"{tuple(w.shape[:2])} after {tuple(factors[0].shape[:2])} in factors[0]"
+            )
+        _check_same(f"factors[{i}]", w, x_proj)
+    parts, heads = factors[0].shape[:2]
+    shapes = [tuple(w.shape[2:]) for w in factors]
+    rows = columns = 1
+    for p, q in shapes:
+        rows, columns = rows * p, columns * q
+    if rows != columns:
+        raise ValueError(
+            f"factors: rows multiply to {rows} and columns to {columns} (shapes {shapes}); "
+            "both products must be N, the units per head"
+        )
+    units = heads * rows
+    if x_proj.shape[2] != parts * units:
+        raise ValueError(
+            f"x_proj: the last dimension must be {parts}·{heads}·{rows} = {parts * units} "
+            f"(parts · heads · product of the factor sizes {shapes}), got {x_proj.shape[2]}"
+        )
+    batch, time = x_proj.shape[:2]
+    if beta is not None:
+        if nonlinearity != "modrelu":
+            raise ValueError(f'beta: only "modrelu" has one; leave it out for "{nonlinearity}"')
+        _check_shape("beta", beta, (units,), "one per unit, (H·N,)")
+        _check_same("beta", beta, x_proj)
+    if h_0 is not None:
+        _check_shape("h_0", h_0, (batch, parts * units), "(B, parts·H·N)")
+        _check_same("h_0", h_0, x_proj)
+    if reset is not None:
+        _check_shape("reset", reset, (batch, time), "(B, T)")
+        if reset.dtype != torch.bool:
+            raise TypeError(f"reset: must be a bool tensor, got {reset.dtype}; convert with .bool()")
+        if reset.device != x_proj.device:
+            raise ValueError(f"reset: is on {reset.device} but x_proj is on {x_proj.device}")
+    return units
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return `value`, or raise a ValueError that lists the valid choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {type(x).__name__}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: must have shape {shape} ({meaning}), got {tuple(x.shape)}")
+
+
+def _check_same(name: str, x: Tensor, x_proj: Tensor) -> None:
+    """`x` is real, of x_proj's precision class and on its device."""
+    if x.is_complex():
+        raise TypeError(
+            f"{name}: must be planar real, got {x.dtype}; convert with "
+            "torch.cat((x.real, x.imag), -1)"
+        )
+    allowed = {_state_dtype(x_proj), x_proj.dtype}
+    if x.dtype not in allowed:
+        names = " or ".join(sorted(str(d) for d in allowed))
+        raise TypeError(f"{name}: must be {names} with x_proj of {x_proj.dtype}, got {x.dtype}")
+    if x.device != x_proj.device:
+        raise ValueError(f"{name}: is on {x.device} but x_proj is on {x_proj.device}; move one")
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _logger.info(message)
+
+
+# The ops. Time-first results: (T, B, F) is what the loop writes and what costs no copy.
+
+
+@torch.library.custom_op("kru_triton::scan", mutates_args=())
+def _scan(
+    x_proj: Tensor,
+    a: Tensor,
+    b: Tensor,
+    beta: Tensor | None,
+    h_0: Tensor | None,
+    reset: Tensor | None,
+    nonlinearity: str,
+    backend: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "auto":
+        reason = why_not_triton(x_proj, [a, b], beta, h_0, nonlinearity=nonlinearity, reset=reset)
+        _say_once(f"kru_scan runs on the torch backend: {reason}")
+    return torch_backend.scan_forward(x_proj, a, b, beta, h_0, reset, nonlinearity)
+
+
+@_scan.register_fake
+def _(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision):
+    batch, time, features = x_proj.shape
+    return x_proj.new_empty(time, batch, features), a.new_empty(batch, features)
+
+
+@torch.library.custom_op("kru_triton::scan_backward", mutates_args=())
+def _scan_backward(
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    h: Tensor,
+    x_proj: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    beta: Tensor | None,
+    h_0: Tensor | None,
+    reset: Tensor | None,
+    nonlinearity: str,
+    backend: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch_backend.scan_backward(
+        dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity
+    )
+
+
+@_scan_backward.register_fake
+def _(dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision):
+    units = a.shape[1] * a.shape[2] * b.shape[2]
+    return (
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+        torch.empty_like(a, memory_format=torch.contiguous_format),
+        torch.empty_like(b, memory_format=torch.contiguous_format),
+        a.new_empty(units),
+        a.new_empty(h.shape[1:]),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x_proj, a, b, beta, h_0, reset, *ctx.options = inputs
+    x_proj = x_proj if ctx.options[0] == "modtanh" else None  # the others are inverted from h
+    ctx.save_for_backward(output[0], x_proj, a, b, beta, h_0, reset)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dh, dh_n):
+    if dh is None and dh_n is None:
+        return (None,) * 9
+    h, x_proj, a, b, beta, h_0, reset = ctx.saved_tensors
+    dx, da, db, d_beta, dh_0 = _scan_backward(
+        dh, dh_n, h, x_proj, a, b, beta, h_0, reset, *ctx.options
+    )
+    d_beta = None if beta is None else d_beta
+    return dx.transpose(0, 1), da, db, d_beta, None if h_0 is None else dh_0, None, None, None, None
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _register_autocast(device_type: str) -> None:
+    """Under autocast x_proj becomes the autocast dtype; weights and state keep their precision."""
+
+    def rule(x_proj, *args):
+        with torch.autocast(device_type, enabled=False):
+            if x_proj.dtype != torch.float64:
+                x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
+            return _scan(x_proj, *args)
+
+    _library.impl("scan", rule, f"Autocast{device_type.upper()}")
+
+
+_library = torch.library.Library("kru_triton", "FRAGMENT")
+_register_autocast("cpu")
+_register_autocast("cuda")

@@ -1,0 +1,375 @@
+"""The `torch` backend: the recurrence and its written-out adjoint in plain PyTorch operations.
+
+    forward    z_t = A X_{t-1} Bᵀ + u_t,  h_t = σ(z_t)
+    adjoint    g_t = dh_t + Aᴴ G_{t+1} conj(B),  G_t = σ'(z_t)ᵀ g_t = du_t
+    weights    dA = Σ G_t (X_{t-1} Bᵀ)ᴴ,  dB = Σ (Aᴴ G_t)-contracted with X_{t-1}
+
+Only h is saved. Gradients follow PyTorch's convention (dL/dRe + i·dL/dIm).
+
+Memory plan. Inside, a state is `(H, B, P, c, Q)`: row p, then real and imaginary part, then column q.
+In that order `X Bᵀ` is one product with a real `(cQ, cQ)` block matrix and `A V` one with a
+`(cP, cP)` block matrix, and nothing is ever permuted between them. Time is cut into chunks that stay
+in the cache: a chunk of inputs is copied in and a chunk of results copied out at once, so a time step
+is two matrix products and the nonlinearity, all in place on views that are made once per call.
+
+B batch, T time, H heads, c parts (2 complex, 1 real), P, Q sizes of A and B, F = c·H·P·Q features.
+"""
+
+import torch
+from torch import Tensor
+
+from kru_triton.nonlinearity import PHASE_NONLINEARITIES, tiny
+
+CHUNK_BYTES = 1 << 20  # per chunk buffer; half of the L2 cache of a current server core
+
+
+def left_block(a: Tensor) -> Tensor:
+    """The real matrix `(H, P·c, P·c)` of V -> A V on rows (p, part), from planar `(c, H, P, P)`."""
+    if a.shape[0] == 1:
+        return a[0]
+    real, imag = a
+    rows = torch.stack((torch.stack((real, -imag), -1), torch.stack((imag, real), -1)), 2)
+    return rows.reshape(a.shape[1], 2 * a.shape[2], 2 * a.shape[3])
+
+
+def left_block_grad(d: Tensor, parts: int) -> Tensor:
+    """The gradient of planar `a` from that of its `left_block`."""
+    if parts == 1:
+        return d[None]
+    d = d.view(d.shape[0], d.shape[1] // 2, 2, d.shape[2] // 2, 2)
+    return torch.stack(
+        (d[:, :, 0, :, 0] + d[:, :, 1, :, 1], d[:, :, 1, :, 0] - d[:, :, 0, :, 1])
+    )
+
+
+def right_block(b: Tensor) -> Tensor:
+    """The real matrix `(H, c·Q, c·Q)` of X -> X Bᵀ on columns (part, q), from planar `b`."""
+    if b.shape[0] == 1:
+        return b[0].transpose(-1, -2).contiguous()
+    real, imag = b.transpose(-1, -2)
+    return torch.cat((torch.cat((real, imag), -1), torch.cat((-imag, real), -1)), -2)
+
+
+def right_block_grad(d: Tensor, parts: int) -> Tensor:
+    """The gradient of planar `b` from that of its `right_block`."""
+    if parts == 1:
+        return d.transpose(-1, -2)[None]
+    q = d.shape[-1] // 2
+    real = d[:, :q, :q] + d[:, q:, q:]
+    imag = d[:, :q, q:] - d[:, q:, :q]
+    return torch.stack((real, imag)).transpose(-1, -2)
+
+
+class _Step:
+    """Sizes, constants, chunk buffers and their per-step views for one call."""
+
+    def __init__(self, x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype):
+        self.parts, self.heads, self.p = a.shape[:3]
+        self.q = b.shape[-1]
+        self.batch, self.time = x.shape[:2]
+        self.dtype, self.device = dtype, x.device
+        step_bytes = max(1, self.batch * x.shape[2]) * dtype.itemsize
+        self.chunk = max(1, min(self.time, CHUNK_BYTES // step_bytes))
+        self.has_left = self.p > 1  # a 1×1 A is the identity: B is then the whole matrix
+        self.right = right_block(b.to(dtype))
+        left = left_block(a.to(dtype)) if self.has_left else None
+        # one small matrix product per (head, row): stride 0 over rows, a copy only with several heads
+        if self.has_left:
+            pc = left.shape[-1]
+            self.left = (
+                left[:, None].expand(-1, self.batch, -1, -1).reshape(self.heads * self.batch, pc, pc)
+            )
+
+    def buffer(self, slots: int) -> Tensor:
+        """An empty `(slots, H, B, P, c, Q)` buffer."""
+        shape = (slots, self.heads, self.batch, self.p, self.parts, self.q)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def rows(self, buffer: Tensor) -> list[Tensor]:
+        """Per slot the view `(H, B·P, c·Q)` that multiplies `right`."""
+        return list(buffer.view(buffer.shape[0], self.heads, -1, self.parts * self.q).unbind(0))
+
+    def blocks(self, buffer: Tensor) -> list[Tensor]:
+        """Per slot the view `(H·B, P·c, Q)` that `left` multiplies."""
+        shape = (buffer.shape[0], self.heads * self.batch, self.p * self.parts, self.q)
+        return list(buffer.view(shape).unbind(0))
+
+    def by_head(self, buffer: Tensor) -> Tensor:
+        """`(H, slots·B·P, c·Q)`: all rows of each head (a view with one head)."""
+        rows = buffer.view(buffer.shape[0], self.heads, -1, self.parts * self.q)
+        return rows.transpose(0, 1).reshape(self.heads, -1, self.parts * self.q)
+
+    def planar(self, x: Tensor) -> Tensor:
+        """`(T, B, F)` of any strides as the permuted view `(T, H, B, P, c, Q)`."""
+        shape = (x.shape[0], self.batch, self.parts, self.heads, self.p, self.q)
+        return x.view(shape).permute(0, 3, 1, 4, 2, 5)
+
+    def chunks(self):
+        """The pairs (start, end) of all chunks in time order."""
+        return [(t, min(t + self.chunk, self.time)) for t in range(0, self.time, self.chunk)]
+
+    def units(self, per_unit: Tensor) -> Tensor:
+        """A `(H·N,)` parameter as `(H, 1, P, 1, Q)`, to broadcast against a slot."""
+        return per_unit.to(self.dtype).view(self.heads, 1, self.p, 1, self.q)
+
+    def keep(self, reset: Tensor | None):
+        """`(T, 1, B, 1, 1, 1)` zeros where a state is cut, and the list of steps where any is."""
+        if reset is None:
+            return None, [False] * self.time
+        keep = (~reset).to(self.dtype).t().contiguous().view(self.time, 1, self.batch, 1, 1, 1)
+        return keep, reset.any(0).tolist()
+
+
+def scan_forward(
+    x_proj: Tensor,  # (B, T, F)
+    a: Tensor,  # (c, H, P, P)
+    b: Tensor,  # (c, H, Q, Q)
+    beta: Tensor | None,  # (H·N,)
+    h_0: Tensor | None,  # (B, F)
+    reset: Tensor | None,  # (B, T) bool
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor]:
+    """h `(T, B, F)` in the dtype of x_proj, and h_n `(B, F)` in that of a."""
+    step = _Step(x_proj, a, b, a.dtype)
+    x = x_proj.transpose(0, 1)
+    out = torch.empty(x.shape, dtype=x_proj.dtype, device=x_proj.device)
+    state = step.buffer(step.chunk + 1)
+    if h_0 is None:
+        state[0].zero_()
+    else:
+        state[:1].copy_(step.planar(h_0[None]))
+    rows, blocks = step.rows(state), step.blocks(state)
+    if step.has_left:
+        middle = step.buffer(1)
+        middle_rows, middle_block = step.rows(middle)[0], step.blocks(middle)[0]
+    activate = _activation(step, state, nonlinearity, beta)
+    keep, cuts = step.keep(reset)
+    last = 0
+    for start, end in step.chunks():
+        if start:
+            state[0].copy_(state[last])
+        last = end - start
+        state[1 : last + 1].copy_(step.planar(x[start:end]))
+        for i in range(last):
+            if cuts[start + i]:
+                # the state before a cut has been written out already, except in slot 0 (not output)
+                previous = (state[i] * keep[start + i]).view_as(rows[i])
+            else:
+                previous = rows[i]
+            if step.has_left:
+                torch.bmm(previous, step.right, out=middle_rows)
+                blocks[i + 1].baddbmm_(step.left, middle_block)
+            else:
+                rows[i + 1].baddbmm_(previous, step.right)
+            activate(i + 1)
+        step.planar(out[start:end]).copy_(state[1 : last + 1])
+    h_n = torch.empty(x.shape[1:], dtype=a.dtype, device=x.device)
+    step.planar(h_n[None]).copy_(state[last : last + 1])
+    return out, h_n
+
+
+def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | None):
+    """A function of a slot number that applies σ to that slot in place."""
+    slots = list(state.unbind(0))
+    if nonlinearity == "identity":
+        return lambda i: None
+    if nonlinearity == "relu":
+        return lambda i: slots[i].clamp_min_(0)
+    if nonlinearity == "tanh":
+        return lambda i: slots[i].tanh_()
+    squared = torch.empty_like(state[0, ..., :1, :])  # (H, B, P, 1, Q)
+    floor = squared.new_tensor(tiny(step.dtype))
+    real = [s[..., :1, :] for s in slots]
+    imag = [s[..., 1:, :] for s in slots] if step.parts == 2 else None
+
+    def squared_modulus(i):
+        torch.addcmul(floor, real[i], real[i], out=squared)
+        if imag is not None:
+            squared.addcmul_(imag[i], imag[i])
+
+    if nonlinearity == "modtanh":
+
+        def modtanh(i):
+            squared_modulus(i)
+            squared.sqrt_()
+            slots[i].mul_(torch.tanh(squared).div_(squared))
+
+        return modtanh
+    one, bias = squared.new_ones(()), step.units(beta)
+    scale = torch.empty_like(squared)
+
+    def modrelu(i):
+        squared_modulus(i)
+        squared.rsqrt_()
+        torch.addcmul(one, bias, squared, out=scale)
+        slots[i].mul_(scale.clamp_min_(0))
+
+    return modrelu
+
+
+def scan_backward(
+    dh: Tensor | None,  # (T, B, F)
+    dh_n: Tensor | None,  # (B, F)
+    h: Tensor,  # (T, B, F)
+    x_proj: Tensor | None,  # (B, T, F), for modtanh only
+    a: Tensor,  # (c, H, P, P)
+    b: Tensor,  # (c, H, Q, Q)
+    beta: Tensor | None,  # (H·N,)
+    h_0: Tensor | None,  # (B, F)
+    reset: Tensor | None,  # (B, T) bool
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x_proj as `(T, B, F)`, and of a, b, beta and h_0 (zeros where they are absent)."""
+    step = _Step(h.transpose(0, 1), a, b, a.dtype)
+    parts, features = step.parts, h.shape[2]
+    dx = torch.empty_like(h)
+    grad = step.buffer(step.chunk + 1)  # slot 0: the gradient handed to the chunk before
+    states = step.buffer(step.chunk + 1)  # slot i: h before step i of the chunk
+    inner = step.buffer(step.chunk)  # Aᴴ G_t, as it falls out of the loop
+    grad_rows, grad_blocks = step.rows(grad), step.blocks(grad)
+    inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
+    right_t = step.right.transpose(-1, -2)
+    d_right = torch.zeros_like(step.right)
+    if step.has_left:
+        left_t = step.left.transpose(-1, -2)
+        pc = step.p * parts
+        d_left = a.new_zeros(step.heads, pc, pc)
+    adjoint = _Adjoint(step, grad, nonlinearity, beta)
+    keep, cuts = step.keep(reset)
+    carry = step.buffer(1).zero_()
+    if dh_n is not None:
+        carry.copy_(step.planar(dh_n[None]))
+    for start, end in reversed(step.chunks()):
+        n = end - start
+        if dh is None:
+            grad[1 : n + 1].zero_()
+        else:
+            grad[1 : n + 1].copy_(step.planar(dh[start:end]))
+        grad[n].add_(carry[0])
+        grad[0].zero_()
+        states[1 : n + 1].copy_(step.planar(h[start:end]))
+        if start:
+            states[:1].copy_(step.planar(h[start - 1 : start]))
+        elif h_0 is None:
+            states[0].zero_()
+        else:
+            states[:1].copy_(step.planar(h_0[None]))
+        before = states[:n]
+        if any(cuts[start:end]):
+            before = before * keep[start:end]
+        if step.has_left or nonlinearity == "modtanh":
+            forward = torch.bmm(step.by_head(before), step.right)  # X Bᵀ of the whole chunk
+            forward = _from_heads(step, forward, n)
+        z = None
+        if nonlinearity == "modtanh":
+            z = _pre_activation(step, forward, x_proj[:, start:end])
+        adjoint.prepare(states[1 : n + 1], z)
+        for i in range(n - 1, -1, -1):
+            adjoint.step(i)
+            if step.has_left:
+                torch.bmm(left_t, grad_blocks[i + 1], out=inner_blocks[i])
+            else:
+                inner_rows[i].copy_(grad_rows[i + 1])
+            if cuts[start + i]:
+                inner[i].mul_(keep[start + i])
+            grad_rows[i].baddbmm_(inner_rows[i], right_t)
+        carry[0].copy_(grad[0])
+        adjoint.finish(n)
+        d_right.baddbmm_(step.by_head(before).transpose(-1, -2), step.by_head(inner[:n]))
+        if step.has_left:
+            shape = (n * step.heads * step.batch, pc, step.q)
+            outer = torch.bmm(grad[1 : n + 1].view(shape), forward.view(shape).transpose(-1, -2))
+            d_left += outer.view(n, step.heads, step.batch, pc, pc).sum((0, 2))
+        step.planar(dx[start:end]).copy_(grad[1 : n + 1])
+        # the rows of dh that belong to the chunk before arrive there; slot 0 went on as `carry`
+    dh_0 = torch.empty(step.batch, features, dtype=a.dtype, device=a.device)
+    step.planar(dh_0[None]).copy_(carry)
+    da = left_block_grad(d_left, parts) if step.has_left else torch.zeros_like(a)
+    return dx, da, right_block_grad(d_right, parts), adjoint.d_beta.view(-1), dh_0
+
+
+def _from_heads(step: _Step, x: Tensor, n: int) -> Tensor:
+    """`(H, n·B·P, c·Q)` back to a contiguous `(n, H, B, P, c, Q)`."""
+    x = x.view(step.heads, n, -1).transpose(0, 1).contiguous()
+    return x.view(n, step.heads, step.batch, step.p, step.parts, step.q)
+
+
+def _pre_activation(step: _Step, forward: Tensor, x_proj: Tensor) -> Tensor:
+    """z of a chunk, from X Bᵀ of its states and its inputs `(B, n, F)`."""
+    z = step.planar(x_proj.transpose(0, 1)).to(step.dtype, copy=True)
+    z = z.contiguous() if step.has_left else z.contiguous().add_(forward)
+    if step.has_left:
+        for zt, vt in zip(step.blocks(z), step.blocks(forward)):
+            zt.baddbmm_(step.left, vt)
+    return z
+
+
+class _Adjoint:
+    """G = σ'(z)ᵀ g, with everything that does not depend on g computed per chunk.
+
+    relu, tanh     G = d·g per part
+    phase kinds    G = r·g + e·ρ,  ρ = Re(conj(n) g),  n = z/|z|,  r = σ(z)/z,  e = (|σ|' − r)·n
+                   modReLU  r = |h|/(|h| − β) and |σ|' = 1 where |h| > 0, else 0;  dβ = Σ ρ
+                   modtanh  r = tanh|z|/|z| and |σ|' = 1 − tanh²|z|
+    """
+
+    def __init__(self, step: _Step, grad: Tensor, nonlinearity: str, beta: Tensor | None):
+        self.nonlinearity = nonlinearity
+        self.grad = list(grad[1:].unbind(0))
+        self.d_beta = grad.new_zeros(step.heads, 1, step.p, 1, step.q)
+        self.bias = None if beta is None else step.units(beta)
+        if nonlinearity == "identity":
+            return
+        coefficients = step.buffer(step.chunk)
+        if nonlinearity not in PHASE_NONLINEARITIES:
+            self.slope, self.slopes = coefficients, list(coefficients.unbind(0))  # d
+            return
+        self.phase, self.radial = coefficients, torch.empty_like(coefficients)  # n and e
+        self.ratio = torch.empty_like(coefficients[..., :1, :])  # r
+        self.rho = torch.empty_like(self.ratio)
+        parts = range(step.parts)
+        self.grad_parts = [grad[1:, ..., k : k + 1, :].unbind(0) for k in parts]
+        self.phase_parts = [self.phase[..., k : k + 1, :].unbind(0) for k in parts]
+        self.ratios, self.radials, self.rhos = (
+            list(x.unbind(0)) for x in (self.ratio, self.radial, self.rho)
+        )
+
+    def prepare(self, h: Tensor, z: Tensor | None) -> None:
+        """Compute the coefficients of the n steps of a chunk from its states (or z)."""
+        n = h.shape[0]
+        if self.nonlinearity == "relu":
+            self.slope[:n].copy_(h > 0)
+        elif self.nonlinearity == "tanh":
+            torch.addcmul(h.new_ones(()), h, h, value=-1, out=self.slope[:n])
+        elif self.nonlinearity in PHASE_NONLINEARITIES:
+            source = h if z is None else z
+            squared = (source * source).sum(-2, keepdim=True)
+            inverse = (squared + tiny(h.dtype)).rsqrt_()
+            modulus = squared * inverse
+            torch.mul(source, inverse, out=self.phase[:n])
+            if z is None:  # modReLU: |z| = |h| - beta
+                ratio = modulus / (modulus - self.bias).clamp_min_(tiny(h.dtype) ** 0.5)
+                derivative = (modulus > 0).to(h.dtype)
+            else:
+                tanh = torch.tanh(modulus)
+                ratio = torch.where(modulus > 0, tanh * inverse, 1.0)
+                derivative = 1 - tanh * tanh
+            self.ratio[:n].copy_(ratio)
+            torch.mul(self.phase[:n], derivative - ratio, out=self.radial[:n])
+
+    def step(self, i: int) -> None:
+        """Turn g of step i of the chunk into G, in place."""
+        if self.nonlinearity == "identity":
+            return
+        if self.nonlinearity not in PHASE_NONLINEARITIES:
+            self.grad[i].mul_(self.slopes[i])
+            return
+        torch.mul(self.grad_parts[0][i], self.phase_parts[0][i], out=self.rhos[i])
+        for g, n in zip(self.grad_parts[1:], self.phase_parts[1:]):
+            self.rhos[i].addcmul_(g[i], n[i])
+        self.grad[i].mul_(self.ratios[i]).addcmul_(self.radials[i], self.rhos[i])
+
+    def finish(self, n: int) -> None:
+        """Add the chunk's part of dβ."""
+        if self.nonlinearity == "modrelu":
+            self.d_beta += self.rho[:n].sum((0, 2), keepdim=True)[0]

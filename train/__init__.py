@@ -1,0 +1,1 @@
+"""Training scripts and the few modules they share."""
