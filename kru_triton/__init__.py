@@ -1,4 +1,4 @@
-"""Kronecker Recurrent Units: the operation, the layers, the algebra behind them, and diagnostics."""
+"""Kronecker Recurrent Units: the operation, the layers, the algebra and the diagnostics."""
 
 from kru_triton import diagnostics
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker

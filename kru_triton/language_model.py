@@ -1,16 +1,17 @@
 """The language model that `train/lm.py` trains, and its baselines in the same residual frame.
 
-    tokens -> embedding -> num_layers × [ x += mixer(norm(x));  x += MLP(norm(x)) ] -> norm -> tied head
+    embedding -> num_layers × [ x += mixer(norm(x));  x += MLP(norm(x)) ] -> norm -> tied head
 
-The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, or one of `torch.nn`'s LSTM, GRU
-and RNN with a projection, or causal attention over a sliding window. Each carries its state from one
-call to the next, so the context of a recurrent model has no fixed length, and `reset` cuts the state
-where a document starts.
+The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, or one of `torch.nn`'s LSTM,
+GRU and RNN with a projection, or causal attention over a sliding window. Each carries its state
+from one call to the next, so the context of a recurrent model has no fixed length, and `reset`
+cuts the state where a document starts.
 
 B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time-first `(T, B, D)`.
 """
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -78,7 +79,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, bias=False)
 
     def forward(
         self, tokens: Tensor, state: list[Tensor] | None = None, reset: Tensor | None = None
@@ -154,7 +155,9 @@ class LanguageModel(nn.Module):
         )
         if kru.backend == "torch":
             return 'kru_scan: torch backend, because backend="torch"'
-        return "kru_scan: triton" if reason is None else f"kru_scan: torch backend, because {reason}"
+        return (
+            "kru_scan: triton" if reason is None else f"kru_scan: torch backend, because {reason}"
+        )
 
 
 def _is_recurrent(name: str) -> bool:
@@ -169,9 +172,9 @@ class _Block(nn.Module):
         d = config.d_model
         inner = max(1, round(config.mlp_ratio * d))
         mixers = {"kru": _KRUMixer, "transformer": _AttentionMixer}
-        self.mixer_norm = nn.RMSNorm(d)
+        self.mixer_norm = nn.LayerNorm(d, bias=False)
         self.mixer = mixers.get(config.model, _RNNMixer)(config)
-        self.mlp_norm = nn.RMSNorm(d)
+        self.mlp_norm = nn.LayerNorm(d, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(d, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, d)
         )
@@ -205,7 +208,7 @@ class _KRUMixer(nn.Module):
             for w in factors:
                 w.mul_(config.radius ** (1 / len(factors)))
         features = self.kru.output_size
-        self.norm = nn.RMSNorm(features)
+        self.norm = nn.LayerNorm(features, bias=False)
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
         self.projection = nn.Linear(features, config.d_model, bias=False)
 
@@ -234,7 +237,7 @@ class _RNNMixer(nn.Module):
         cuts = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
         outputs = []
         bounds = [0, *(t for t in cuts if t), time]
-        for start, end in zip(bounds, bounds[1:]):
+        for start, end in itertools.pairwise(bounds):
             if start in cuts:
                 state = [s.masked_fill(reset[:, start, None], 0) for s in state]
             hidden = [s[None].contiguous() for s in state]
@@ -276,8 +279,9 @@ class _AttentionMixer(nn.Module):
             k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
             document = torch.cat((-state[2], document), 1)
         total = k.shape[2]
-        key, query = torch.arange(total, device=x.device), torch.arange(
-            total - time, total, device=x.device
+        key, query = (
+            torch.arange(total, device=x.device),
+            torch.arange(total - time, total, device=x.device),
         )
         distance = query[:, None] - key
         visible = (distance >= 0) & (distance <= self.context)
@@ -302,7 +306,7 @@ def _rotate(x: Tensor, position: Tensor) -> Tensor:
 
 
 def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelConfig:
-    """The config of nearly `count` parameters: d_model is scaled, and with it hidden_size of the baselines.
+    """The config of nearly `count` parameters: d_model is scaled, and a baseline's hidden_size.
 
     A KRU keeps its hidden_size and factors: its width does not cost recurrent parameters.
 

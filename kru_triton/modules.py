@@ -40,14 +40,8 @@ class _Recurrence(nn.Module):
     ):
         super().__init__()
         self.input_size = _positive("input_size", input_size)
-        self.hidden_size = _positive("hidden_size", hidden_size)
-        self.num_heads = _positive("num_heads", num_heads)
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"num_heads: must divide hidden_size, got num_heads={num_heads} and hidden_size="
-                f"{hidden_size}; the nearest that does is {_nearest_divisor(hidden_size, num_heads)}"
-            )
-        self.factor_shapes = factor_shapes(factors, hidden_size // num_heads)
+        self.factor_shapes = factor_shapes(factors, hidden_size, num_heads)
+        self.hidden_size, self.num_heads = hidden_size, num_heads
         self.field = check_choice("field", field, FIELDS)
         self.nonlinearity = check_nonlinearity(nonlinearity)
         self.backend = check_choice("backend", backend, BACKENDS)
@@ -94,7 +88,9 @@ class _Recurrence(nn.Module):
         )
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
-        return nnf.linear(x, getattr(self, f"weight_ih{suffix}"), getattr(self, f"bias{suffix}", None))
+        return nnf.linear(
+            x, getattr(self, f"weight_ih{suffix}"), getattr(self, f"bias{suffix}", None)
+        )
 
     @property
     def num_recurrent_parameters(self) -> int:
@@ -187,7 +183,11 @@ class KRU(_Recurrence):
         self.reset_parameters()
 
     def forward(
-        self, input: Tensor | PackedSequence, h_0: Tensor | None = None, *, reset: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        h_0: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers.
 
@@ -199,13 +199,15 @@ class KRU(_Recurrence):
                 at t, so no state crosses into it from before. Not with a `PackedSequence`.
 
         Returns:
-            output `(T, B, R·F)` (or as the input came) and h_n `(L·R, B, F)`: for each row the state
-            after its last step, which for the reverse direction is its first time step.
+            output `(T, B, R·F)` (or as the input came) and h_n `(L·R, B, F)`: for each row the
+            state after its last step, which for the reverse direction is its first time step.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, h_0, reset)
         if not isinstance(input, Tensor):
-            raise TypeError(f"input: must be a tensor or PackedSequence, got {type(input).__name__}")
+            raise TypeError(
+                f"input: must be a tensor or PackedSequence, got {type(input).__name__}"
+            )
         _check_features("input", input, self.input_size)
         if input.dim() not in (2, 3):
             raise ValueError(
@@ -297,7 +299,6 @@ class KRU(_Recurrence):
         return h_0
 
 
-
 class KRUCell(_Recurrence):
     """One step of a `KRU` layer: `h = cell(input, h=None)`, as `torch.nn.RNNCell`.
 
@@ -364,10 +365,6 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name}: must be at least 1, got {value}")
     return value
-
-
-def _nearest_divisor(n: int, wanted: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
 
 
 def _check_features(name: str, x: Tensor, size: int) -> None:

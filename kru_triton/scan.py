@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kru_triton import torch_backend
-from kru_triton.kronecker import group_factors, kron_dense
+from kru_triton.kronecker import check_factors, group_factors, kron_dense, product_shape
 from kru_triton.nonlinearity import check_nonlinearity
 
 BACKENDS = ("auto", "triton", "torch")
@@ -67,7 +67,6 @@ def kru_scan(
         >>> h.shape, h_n.shape
         (torch.Size([2, 5, 12]), torch.Size([2, 12]))
     """
-    factors = list(factors) if not isinstance(factors, Tensor) else [factors]
     units = _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision)
     if backend == "triton":
         reason = why_not_triton(
@@ -80,8 +79,9 @@ def kru_scan(
         beta = x_proj.new_zeros(units, dtype=dtype)
     a, b = (w.to(dtype) for w in group_factors(factors))
     if a.shape[-1] == 1 or b.shape[-1] == 1:  # one matrix in all: it takes the place of B
-        a, b = torch.ones_like(a[..., :1, :1]), kron_dense([a, b])
-        a = a if a.shape[0] == 1 else torch.stack((a[0], torch.zeros_like(a[0])))
+        b = kron_dense([a, b])
+        one = torch.eye(b.shape[0], 1, dtype=dtype, device=b.device)  # [1], or [1, 0]
+        a = one.view(-1, 1, 1, 1).expand(-1, b.shape[1], 1, 1).contiguous()
     beta = None if beta is None else beta.to(dtype)
     h_0 = None if h_0 is None else h_0.to(dtype)
     h, h_n = _scan(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision)
@@ -159,35 +159,23 @@ def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) 
             f"{x_proj.dtype}; convert with torch.cat((x.real, x.imag), -1)"
         )
     if not x_proj.is_floating_point():
-        raise TypeError(f"x_proj: must be a float tensor, got {x_proj.dtype}; convert with .float()")
+        raise TypeError(
+            f"x_proj: must be a float tensor, got {x_proj.dtype}; convert with .float()"
+        )
     if x_proj.dim() != 3:
         raise ValueError(f"x_proj: must be (B, T, parts·H·N), got shape {tuple(x_proj.shape)}")
-    if not factors:
-        raise ValueError("factors: at least one factor is needed, got none")
-    for i, w in enumerate(factors):
-        if not isinstance(w, Tensor):
-            raise TypeError(f"factors[{i}]: must be a tensor, got {type(w).__name__}")
-        if w.is_complex():
+    factors = check_factors(factors)
+    for f, w in enumerate(factors):
+        if w.is_complex() or w.dim() != 4:
             raise TypeError(
-                f"factors[{i}]: must be planar real (2, H, P, Q), got {w.dtype}; convert a complex "
-                "(H, P, Q) factor with torch.stack((w.real, w.imag))"
+                f"factors[{f}]: must be planar real (2, H, P, Q), or (1, H, P, Q) in the real field"
+                f", got {w.dtype} of shape {tuple(w.shape)}; convert a complex (H, P, Q) factor "
+                "with torch.stack((w.real, w.imag))"
             )
-        if w.dim() != 4 or w.shape[0] not in (1, 2):
-            raise ValueError(
-                f"factors[{i}]: must be (2, H, P, Q), or (1, H, P, Q) for the real field, "
-                f"got shape {tuple(w.shape)}"
-            )
-        if w.shape[:2] != factors[0].shape[:2]:
-            raise ValueError(
-                f"factors[{i}]: field and heads must agree over the factors, got "
-                f"{tuple(w.shape[:2])} after {tuple(factors[0].shape[:2])} in factors[0]"
-            )
-        _check_same(f"factors[{i}]", w, x_proj)
+    _check_same("factors", factors[0], x_proj)
     parts, heads = factors[0].shape[:2]
+    rows, columns = product_shape(factors)
     shapes = [tuple(w.shape[2:]) for w in factors]
-    rows = columns = 1
-    for p, q in shapes:
-        rows, columns = rows * p, columns * q
     if rows != columns:
         raise ValueError(
             f"factors: rows multiply to {rows} and columns to {columns} (shapes {shapes}); "
@@ -211,7 +199,9 @@ def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) 
     if reset is not None:
         _check_shape("reset", reset, (batch, time), "(B, T)")
         if reset.dtype != torch.bool:
-            raise TypeError(f"reset: must be a bool tensor, got {reset.dtype}; convert with .bool()")
+            raise TypeError(
+                f"reset: must be a bool tensor, got {reset.dtype}; convert with .bool()"
+            )
         if reset.device != x_proj.device:
             raise ValueError(f"reset: is on {reset.device} but x_proj is on {x_proj.device}")
     return units
@@ -294,9 +284,7 @@ def _scan_backward(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch_backend.scan_backward(
-        dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity
-    )
+    return torch_backend.scan_backward(dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity)
 
 
 @_scan_backward.register_fake

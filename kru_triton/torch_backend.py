@@ -6,10 +6,10 @@
 
 Only h is saved. Gradients follow PyTorch's convention (dL/dRe + i·dL/dIm).
 
-Memory plan. Inside, a state is `(H, B, P, c, Q)`: row p, then real and imaginary part, then column q.
-In that order `X Bᵀ` is one product with a real `(cQ, cQ)` block matrix and `A V` one with a
-`(cP, cP)` block matrix, and nothing is ever permuted between them. Time is cut into chunks that stay
-in the cache: a chunk of inputs is copied in and a chunk of results copied out at once, so a time step
+Memory plan. Inside, a state is `(H, B, P, c, Q)`: row p, then real and imaginary part, then column
+q. In that order `X Bᵀ` is one product with a real `(cQ, cQ)` block matrix and `A V` one with a
+`(cP, cP)` block matrix, and nothing is ever permuted between them. Time is cut into chunks that
+stay in the cache: a chunk of inputs is copied in and a chunk of results out at once, so a time step
 is two matrix products and the nonlinearity, all in place on views that are made once per call.
 
 B batch, T time, H heads, c parts (2 complex, 1 real), P, Q sizes of A and B, F = c·H·P·Q features.
@@ -37,9 +37,7 @@ def left_block_grad(d: Tensor, parts: int) -> Tensor:
     if parts == 1:
         return d[None]
     d = d.view(d.shape[0], d.shape[1] // 2, 2, d.shape[2] // 2, 2)
-    return torch.stack(
-        (d[:, :, 0, :, 0] + d[:, :, 1, :, 1], d[:, :, 1, :, 0] - d[:, :, 0, :, 1])
-    )
+    return torch.stack((d[:, :, 0, :, 0] + d[:, :, 1, :, 1], d[:, :, 1, :, 0] - d[:, :, 0, :, 1]))
 
 
 def right_block(b: Tensor) -> Tensor:
@@ -73,11 +71,13 @@ class _Step:
         self.has_left = self.p > 1  # a 1×1 A is the identity: B is then the whole matrix
         self.right = right_block(b.to(dtype))
         left = left_block(a.to(dtype)) if self.has_left else None
-        # one small matrix product per (head, row): stride 0 over rows, a copy only with several heads
+        # one small product per (head, row): stride 0 over rows, a copy only with several heads
         if self.has_left:
             pc = left.shape[-1]
             self.left = (
-                left[:, None].expand(-1, self.batch, -1, -1).reshape(self.heads * self.batch, pc, pc)
+                left[:, None]
+                .expand(-1, self.batch, -1, -1)
+                .reshape(self.heads * self.batch, pc, pc)
             )
 
     def buffer(self, slots: int) -> Tensor:
@@ -151,11 +151,9 @@ def scan_forward(
         last = end - start
         state[1 : last + 1].copy_(step.planar(x[start:end]))
         for i in range(last):
-            if cuts[start + i]:
-                # the state before a cut has been written out already, except in slot 0 (not output)
+            previous = rows[i]
+            if cuts[start + i]:  # not in place: slot i is still to be copied out
                 previous = (state[i] * keep[start + i]).view_as(rows[i])
-            else:
-                previous = rows[i]
             if step.has_left:
                 torch.bmm(previous, step.right, out=middle_rows)
                 blocks[i + 1].baddbmm_(step.left, middle_block)
@@ -219,7 +217,7 @@ def scan_backward(
     reset: Tensor | None,  # (B, T) bool
     nonlinearity: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x_proj as `(T, B, F)`, and of a, b, beta and h_0 (zeros where they are absent)."""
+    """Gradients of x_proj as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
     step = _Step(h.transpose(0, 1), a, b, a.dtype)
     parts, features = step.parts, h.shape[2]
     dx = torch.empty_like(h)
@@ -281,7 +279,6 @@ def scan_backward(
             outer = torch.bmm(grad[1 : n + 1].view(shape), forward.view(shape).transpose(-1, -2))
             d_left += outer.view(n, step.heads, step.batch, pc, pc).sum((0, 2))
         step.planar(dx[start:end]).copy_(grad[1 : n + 1])
-        # the rows of dh that belong to the chunk before arrive there; slot 0 went on as `carry`
     dh_0 = torch.empty(step.batch, features, dtype=a.dtype, device=a.device)
     step.planar(dh_0[None]).copy_(carry)
     da = left_block_grad(d_left, parts) if step.has_left else torch.zeros_like(a)
