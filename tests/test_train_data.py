@@ -1,0 +1,222 @@
+"""Documents, the held-out part, lanes with resets, and validation that counts each byte once."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from kru_triton.train import data
+from kru_triton.train.config import UserError
+
+TOKENIZER = data.ByteTokenizer()
+
+
+def write_files(folder, sizes, seed=0):
+    letters = np.random.default_rng(seed)
+    for number, size in enumerate(sizes):
+        text = bytes(letters.integers(97, 123, size, dtype=np.uint8))
+        (folder / f"file{number:02}.txt").write_bytes(text)
+    return f"text:{folder}/*.txt"
+
+
+def random_documents(lengths):
+    letters = np.random.default_rng(1)
+    return [
+        (str(i), bytes(letters.integers(0, 256, n, dtype=np.uint8))) for i, n in enumerate(lengths)
+    ]
+
+
+# Documents
+
+
+def test_stdlib_is_split_by_file_without_tests_and_always_the_same_way():
+    train, valid = data.load_documents("stdlib", "")
+    assert (train, valid) == data.load_documents("stdlib", "")
+    names = [name for name, _ in train + valid]
+    assert len(names) == len(set(names))
+    assert "ast.py" in names
+    assert "collections/__init__.py" in names
+    bad = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    assert not [name for name in names if bad & set(name.split("/")) or "_sysconfigdata" in name]
+    share = data.facts(valid)["bytes"] / data.facts(train + valid)["bytes"]
+    assert 0.04 < share <= 0.05
+    rivals = data.compressed_bits_per_byte(valid)
+    assert 1.3 < rivals["xz"] < rivals["gzip"] < 2.5
+
+
+def test_text_files_are_split_by_file_and_nothing_is_lost(tmp_path):
+    spec = write_files(tmp_path, [1000] * 50)
+    train, valid = data.load_documents(spec, "")
+    assert (len(train), len(valid)) == (48, 2)
+    whole = {name: text for name, text in data.read_documents(spec)}
+    assert dict(train) | dict(valid) == whole
+
+
+def test_the_split_does_not_depend_on_where_the_corpus_lies(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write_files(tmp_path / name, [1000] * 50)
+    splits = [data.load_documents(f"text:{tmp_path}/{name}/*", "") for name in ("here", "there")]
+    assert splits[0] == splits[1]
+
+
+def test_a_single_file_gives_its_last_tenth_from_a_line_start(tmp_path):
+    text = "".join(f"line {number} é\n" for number in range(1000)).encode()
+    (tmp_path / "one.txt").write_bytes(text)
+    ((_, train),), ((_, valid),) = data.load_documents(f"text:{tmp_path}/one.txt", "")
+    assert train + valid == text
+    assert train.endswith(b"\n")
+    assert 0.08 < len(valid) / len(text) <= 0.10
+
+
+def test_a_single_file_without_lines_is_cut_between_characters(tmp_path):
+    (tmp_path / "one.txt").write_bytes("é€".encode() * 333)
+    ((_, train),), ((_, valid),) = data.load_documents(f"text:{tmp_path}/one.txt", "")
+    assert (train + valid).decode() == train.decode() + valid.decode() == "é€" * 333
+
+
+def test_globs_are_recursive_and_sorted(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("z.txt", "a/y.txt", "a/b/x.txt", "a/b/x.md"):
+        (tmp_path / name).write_text(name)
+    names = [name for name, _ in data.read_documents(f"text:{tmp_path}/**/*.txt")]
+    assert names == ["a/b/x.txt", "a/y.txt", "z.txt"]
+
+
+def test_validation_files_are_taken_out_of_the_training_files(tmp_path):
+    spec = write_files(tmp_path, [100] * 5)
+    train, valid = data.load_documents(spec, f"text:{tmp_path}/file03.txt")
+    assert [name for name, _ in train] == ["file00.txt", "file01.txt", "file02.txt", "file04.txt"]
+    assert valid == [("file03.txt", (tmp_path / "file03.txt").read_bytes())]
+
+
+def test_a_changed_byte_changes_the_sha256():
+    one, other = [("a", b"xy"), ("b", b"z")], [("a", b"xy"), ("b", b"y")]
+    moved = [("a", b"x"), ("b", b"yz")]
+    assert len({data.facts(part)["sha256"] for part in (one, other, moved)}) == 3
+
+
+def test_bad_data_is_named(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.txt").write_bytes(b"fine until \xff here")
+    (tmp_path / "good.txt").write_bytes(b"fine")
+    cases = [
+        ("text:/no/such/*.txt", "", r"no file matches 'text:/no/such/\*\.txt'"),
+        (f"text:{tmp_path}/empty.txt", "", "empty corpus: all 1 files have 0 bytes"),
+        (f"text:{tmp_path}/bad.txt", "", r"bad\.txt is not UTF-8 text: byte 0xff at offset 11"),
+        ("parquet:x", "", "unknown data 'parquet:x'; known: stdlib, text:GLOB"),
+        (
+            f"text:{tmp_path}/good.txt",
+            f"text:{tmp_path}/g*",
+            r"validation data is empty|training data is empty",
+        ),
+    ]
+    for spec, valid, message in cases:
+        with pytest.raises(UserError, match=message):
+            data.load_documents(spec, valid)
+
+
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+    # By a patch, because the superuser can read everything.
+    def refuse(path):
+        raise PermissionError(13, os.strerror(13), str(path))
+
+    spec = write_files(tmp_path, [10])
+    monkeypatch.setattr(data.Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*file00\.txt: Permission denied"):
+        data.read_documents(spec)
+
+
+# Lanes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "segment_length"),
+    [([7, 1, 30, 12, 5], 3, 4), ([50], 4, 7), ([1] * 9, 2, 5), ([3, 2], 3, 16)],
+    ids=["several", "one-document", "one-byte-documents", "segment-longer-than-lane"],
+)
+def test_lanes_read_the_whole_stream_once_per_epoch(lengths, batch_size, segment_length):
+    documents = random_documents(lengths)
+    stream = data.Stream(documents, TOKENIZER)
+    lanes = data.Lanes(stream, batch_size, segment_length, seed=5)
+    batches = [lanes.next() for _ in range(60)]
+    inputs, targets, reset = (torch.cat(parts, 1).numpy() for parts in zip(*batches))
+
+    size = sum(lengths) + len(lengths)
+    for lane in range(batch_size):
+        begin, end = lane * size // batch_size, (lane + 1) * size // batch_size
+        expected = {"inputs": [], "targets": [], "reset": []}
+        for epoch in range(-(-inputs.shape[1] // (end - begin))):
+            order = np.random.default_rng([5, epoch]).permutation(len(documents))
+            tokens = [t for i in order for t in (256, *documents[i][1])] + [256]
+            expected["inputs"] += tokens[begin:end]
+            expected["targets"] += tokens[begin + 1 : end + 1]
+            expected["reset"] += [at == begin or tokens[at] == 256 for at in range(begin, end)]
+        length = inputs.shape[1]
+        assert inputs[lane].tolist() == expected["inputs"][:length]
+        assert targets[lane].tolist() == expected["targets"][:length]
+        assert reset[lane].tolist() == expected["reset"][:length]
+
+
+def test_epochs_have_different_orders_and_the_seed_decides():
+    stream = data.Stream(random_documents([5] * 20), TOKENIZER)
+    orders = [
+        data.Lanes(stream, 2, 4, seed).epoch_order(e)[0].tolist() for seed in (0, 1) for e in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == data.Lanes(stream, 4, 9, 0).epoch_order(0)[0].tolist()
+
+
+def test_lanes_go_on_from_their_state():
+    stream = data.Stream(random_documents([40, 7, 90, 3]), TOKENIZER)
+    whole = data.Lanes(stream, 3, 8, seed=1)
+    batches = [whole.next() for _ in range(40)]
+    for stop in (1, 17, 39):
+        first = data.Lanes(stream, 3, 8, seed=1)
+        for _ in range(stop):
+            first.next()
+        second = data.Lanes(stream, 3, 8, seed=1)
+        second.load_state(first.state())
+        for expected in batches[stop:]:
+            assert all(map(torch.equal, second.next(), expected))
+
+
+def test_too_little_text_for_the_lanes_is_an_error():
+    with pytest.raises(UserError, match="5 training tokens are too few for 3 lanes"):
+        data.Lanes(data.Stream([("a", b"abcd")], TOKENIZER), 3, 8, seed=0)
+
+
+# Validation
+
+
+@pytest.mark.parametrize("lengths", [[9000, 1, 20000, 300], [5], [70000], [1] * 3000])
+@pytest.mark.parametrize(("max_lanes", "segment_length"), [(1, 64), (32, 100)])
+def test_validation_counts_each_byte_once_and_reads_it_in_context(
+    lengths, max_lanes, segment_length
+):
+    stream = data.Stream(random_documents(lengths), TOKENIZER)
+    count = len(stream)
+    stream.tokens, stream.bos = np.arange(count), -1  # a token is now its own position
+    segments = list(data.validation_segments(stream, max_lanes, segment_length, warm_up=50))
+    inputs, targets, _, counted = (torch.cat(parts, 1).numpy() for parts in zip(*segments))
+    assert all(segment[0].shape[1] <= segment_length for segment in segments)
+    assert len(inputs) == min(max_lanes, max(1, (count - 1) // 400))
+    # Each position after the first is counted as a target once, its predecessor being the input,
+    assert sorted(targets[counted].tolist()) == list(range(1, count))
+    assert (targets == inputs + 1).all()
+    # with the 50 tokens before a lane's part, or all there are, as uncounted context.
+    for lane in range(len(inputs)):
+        first = counted[lane].argmax()
+        assert first == min(50, inputs[lane, first])
+        steps = np.diff(inputs[lane][: counted[lane].nonzero()[0][-1] + 1])
+        assert (steps == 1).all()
+
+
+def test_validation_leaves_document_ends_out_and_resets_at_starts():
+    documents = random_documents([5, 3, 4])
+    segments = list(data.validation_segments(data.Stream(documents, TOKENIZER), 32, 8))
+    inputs, targets, reset, counted = (torch.cat(parts, 1) for parts in zip(*segments))
+    assert bytes(targets[counted].tolist()) == b"".join(text for _, text in documents)
+    assert torch.equal(reset, inputs == 256)
+    assert int(reset.sum()) == 3

@@ -1,0 +1,563 @@
+"""train/lm.py and train/sample.py as a user runs them: real scripts in real processes."""
+
+import json
+import math
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.train import checkpoints, data, lm, run_directory, sample
+from kru_triton.train.config import Config, UserError
+
+TRAIN = Path(__file__).parents[1] / "train"
+TINY = shlex.split(
+    "--preset tiny --d-model 16 --hidden-size 16 --batch-size 4 --segment-length 32 --device cpu "
+    "--dropout 0.1 --wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
+)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(script, *arguments, **options):
+    command = [sys.executable, str(TRAIN / script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()}
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def run(script, *arguments, code=0, **options):
+    """Run a script to its end; its output (stdout, stderr) as text."""
+    process = start(script, *arguments, **options)
+    out, err = (text.decode() for text in process.communicate(timeout=120))
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def metrics(run_dir):
+    """The rows of metrics.jsonl without the speed, which differs from run to run."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tok_s"} for row in rows]
+
+
+def run_in_process(monkeypatch, *arguments):
+    """Exit code of train/lm.py's main(), here (fast, for what needs no process of its own)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(sys, "argv", ["train/lm.py", *map(str, arguments)])
+    try:
+        with pytest.raises(SystemExit) as end:
+            lm.main()
+        return end.value.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Eight files of English-like text, one held out by hand."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = np.random.default_rng(0)
+    words = ["the", "unit", "state", "carries", "kröneker", "of", "a", "matrix", "and", "time"]
+    for number in range(8):
+        text = " ".join(draw.choice(words, 1000)) + "\n"
+        (folder / f"{number}.txt").write_text(text)
+    return ["--data", f"text:{folder}/*.txt", "--valid", f"text:{folder}/7.txt"]
+
+
+@pytest.fixture(scope="module")
+def long_flags(corpus):
+    """A run long enough to be stopped in the middle."""
+    return [*TINY, *corpus, "--steps", "420", "--eval-every", "100", "--checkpoint-every", "50"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, long_flags):
+    """An uninterrupted run: its directory and what it printed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return run_dir, run("lm.py", *long_flags, "--run-dir", run_dir)[0]
+
+
+# What a run leaves and prints
+
+
+def test_a_finished_run_has_all_its_files_and_keys(finished):
+    run_dir, _ = finished
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    always = {"step", "tokens", "train/loss_nats", "tok_s", "grad_norm", "unitarity", "lr"}
+    evaluated = always | {"val/loss_nats", "val/bpb"}
+    assert [row["step"] for row in rows] == sorted({*range(7, 421, 7), 100, 200, 300, 400, 420})
+    for row in rows:
+        assert set(row) == (evaluated if row["step"] in (100, 200, 300, 400, 420) else always)
+        assert row["tokens"] == row["step"] * 4 * 32
+        assert all(math.isfinite(value) for value in row.values())
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["val/bpb"] == rows[-1]["val/bpb"]
+    assert (summary["steps"], summary["tokens"]) == (420, 420 * 4 * 32)
+    assert summary["seconds"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert "commit" in summary
+    settings = json.loads((run_dir / "config.json").read_text())
+    assert (settings["steps"], settings["dropout"], settings["d_model"]) == (420, 0.1, 16)
+
+    model = LanguageModel(LanguageModelConfig(**{**settings["model_config"], "factors": None}))
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert summary["recurrent_parameters"] == 2 * (4 * 4 + 4 * 4)  # two complex 4x4 factors
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "step-350",
+        "step-400",
+        "step-420",
+    ]
+
+
+def test_a_run_learns_and_states_its_facts_first_and_its_result_last(finished):
+    run_dir, out = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["val/bpb"] < 3 < metrics(run_dir)[0]["train/loss_nats"] / math.log(2)
+    head, tail = out.split("step 7 ")[0], out.split("done: ")[1]
+    for fact in ("lr=0.01", "parameters", "recurrent", "backend: kru_scan", "gzip -9", "commit"):
+        assert fact in head
+    assert re.search(r"train: 7 documents, [\d,]+ bytes, sha256 [0-9a-f]{16}", head)
+    for fact in (f"val/bpb {summary['val/bpb']:.4f}", "gzip -9", "xz", "53,760 tokens"):
+        assert fact in tail
+    assert f"sample.py {run_dir} --prompt" in tail
+    assert out.count("    | ") >= 5  # a sample at each evaluation
+
+
+def test_val_bpb_is_the_loss_of_each_byte_given_all_bytes_before_it_in_its_document(
+    finished, corpus
+):
+    run_dir, _ = finished
+    model, _, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    _, ((_, text),) = data.load_documents(corpus[1], corpus[3])
+    tokens = torch.tensor([[256, *text]])
+    with torch.no_grad():
+        logits, _ = model(tokens[:, :-1])
+    nats = F.cross_entropy(logits[0].double(), tokens[0, 1:], reduction="sum").item()
+    expected = nats / math.log(2) / len(text)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["val/bpb"] == pytest.approx(expected, rel=1e-5)  # float32 logits
+    assert summary["val/loss_nats"] == pytest.approx(expected * math.log(2), rel=1e-5)
+
+
+def test_help_is_quick_and_has_every_flag():
+    began = time.perf_counter()
+    out, _ = run("lm.py", "--help")
+    assert time.perf_counter() - began < 10  # about 2 s; loose for a busy machine
+    flags = (
+        "data valid tokenizer model preset match-params steps minutes batch-size segment-length lr "
+        "unitarity-weight seed run-dir resume checkpoint-every eval-every log-every keep wandb "
+        "backend precision device compile"
+    )
+    missing = [flag for flag in flags.split() if not re.search(rf"--{flag}[ ,]", out)]
+    assert missing == []
+
+
+# Stop and resume
+
+
+def wait_for_row(process, run_dir, step):
+    """Until metrics.jsonl has the row of this step."""
+    path = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def same_end(run_dir, finished):
+    """Every number, and every byte of the last checkpoint's tensors, as without a stop."""
+    whole, _ = finished
+    assert metrics(run_dir) == metrics(whole)
+    for name in ("model", "optimizer", "rank-0"):
+        files = [d / "checkpoints" / "step-420" / f"{name}.safetensors" for d in (run_dir, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path, long_flags, finished):
+    for row in (63, 182, 322):  # later than the checkpoints at 50, 150 and 300
+        process = start("lm.py", *long_flags, "--run-dir", tmp_path / "run")
+        wait_for_row(process, tmp_path / "run", row)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    out, _ = run("lm.py", *long_flags, "--run-dir", tmp_path / "run", "--resume", "must")
+    assert re.search(r"resumed from .*step-3\d0: step 3\d0", out)
+    same_end(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_exits_0(tmp_path, long_flags, finished, number):
+    process = start("lm.py", *long_flags, "--run-dir", tmp_path / "run")
+    wait_for_row(process, tmp_path / "run", 105)
+    process.send_signal(number)
+    out = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0
+    stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", out)[1])
+    assert 105 <= stopped < 420
+    assert checkpoints.list_steps(tmp_path / "run")[-1] == stopped
+    assert not (tmp_path / "run" / "summary.json").exists()
+    run("lm.py", *long_flags, "--run-dir", tmp_path / "run")
+    same_end(tmp_path / "run", finished)
+
+
+def test_resuming_on_stdlib_data_changes_no_digit(tmp_path, corpus, monkeypatch):
+    flags = [*TINY, "--data", "stdlib", *corpus[2:], "--steps", 12, "--log-every", 1]
+    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "whole") == 0
+    real, steps = LanguageModel.forward, []
+
+    def interrupted(self, *arguments):
+        steps.extend([1] * self.training)
+        if self.training and len(steps) in (3, 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LanguageModel, "forward", interrupted)
+    for end in (3, 8, 12):
+        assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "parts") == 0
+        assert checkpoints.list_steps(tmp_path / "parts")[-1] == end
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = (
+        "import os, signal, time; from kru_triton.train.lm import Stop; stop = Stop()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
+    assert process.stdout.decode().split() == ["SIGTERM"]
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_corrupt_checkpoint_falls_back_and_says_so(
+    tmp_path, long_flags, finished, monkeypatch, capsys
+):
+    short = [*long_flags, "--run-dir", tmp_path / "run"]
+    assert run_in_process(monkeypatch, *short, "--steps", 120) == 0
+    newest = tmp_path / "run" / "checkpoints" / "step-120" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    capsys.readouterr()
+    assert run_in_process(monkeypatch, *short, "--steps", 120) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"step-120 is corrupt: optimizer.safetensors has \d+ bytes, \d+ were", out)
+    assert re.search(r"falling back to .*step-100", out)
+    assert "resumed from" in out
+    assert checkpoints.load_latest(tmp_path / "run")[1] == []
+    assert (tmp_path / "run" / "checkpoints" / "corrupt-step-120").is_dir()
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path, long_flags):
+    flags = [*long_flags, "--run-dir", tmp_path / "run"]
+    process = start("lm.py", *flags)
+    wait_for_row(process, tmp_path / "run", 56)
+    process.kill()
+    process.communicate()
+    kept = checkpoints.list_steps(tmp_path / "run")
+    model_bytes = (
+        (tmp_path / "run" / "checkpoints" / f"step-{kept[0]}" / "optimizer.safetensors")
+        .stat()
+        .st_size
+    )
+
+    def limit_file_size():  # a real write that fails in a real process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (model_bytes - 1000, resource.RLIM_INFINITY))
+
+    out, _ = run("lm.py", *flags, code=1, preexec_fn=limit_file_size)
+    assert re.search(
+        r"warning: checkpoint of step 420 not written: File too large; step-\d+ stays", out
+    )
+    assert "done: val/bpb" in out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        f"step-{step}" for step in kept
+    ]
+    assert checkpoints.load_latest(tmp_path / "run")[1] == []
+    assert metrics(tmp_path / "run")[-1]["step"] == 420
+
+
+def test_another_configuration_is_refused_with_the_settings_that_differ(
+    finished, long_flags, monkeypatch, capsys
+):
+    run_dir, _ = finished
+    before = metrics(run_dir)
+    other = ["--lr", 0.5, "--d-model", 32, "--seed", 3]
+    assert run_in_process(monkeypatch, *long_flags, "--run-dir", run_dir, *other) == 2
+    err = capsys.readouterr().err
+    assert "belongs to a run with other settings" in err
+    lines = [line.strip() for line in err.splitlines() if " there, " in line]
+    assert lines == [
+        "d_model: 16 there, 32 now",
+        "lr: 0.01 there, 0.5 now",
+        "seed: 0 there, 3 now",
+    ]
+    assert metrics(run_dir) == before
+
+
+def test_other_text_is_another_configuration(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("some words to learn from\n" * 400)
+    flags = [
+        *TINY,
+        "--data",
+        f"text:{tmp_path}/text.txt",
+        "--run-dir",
+        tmp_path / "run",
+        "--steps",
+        2,
+    ]
+    assert run_in_process(monkeypatch, *flags) == 0
+    (tmp_path / "text.txt").write_text("other words to learn from\n" * 400)
+    assert run_in_process(monkeypatch, *flags) == 2
+    assert "train_sha256" in capsys.readouterr().err
+
+
+def test_a_larger_budget_goes_on_and_a_finished_run_only_reports(
+    tmp_path, corpus, monkeypatch, capsys
+):
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run"]
+    for steps, expected in ((20, [7, 14, 20]), (20, [7, 14, 20]), (30, [7, 14, 20, 21, 28, 30])):
+        assert run_in_process(monkeypatch, *flags, "--steps", steps) == 0
+        assert [row["step"] for row in metrics(tmp_path / "run")] == expected
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == steps
+    assert "note: --steps was 20 and is 30" in capsys.readouterr().out
+
+
+def test_resume_must_and_never(tmp_path, corpus, monkeypatch, capsys):
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--steps", 3]
+    assert run_in_process(monkeypatch, *flags, "--resume", "must") == 2
+    assert "--resume must: no good checkpoint under" in capsys.readouterr().err
+    assert run_in_process(monkeypatch, *flags) == 0
+    assert run_in_process(monkeypatch, *flags, "--seed", 1, "--resume", "never") == 0
+    old, new = (
+        json.loads((d / "config.json").read_text())
+        for d in (tmp_path / "run" / "old-1", tmp_path / "run")
+    )
+    assert (old["seed"], new["seed"]) == (0, 1)
+    assert checkpoints.load_latest(tmp_path / "run" / "old-1")[0].trainer["step"] == 3
+
+
+def test_minutes_anneal_the_learning_rate_to_the_floor(tmp_path, corpus, monkeypatch):
+    began = time.perf_counter()
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--minutes", 0.03, "--log-every", 1]
+    assert run_in_process(monkeypatch, *flags) == 0
+    assert time.perf_counter() - began > 1.8
+    rates = [row["lr"] for row in metrics(tmp_path / "run")]
+    assert max(rates) > 0.9 * 0.01
+    assert rates[-1] == pytest.approx(0.05 * 0.01, rel=0.3)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_schedule_warms_up_and_follows_the_cosine():
+    config = Config(warmup=10, lr_floor=0.1)
+    factors = [lm.learning_rate_factor(config, step, step / 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] > 0.95
+    assert factors[50] == pytest.approx(0.55)
+    assert lm.learning_rate_factor(config, 100, 1.0) == pytest.approx(0.1)
+
+
+# Bad input
+
+
+def test_a_non_finite_loss_stops_with_code_3_and_names_the_checkpoint(
+    tmp_path, corpus, monkeypatch, capsys
+):
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--steps", 60, "--checkpoint-every", 10]
+    real, steps = LanguageModel.forward, []
+
+    def poisoned(self, *arguments):
+        logits, state = real(self, *arguments)
+        steps.extend([1] * self.training)
+        return (logits * math.nan if len(steps) == 24 else logits), state
+
+    monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    assert run_in_process(monkeypatch, *flags) == 3
+    err = capsys.readouterr().err
+    assert "error: non-finite loss at step 24 (loss nan" in err
+    assert re.search(r"the last good checkpoint is .*checkpoints/step-20;", err)
+    assert checkpoints.list_steps(tmp_path / "run") == [10, 20]
+
+
+def test_bad_arguments_and_data_end_with_code_2_and_a_message(
+    tmp_path, corpus, monkeypatch, capsys
+):
+    (tmp_path / "short.txt").write_text("ten bytes\n")
+    (tmp_path / "file").touch()
+    cases = [
+        (["--data", "text:/no/such/file"], "no file matches 'text:/no/such/file'"),
+        (
+            [*corpus, "--valid", f"text:{tmp_path}/short.txt"],
+            "validation stream too short: 11 tokens",
+        ),
+        ([*corpus, "--factors", "3", "5"], "hidden_size"),
+        ([*corpus, "--num-heads", "3"], "num_heads"),
+        ([*corpus, "--backend", "triton"], "triton"),
+        ([*corpus, "--device", "cuda:99"], "--device cuda:99"),
+        ([*corpus, "--match-params", "10"], "match_params"),
+        ([*corpus, "--run-dir", tmp_path / "file" / "run"], "--run-dir"),
+        ([*corpus, "--batch-size", "100000"], "too few for 100000 lanes"),
+    ]
+    for flags, message in cases:
+        code = run_in_process(
+            monkeypatch, *TINY, "--run-dir", tmp_path / "run", "--steps", 1, *flags
+        )
+        err = capsys.readouterr().err
+        assert code == 2, (flags, err)
+        assert message in err, (flags, err)
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+
+
+def test_exit_code_2_of_the_real_process(tmp_path):
+    _, err = run("lm.py", "--data", "text:/no/such/file", "--run-dir", tmp_path, code=2)
+    assert err.startswith("error: no file matches")
+    run("lm.py", "--no-such-flag", code=2)
+
+
+def test_a_config_file_that_is_not_one_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json is not the configuration of a run"):
+        run_directory.compare_settings(tmp_path, {})
+
+
+# Other ways to run
+
+
+@pytest.mark.parametrize("model", ["lstm", "gru", "rnn", "transformer"])
+def test_baselines_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model):
+    flags = [*TINY, *corpus, "--model", model, "--eval-every", 6]
+    for directory, legs in (("whole", [12]), ("parts", [5, 12])):
+        for steps in legs:
+            # Constant learning rate, so that the shorter first leg has the same schedule.
+            more = ["--steps", steps, "--lr-floor", 1, "--run-dir", tmp_path / directory]
+            assert run_in_process(monkeypatch, *flags, *more, "--log-every", 1) == 0
+    losses = {
+        d: [row["train/loss_nats"] for row in metrics(tmp_path / d)] for d in ("whole", "parts")
+    }
+    whole = losses["whole"]
+    assert whole == losses["parts"]
+    assert whole[-1] < whole[0]
+
+
+def test_bfloat16_and_the_unitary_penalty_take_effect(tmp_path, corpus, monkeypatch):
+    flags = [*TINY, *corpus, "--steps", 4, "--log-every", 4, "--dropout", 0]
+    ends = {}
+    for name, more in {
+        "plain": [],
+        "bfloat16": ["--dtype", "bfloat16"],
+        "penalty": ["--unitarity-weight", 100.0],
+    }.items():
+        assert run_in_process(monkeypatch, *flags, *more, "--run-dir", tmp_path / name) == 0
+        ends[name] = metrics(tmp_path / name)[-1]
+    plain, low = ends["plain"]["train/loss_nats"], ends["bfloat16"]["train/loss_nats"]
+    assert plain != low == pytest.approx(plain, rel=0.05)
+    assert ends["penalty"]["grad_norm"] != ends["plain"]["grad_norm"]
+
+
+def test_wandb_offline_holds_numbers_sample_and_spectrum(tmp_path, corpus):
+    flags = [*TINY, *corpus, "--steps", 10, "--wandb", "offline", "--run-dir", tmp_path / "run"]
+    out, _ = run("lm.py", *flags)
+    assert "wandb: offline" in out
+    assert "wandb: off " not in out
+    assert "no spectrum" not in out
+    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    for key in (b"train/loss_nats", b"val/bpb", b"grad_norm", b"unitarity"):
+        assert key in content
+    media = [path.suffix for path in record.parent.glob("files/media/*/*")]
+    assert sorted(media) == [".html", ".png"]
+    assert metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+# Samples
+
+
+def test_samples_stream_to_the_terminal(finished):
+    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 4000)
+    first = process.stdout.read(10)
+    assert process.poll() is None  # it is still writing
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    text = first + rest
+    assert text.startswith(b"the ")
+    assert b"parameters" in err
+    assert len(text.decode()) <= len("the ") + 4000 + 1
+
+
+def test_samples_are_repeatable_and_follow_the_seed(finished):
+    outs = [run("sample.py", finished[0], "--tokens", 60, "--seed", seed)[0] for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_greedy_decoding_equals_the_argmax_of_the_whole_text(finished):
+    model, tokenizer, _ = sample.load_model(str(finished[0]), "cpu", "auto")
+    options = {"temperature": 0, "top_p": 1.0, "generator": torch.Generator()}
+    tokens = list(sample.generate(model, tokenizer, b"the unit ", 50, **options))
+    whole = torch.tensor([[256, *b"the unit ", *tokens]])
+    with torch.no_grad():
+        logits, _ = model(whole)
+    logits[..., 256] = -math.inf
+    assert logits[0, 9:-1].argmax(-1).tolist() == tokens
+
+
+def test_the_state_does_not_grow_with_the_text(finished, monkeypatch):
+    model, tokenizer, _ = sample.load_model(str(finished[0]), "cpu", "auto")
+    forward, seen = model.forward, []
+
+    def watched(tokens, state=None, reset=None):
+        logits, state = forward(tokens, state, reset)
+        seen.append((tokens.shape[1], sum(tensor.numel() for tensor in state)))
+        return logits, state
+
+    monkeypatch.setattr(model, "forward", watched)
+    options = {"temperature": 1.0, "top_p": 1.0, "generator": torch.Generator().manual_seed(0)}
+    list(sample.generate(model, tokenizer, b"x" * 99, 20, **options))
+    assert [length for length, _ in seen] == [100] + [1] * 19  # the prompt in one go
+    assert len({size for _, size in seen}) == 1
+
+
+def test_draws_stay_in_the_nucleus_and_follow_its_probabilities():
+    probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    generator = torch.Generator().manual_seed(0)
+    draws = [sample.draw(probabilities.log(), 1.0, 0.75, generator) for _ in range(2000)]
+    assert set(draws) == {1, 3}
+    assert draws.count(1) / 2000 == pytest.approx(0.625, abs=0.04)  # 3.7 standard errors
+    everything = {sample.draw(probabilities.log(), 1.0, 1.0, generator) for _ in range(2000)}
+    assert everything == {0, 1, 2, 3}
+    assert {sample.draw(probabilities.log(), 1e-30, 1.0, generator) for _ in range(9)} == {1}
+    assert sample.draw(probabilities.log(), 0, 0.5, generator) == 1
+
+
+def test_characters_of_several_bytes_are_put_together(finished, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: iter("é€".encode() + b"\xe2"))
+    sample.run(sample.SampleConfig(str(finished[0]), prompt="ö"))
+    assert capsys.readouterr().out == "öé€\ufffd\n"
+
+
+def test_bad_arguments_for_samples(finished, tmp_path):
+    cases = [
+        ({"temperature": -1.0}, "--temperature must be at least 0, got -1.0"),
+        ({"temperature": math.nan}, "--temperature must be at least 0"),
+        ({"top_p": 0.0}, r"--top-p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"--top-p must be in \(0, 1\], got 1.5"),
+        ({"tokens": 0}, "--tokens must be at least 1, got 0"),
+        ({"run_dir": str(tmp_path)}, "no checkpoint under"),
+    ]
+    for values, message in cases:
+        with pytest.raises(UserError, match=message):
+            sample.run(sample.SampleConfig(**{"run_dir": str(finished[0]), **values}))
+    _, err = run("sample.py", tmp_path, code=2)
+    assert err.startswith("error: no checkpoint under")

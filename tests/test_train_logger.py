@@ -1,0 +1,153 @@
+"""metrics.jsonl survives crashes and full disks; Weights & Biases may break at any call."""
+
+import json
+import os
+import sys
+import types
+
+import pytest
+
+from kru_triton.train import logger
+from kru_triton.train.logger import Metrics, Wandb
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_on_disk_at_once_and_later_ones_are_dropped_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    for step in (10, 20, 30):
+        metrics.write({"step": step, "loss": 1 / step})
+        assert rows_in(path)[-1]["step"] == step
+    resumed = Metrics(path, 20)
+    assert rows_in(path) == [{"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}] == resumed.rows
+    resumed.write({"step": 30})
+    assert [row["step"] for row in rows_in(path)] == [10, 20, 30]
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    metrics = Metrics(path, 10)
+    metrics.write({"step": 2})
+    assert rows_in(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_rows_that_the_disk_refused_are_written_later(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, 0)
+    metrics.write({"step": 1})
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, content):
+            self.file.write(content[:4])
+            raise OSError(28, os.strerror(28))
+
+    def open_full(path, mode, buffering):
+        return FullDisk(os.fdopen(os.open(path, os.O_RDWR), mode, buffering))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logger, "open", open_full, raising=False)
+        metrics.write({"step": 2})
+    assert "No space left" in capsys.readouterr().err
+    metrics.write({"step": 3})
+    assert rows_in(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+# Weights & Biases
+
+
+def broken_wandb(failing):
+    """A stand-in for the wandb module in which one call raises."""
+    calls = []
+
+    def call(name, result=None):
+        def inner(*_args, **_kwargs):
+            calls.append(name)
+            if name == failing:
+                raise ConnectionResetError("the service is gone")
+            return result
+
+        return inner
+
+    run = types.SimpleNamespace(
+        define_metric=call("define_metric"),
+        log=call("log"),
+        finish=call("finish"),
+        summary=types.SimpleNamespace(update=call("update")),
+    )
+    module = types.ModuleType("wandb")
+    module.Settings, module.init, module.Html = call("Settings"), call("init", run), call("Html")
+    return module, calls
+
+
+@pytest.mark.parametrize(
+    "failing", ["Settings", "init", "define_metric", "log", "Html", "update", "finish", "nothing"]
+)
+def test_a_failing_call_turns_wandb_off_with_one_line(failing, tmp_path, monkeypatch, capsys):
+    module, calls = broken_wandb(failing)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    wandb = Wandb("offline", tmp_path, "id", {})
+    for step in range(3):
+        wandb.log({"step": step}, sample="text")
+    wandb.summarize({"val/bpb": 1.0})
+    wandb.finish()
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("wandb: off (")
+    ]
+    if failing == "nothing":
+        assert lines == []
+        assert calls.count("log") == 3
+        assert calls[-1] == "finish"
+    else:
+        assert lines == [
+            "wandb: off (ConnectionResetError: the service is gone); metrics.jsonl goes on"
+        ]
+        assert calls[-1] == failing  # nothing was called after it
+
+
+def test_a_figure_that_fails_costs_only_the_figures(tmp_path, monkeypatch, capsys):
+    module, calls = broken_wandb("nothing")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    wandb = Wandb("offline", tmp_path, "id", {})
+    for step in range(2):
+        wandb.log({"step": step}, draw=lambda: 1 / 0)
+    assert calls.count("log") == 2
+    assert capsys.readouterr().out.count("no spectrum figures: division by zero") == 1
+
+
+def test_wandb_missing_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    Wandb("auto", tmp_path, "id", {}).log({"step": 1})
+    assert "wandb: not installed, off" in capsys.readouterr().out
+
+
+def test_auto_is_offline_without_a_key_or_without_the_host(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert logger.why_offline("http://127.0.0.1:9") == "no key"
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert "127.0.0.1 cannot be reached" in logger.why_offline("http://127.0.0.1:9")
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    reason = logger.why_offline("http://127.0.0.1:9")
+    assert "127.0.0.1 cannot be reached" in reason
+    assert "xxxx" not in reason
+    with logger.socket.create_server(("127.0.0.1", 0)) as server:
+        assert logger.why_offline(f"http://127.0.0.1:{server.getsockname()[1]}") == ""

@@ -1,0 +1,253 @@
+"""Settings of a language-model run.
+
+One flat dataclass, `Config`. Where a value comes from, the later wins:
+
+    preset  <  TOML file (`--config`)  <  flags
+
+A preset's model sizes are in `kru_triton.language_model.PRESETS`, its training settings in
+`TRAINING` below. `IDENTITY_FREE` lists the settings that may change when a run is resumed; every
+other one belongs to the run's identity.
+"""
+
+import argparse
+import dataclasses
+import math
+import tomllib
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from kru_triton.language_model import PRESETS, LanguageModelConfig, match_parameters
+
+# Training settings of the presets. Their steps count where neither --steps nor --minutes is given.
+# fmt: off
+TRAINING = {
+    #        batch_size  segment_length     lr  recurrent_lr  warmup   steps
+    "tiny":  (       16,            128,  1e-2,         2e-3,     50,   1000),
+    "small": (       32,            128,  1e-2,         2e-3,     50,   2000),
+    "base":  (       32,            256,  3e-3,         1e-3,    100,   5000),
+    "large": (       64,            512,  1e-3,         3e-4,    500,  50000),
+}
+# fmt: on
+TRAINING_COLUMNS = ("batch_size", "segment_length", "lr", "recurrent_lr", "warmup", "steps")
+
+
+class UserError(Exception):
+    """Bad arguments, data or run directory: scripts print the message and exit with code 2."""
+
+
+@dataclass
+class Config:
+    data: str = "stdlib"
+    """Training text: stdlib (source of this Python's own library) or text:GLOB (** = folders)."""
+    valid: str = ""
+    """Validation text, spelled like --data. Empty: a fixed part of --data is held out."""
+    tokenizer: Literal["bytes"] = "bytes"
+    """bytes: 256 byte values and a start-of-document mark."""
+
+    preset: Literal["tiny", "small", "base", "large"] = "small"
+    """Named sizes and training settings; every other flag overrides its part of the preset."""
+    config: str = ""
+    """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
+    model: Literal["kru", "lstm", "gru", "rnn", "transformer"] = "kru"
+    """The recurrent layer, or a baseline in the same frame."""
+    match_params: int = 0
+    """Scale the widths until the model has about this many parameters. 0: sizes as given."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 2
+    """Residual blocks."""
+    hidden_size: int = 128
+    """Recurrent units per layer (complex ones for --field complex)."""
+    factors: tuple[int, ...] = ()
+    """Sizes of the square Kronecker factors of one head. Nothing: two balanced ones."""
+    num_heads: int = 1
+    """Independent recurrent blocks (attention heads for the transformer)."""
+    field: Literal["complex", "real"] = "complex"
+    """Numbers the recurrence works in."""
+    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
+    """Nonlinearity of the recurrence."""
+    radius: float = 1.0
+    """The recurrent matrix starts as this times a unitary one."""
+    gated: bool = True
+    """Multiply the recurrence's output by a gate of the input."""
+    mlp_ratio: float = 2.0
+    """Width of a block's MLP over d_model."""
+    dropout: float = 0.0
+    """Dropout on the output of each block's branches."""
+    context_length: int = 256
+    """Window of the transformer baseline, in tokens. Recurrent models have none."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Which implementation of the recurrence runs."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the Triton kernels."""
+
+    steps: int = 0
+    """Stop after this many steps. 0: no limit (with neither budget given, the preset's steps)."""
+    minutes: float = 0.0
+    """Stop after this many minutes of training, resumed legs together. 0: no limit. The learning
+    rate anneals by the budget that is further spent."""
+    batch_size: int = 32
+    """Parallel lanes, each reading its own part of the text."""
+    segment_length: int = 128
+    """Tokens per lane and step; gradients reach back this far, the hidden state is carried on."""
+    lr: float = 3e-3
+    """Peak learning rate of everything but the Kronecker factors."""
+    recurrent_lr: float = 1e-3
+    """Peak learning rate of the Kronecker factors."""
+    lr_floor: float = 0.05
+    """The cosine ends at this share of the peak."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's decay of the weight matrices (never of factors, biases, norms)."""
+    clip: float = 1.0
+    """Global gradient norm limit. 0: none."""
+    unitarity_weight: float = 0.0
+    """Weight of the soft unitary penalty, sum over factors of ||W^H W - I||^2."""
+    seed: int = 0
+    """Initial weights, dropout, order of documents."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast the forward pass."""
+    compile: bool = False
+    """torch.compile the model."""
+
+    run_dir: str = "runs/lm"
+    """Everything the run writes goes here."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on if there is a good checkpoint. must: or fail. never: set old files aside."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: none but the one at the end or on SIGTERM or SIGINT."""
+    eval_every: int = 500
+    """Steps between evaluations on the whole validation text; 0: none but the one at the end."""
+    log_every: int = 20
+    """Steps between rows of metrics.jsonl."""
+    keep: int = 3
+    """Checkpoints kept."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases. auto: online with a key and a reachable host, else offline."""
+
+    prompt: str = ""
+    """The sample at each evaluation goes on from this text. Empty: from the start of a document."""
+    sample_tokens: int = 200
+    """Length of that sample. 0: none."""
+    temperature: float = 0.8
+    """Of that sample. 0: always the most likely token."""
+    top_p: float = 0.95
+    """Of that sample: draw from the smallest set of tokens with this much probability."""
+
+
+# What may differ between the legs of one run: budget, logging, where and how it is computed.
+IDENTITY_FREE = {
+    *("steps", "minutes", "preset", "config", "run_dir", "resume", "keep", "wandb"),
+    *("checkpoint_every", "eval_every", "log_every"),
+    *("prompt", "sample_tokens", "temperature", "top_p"),
+    *("backend", "precision", "device", "compile"),
+}
+
+
+def parse(argv: list[str] | None = None, description: str = "") -> Config:
+    """Resolve preset < TOML < flags.
+
+    Flags that tyro refuses end the process with exit code 2; everything else raises UserError.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset")
+    early.add_argument("--config")
+    flags, _ = early.parse_known_args(argv)
+    toml = read_toml(flags.config) if flags.config else {}
+    preset = flags.preset or toml.get("preset") or Config.preset
+    if preset not in TRAINING:
+        preset = Config.preset  # only for now: tyro refuses the flag and names the valid ones
+    training = dict(zip(TRAINING_COLUMNS[:-1], TRAINING[preset]))
+    values = {**model_settings(PRESETS[preset]), **training, **toml, "preset": preset}
+    default = dataclasses.replace(Config(), **values)
+    config = tyro.cli(Config, args=argv, default=default, description=description)
+    if not config.steps and not config.minutes:
+        config.steps = TRAINING[config.preset][-1]
+    validate(config)
+    return config
+
+
+def model_settings(model_config: LanguageModelConfig) -> dict:
+    """The fields of a model configuration that are settings here."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    values = {k: v for k, v in dataclasses.asdict(model_config).items() if k in known}
+    return {**values, "factors": tuple(values["factors"] or ())}
+
+
+def model_config(config: Config, vocab_size: int) -> LanguageModelConfig:
+    """The model's configuration out of the run's, parameters matched where that is asked for."""
+    shared = {field.name for field in dataclasses.fields(LanguageModelConfig)} - {"vocab_size"}
+    values = {name: getattr(config, name) for name in shared if hasattr(config, name)}
+    values["factors"] = config.factors or None
+    try:
+        result = LanguageModelConfig(vocab_size=vocab_size, **values)
+        return match_parameters(result, config.match_params) if config.match_params else result
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model: {error}") from error
+
+
+def read_toml(path: str) -> dict:
+    """A flat TOML file as settings; unknown names and wrong kinds are errors."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    table = {key.replace("-", "_"): value for key, value in table.items()}
+    hints = get_type_hints(Config)
+    unknown = sorted(set(table) - set(hints))
+    if unknown:
+        raise UserError(f"--config {path}: unknown keys {unknown}; known: {', '.join(hints)}")
+    return {key: toml_value(path, key, value, hints[key]) for key, value in table.items()}
+
+
+def toml_value(path: str, key: str, value, hint):
+    """`value` as the type that `hint` wants, or UserError."""
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        rule = f"one of {', '.join(map(repr, get_args(hint)))}"
+    elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
+        if isinstance(value, list) and all(type(item) is int for item in value):
+            return tuple(value)
+        rule = "a list of whole numbers"
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    else:
+        rule = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[
+            hint
+        ]
+    raise UserError(f"--config {path}: {key} must be {rule}, got {value!r}")
+
+
+def validate(config: Config) -> None:
+    """Ranges that the types do not say."""
+    at_least = {
+        1: "d_model num_layers hidden_size num_heads context_length batch_size segment_length "
+        "log_every keep",
+        0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
+        "checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed",
+    }
+    for least, names in at_least.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if not (math.isfinite(value) and value >= least):
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not config.dropout < 1:
+        raise UserError(f"--dropout must be below 1, got {config.dropout}")
+    if not config.lr_floor <= 1:
+        raise UserError(f"--lr-floor must be at most 1, got {config.lr_floor}")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p must be in (0, 1], got {config.top_p}")
+    if not config.mlp_ratio > 0:
+        raise UserError(f"--mlp-ratio must be positive, got {config.mlp_ratio}")
+    if any(size < 1 for size in config.factors):
+        raise UserError(f"--factors must be positive, got {config.factors}")

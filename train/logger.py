@@ -1,0 +1,169 @@
+"""Where a run's numbers go: `metrics.jsonl` is the record, Weights & Biases is best effort."""
+
+import html
+import io
+import json
+import netrc
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kru_triton.train.checkpoints import write_atomic
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object per line, ordered by step.
+
+    Opening it at step N drops the rows of later steps, so that a resumed run ends with the file of
+    a run that never stopped. Rows that a full disk refuses are kept and written with the next one.
+    """
+
+    def __init__(self, path: Path, last_step: int):
+        self.path = path
+        self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.good_bytes = path.stat().st_size
+        self.unwritten = b""
+
+    def write(self, row: dict) -> None:
+        self.rows.append(row)
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            with open(self.path, "r+b", buffering=0) as file:
+                file.truncate(self.good_bytes)  # drops a line that was cut short
+                file.seek(self.good_bytes)
+                if file.write(self.unwritten) == len(self.unwritten):
+                    self.good_bytes += len(self.unwritten)
+                    self.unwritten = b""
+        except OSError as error:
+            print(
+                f"warning: {self.path}: {error.strerror}; the row is kept for later",
+                file=sys.stderr,
+            )
+
+    def sync(self) -> None:
+        """Flush to the disk (before a checkpoint that stands for these rows)."""
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict]:
+    """All whole rows of a metrics file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Wandb:
+    """Weights & Biases, which may not stop a run: the first failure turns it off, in one line."""
+
+    def __init__(self, mode: str, run_dir: Path, run_id: str, config: dict):
+        self.run = None
+        self.draws = True
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or "auto"
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError:
+            print("wandb: not installed, off (metrics.jsonl is the record)")
+            return
+        self.wandb = wandb
+        self.guard(self.start, mode, run_dir, run_id, config)
+
+    def start(self, mode: str, run_dir: Path, run_id: str, config: dict) -> None:
+        reason = ""
+        if mode == "auto":
+            reason = why_offline(self.wandb.Settings().base_url)
+            mode = "offline" if reason else "online"
+        settings = self.wandb.Settings(
+            console="off", silent=True, init_timeout=10, disable_git=True
+        )
+        self.run = self.wandb.init(
+            project="kru_triton",
+            name=run_dir.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=str(run_dir),
+            config=config,
+            settings=settings,
+        )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+        print(f"wandb: {mode}{f' ({reason})' if reason else ''}, files in {run_dir}/wandb")
+
+    def log(self, row: dict, sample: str = "", draw: Callable | None = None) -> None:
+        """A row of metrics.jsonl, a text sample, and the matplotlib figure that `draw` returns."""
+        if self.run:
+            self.guard(self.send, row, sample, draw)
+
+    def send(self, row: dict, sample: str, draw: Callable | None) -> None:
+        media = {}
+        if sample:
+            media["sample"] = self.wandb.Html(f"<pre>{html.escape(sample)}</pre>")
+        if draw and self.draws:
+            try:
+                figure = draw()
+                if figure is not None:
+                    media["spectrum"] = self.wandb.Image(as_picture(figure))
+            except Exception as error:  # a picture is never worth a run
+                self.draws = False
+                print(f"wandb: no spectrum figures: {error}")
+        self.run.log({**row, **media})
+
+    def summarize(self, summary: dict) -> None:
+        if self.run:
+            self.guard(self.run.summary.update, summary)
+
+    def finish(self) -> None:
+        if self.run:
+            self.guard(self.run.finish)
+
+    def guard(self, call, *arguments) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # whatever goes wrong in there must not stop the training
+            self.run = None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(f"wandb: off ({reason}); metrics.jsonl goes on")
+
+
+def why_offline(base_url: str) -> str:
+    """The reason to stay offline; empty where there is a key and the host answers within 3 s."""
+    host = urlsplit(base_url).hostname or ""
+    if not os.environ.get("WANDB_API_KEY"):
+        try:
+            known = netrc.netrc().authenticators(host)
+        except (OSError, netrc.NetrcParseError):
+            known = None
+        if not known:
+            return "no key"
+    port = urlsplit(base_url).port or (443 if base_url.startswith("https") else 80)
+    try:
+        socket.create_connection((host, port), timeout=3).close()
+    except OSError as error:
+        return f"{host} cannot be reached: {error}"
+    return ""
+
+
+def as_picture(figure):
+    """A matplotlib figure as a PIL image."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
+
+
+def new_run_id() -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"

@@ -1,0 +1,125 @@
+"""The run directory: whose it is, what to go on from, and what ran there.
+
+RUN_DIR/config.json holds the settings of the run. A later leg must have the same ones, up to those
+that do not change what is learned (`config.IDENTITY_FREE`).
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from kru_triton.train import checkpoints
+from kru_triton.train.config import IDENTITY_FREE, UserError
+
+RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "wandb")
+
+
+def open_run(run_dir: Path, resume: str, settings: dict) -> checkpoints.Checkpoint | None:
+    """Make the directory ready; return the checkpoint to go on from, or None to start at step 0.
+
+    Args:
+        run_dir: created where it is missing.
+        resume: "auto", "must" or "never".
+        settings: what config.json will hold. Its `wandb_id` is replaced by that of the run that
+            goes on.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint = None if resume == "never" else find_checkpoint(run_dir, settings)
+        if resume == "must" and checkpoint is None:
+            raise UserError(f"--resume must: no good checkpoint under {run_dir / 'checkpoints'}")
+        if resume == "never":
+            set_aside(run_dir)
+        checkpoints.write_atomic(run_dir / "config.json", json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
+    return checkpoint
+
+
+def find_checkpoint(run_dir: Path, settings: dict) -> checkpoints.Checkpoint | None:
+    """The newest good checkpoint of a run with these settings; corrupt ones are renamed."""
+    compare_settings(run_dir, settings)
+    checkpoint, corrupt = checkpoints.load_latest(run_dir)
+    for path, reason in corrupt:
+        aside = path.with_name(f"corrupt-{path.name}")
+        print(f"warning: {path} is corrupt: {reason}; now named {aside.name}")
+        path.rename(aside)
+    if corrupt and checkpoint:
+        print(f"warning: falling back to {checkpoint.path}")
+    if corrupt and not checkpoint:
+        print("warning: no good checkpoint is left; starting at step 0")
+        set_aside(run_dir)
+    return checkpoint
+
+
+def compare_settings(run_dir: Path, settings: dict) -> None:
+    """Refuse a directory of another configuration, naming what differs."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())
+        settings["wandb_id"] = old["wandb_id"]
+        before, now = identity(old), identity(settings)
+        budgets = {key: (old[key], settings[key]) for key in ("steps", "minutes")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the configuration of a run ({error!r}); choose another --run-dir"
+        ) from error
+    different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if different:
+        lines = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in different]
+        raise UserError(
+            "\n".join([f"{run_dir} belongs to a run with other settings:", *lines])
+            + "\nchoose another --run-dir, or --resume never to set that run's files aside"
+        )
+    for key, (then, today) in budgets.items():
+        if then != today:
+            print(f"note: --{key} was {then} and is {today}: the schedule follows the new budget")
+
+
+def identity(settings: dict) -> dict:
+    """The settings that make a run what it is."""
+    flat = {**settings, **settings["model_config"]}
+    free = IDENTITY_FREE | {"model_config", "wandb_id"}
+    return {key: value for key, value in flat.items() if key not in free}
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move the files of an earlier run into `old-N/`."""
+    present = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+    if not present:
+        return
+    number = 1
+    while (run_dir / f"old-{number}").exists():
+        number += 1
+    (run_dir / f"old-{number}").mkdir()
+    for path in present:
+        path.rename(run_dir / f"old-{number}" / path.name)
+    print(f"the files of the earlier run are now in {run_dir}/old-{number}")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("kru-triton", "torch", "numpy", "triton", "safetensors", "wandb"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this code, `-dirty` where it was changed; None outside a checkout."""
+    here = Path(__file__).resolve()
+    git = ["git", "--no-optional-locks", "-C", str(here.parent)]
+    tracked = [*git, "ls-files", "--error-unmatch", here.name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

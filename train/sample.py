@@ -1,0 +1,174 @@
+"""Let a trained language model write on.
+
+    prompt -> one scan over the prompt -> state -> token -> step -> token -> step -> ...
+
+The state has a fixed size, so memory and time per token do not grow with the text. The mark that
+ends a document is never drawn: exactly `--tokens` tokens come out.
+
+    python train/sample.py runs/lm --prompt "def "
+    python train/sample.py runs/lm --prompt "def " --temperature 0.8 --top-p 0.95 --tokens 500
+    python train/sample.py runs/lm --prompt "import" --temperature 0
+"""
+
+import codecs
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.train import checkpoints
+from kru_triton.train.config import UserError
+from kru_triton.train.data import ByteTokenizer
+
+
+@dataclass
+class SampleConfig:
+    run_dir: tyro.conf.Positional[str]
+    """The run directory of train/lm.py."""
+    prompt: str = ""
+    """Text to go on from. Empty: the start of a document."""
+    temperature: float = 0.8
+    """Below 1 sharper, above 1 flatter; 0: always the most likely token."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens with this much probability."""
+    tokens: int = 500
+    """How many tokens to write."""
+    seed: int = 0
+    """Of the draws."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Which implementation of the recurrence runs."""
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    tokenizer: ByteTokenizer,
+    prompt: bytes,
+    count: int,
+    *,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Yield `count` tokens that follow a document's beginning, `prompt`.
+
+    Args:
+        model: in evaluation mode.
+        prompt: UTF-8 bytes; empty for the start of a document.
+        temperature: 0 takes the most likely token each time.
+        top_p: draw from the smallest set of tokens with this much probability.
+        generator: on the CPU, whatever the model's device is.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt).tolist()]], device=device)
+    reset = torch.zeros_like(tokens, dtype=torch.bool)
+    reset[0, 0] = True
+    logits, state = model(tokens, None, reset)
+    for index in range(count):
+        logits = logits[0, -1].float().cpu()
+        logits[tokenizer.bos] = -math.inf
+        token = draw(logits, temperature, top_p, generator)
+        yield token
+        if index < count - 1:
+            logits, state = model(torch.tensor([[token]], device=device), state)
+
+
+def draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token id from logits (V,): the likeliest at temperature 0, else by nucleus sampling."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax((logits - logits.max()) / temperature, -1).sort(
+        descending=True, stable=True
+    )
+    before = probabilities.cumsum(-1) - probabilities  # probability of all that is likelier
+    probabilities[before >= top_p] = 0.0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def load_model(
+    run_dir: str, device: str, backend: str
+) -> tuple[LanguageModel, ByteTokenizer, checkpoints.Checkpoint]:
+    """The newest good checkpoint of a run as a model in evaluation mode."""
+    checkpoint, corrupt = checkpoints.load_latest(Path(run_dir))
+    for path, reason in corrupt:
+        print(f"warning: {path} is corrupt: {reason}", file=sys.stderr)
+    if checkpoint is None:
+        raise UserError(
+            f"no {'good ' if corrupt else ''}checkpoint under {Path(run_dir, 'checkpoints')}"
+        )
+    settings = {**checkpoint.trainer["model_config"], "backend": backend}
+    settings["factors"] = tuple(settings["factors"]) if settings["factors"] else None
+    model = LanguageModel(LanguageModelConfig(**settings))
+    model.load_state_dict(checkpoint.tensors["model"])
+    return model.to(pick_device(device)).eval(), ByteTokenizer(), checkpoint
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def run(config: SampleConfig) -> None:
+    if not config.temperature >= 0:
+        raise UserError(f"--temperature must be at least 0, got {config.temperature}")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top-p must be in (0, 1], got {config.top_p}")
+    if config.tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {config.tokens}")
+    model, tokenizer, checkpoint = load_model(config.run_dir, config.device, config.backend)
+    print(
+        f"{checkpoint.path}: {model.num_parameters:,} parameters, {model.backend_report()}",
+        file=sys.stderr,
+    )
+
+    prompt = os.fsencode(config.prompt)  # the bytes as they were typed
+    tokens = generate(
+        model,
+        tokenizer,
+        prompt,
+        config.tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "replace"
+    )  # a character may take several tokens
+    sys.stdout.write(decoder.decode(prompt))
+    for token in tokens:
+        sys.stdout.write(decoder.decode(tokenizer.decode([token])))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    description, _, examples = __doc__.partition("\n\n    python")
+    config = tyro.cli(SampleConfig, description=description + "\n\n    python" + examples)
+    try:
+        run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
