@@ -112,8 +112,9 @@ class Config:
     """Initial weights, dropout, order of documents."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast the forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: autocast the forward pass. auto: that where the device multiplies it in hardware
+    (GPUs, CPUs with AMX)."""
     compile: bool = False
     """torch.compile the model."""
 

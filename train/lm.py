@@ -37,7 +37,7 @@ from kru_triton.train import checkpoints, data
 from kru_triton.train.config import Config, UserError, model_config, parse
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
 from kru_triton.train.run_directory import commit, open_run, versions
-from kru_triton.train.sample import generate, pick_device
+from kru_triton.train.sample import generate, pick_device, pick_dtype
 
 EVALUATION_LANES = 32
 
@@ -210,6 +210,7 @@ def train(config: Config) -> int:
     stop = Stop()
     run_dir = Path(config.run_dir)
     device = pick_device(config.device)
+    config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
 
     # Data
     tokenizer = data.ByteTokenizer()

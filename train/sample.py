@@ -124,6 +124,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the device multiplies it in hardware."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
 def run(config: SampleConfig) -> None:
     if not config.temperature >= 0:
         raise UserError(f"--temperature must be at least 0, got {config.temperature}")
