@@ -41,7 +41,7 @@ class LanguageModelConfig:
     factors: tuple[int, ...] | None = None  # KRU: sizes of square factors; None: two balanced ones
     num_heads: int = 1  # KRU: independent blocks of the recurrence; transformer: attention heads
     field: Literal["complex", "real"] = "complex"
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "tanh"
+    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "relu"
     radius: float = 1.0  # KRU: the recurrent matrix starts as this times a unitary one
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     context_length: int = 256  # transformer: how many earlier positions are attended to
@@ -338,8 +338,8 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
 
 
 PRESETS = {
-    "tiny": LanguageModelConfig(d_model=64, num_layers=1, hidden_size=64, mlp_ratio=2.0),
-    "small": LanguageModelConfig(d_model=128, num_layers=2, hidden_size=256, mlp_ratio=2.0),
-    "base": LanguageModelConfig(d_model=512, num_layers=6, hidden_size=1024, mlp_ratio=3.0),
-    "large": LanguageModelConfig(d_model=1024, num_layers=16, hidden_size=4096, num_heads=4),
+    "tiny": LanguageModelConfig(d_model=80, num_layers=2, hidden_size=256, num_heads=4),
+    "small": LanguageModelConfig(d_model=128, num_layers=2, hidden_size=512, num_heads=4),
+    "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
+    "large": LanguageModelConfig(d_model=768, num_layers=12, hidden_size=4096, num_heads=16),
 }

@@ -46,16 +46,22 @@ class _Recurrence(nn.Module):
         self.nonlinearity = check_nonlinearity(nonlinearity)
         self.backend = check_choice("backend", backend, BACKENDS)
         self.precision = check_choice("precision", precision, PRECISIONS)
-        self.bias = bias
+        self.has_bias = bias
         self.parts = 2 if field == "complex" else 1
         self.output_size = self.parts * hidden_size
 
     def _add_parameters(self, suffix: str, input_size: int, device, dtype) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(
+                f"dtype: must be a real float dtype, got {dtype}; complex parameters are stored as "
+                "real and imaginary parts"
+            )
+
         def parameter(*shape):
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
         setattr(self, f"weight_ih{suffix}", parameter(self.output_size, input_size))
-        if self.bias:
+        if self.has_bias:
             setattr(self, f"bias{suffix}", parameter(self.output_size))
         if self.nonlinearity == "modrelu":
             setattr(self, f"beta{suffix}", parameter(self.hidden_size))
@@ -172,6 +178,8 @@ class KRU(_Recurrence):
             precision=precision,
         )
         self.num_layers = _positive("num_layers", num_layers)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout: must be a number, got {type(dropout).__name__} {dropout!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: must be in [0, 1), got {dropout}")
         self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
@@ -208,11 +216,14 @@ class KRU(_Recurrence):
             raise TypeError(
                 f"input: must be a tensor or PackedSequence, got {type(input).__name__}"
             )
-        _check_features("input", input, self.input_size)
         if input.dim() not in (2, 3):
             raise ValueError(
                 f"input: must have 2 (unbatched) or 3 dimensions, got shape {tuple(input.shape)}"
             )
+        _check_features("input", input, self.input_size, self.weight_ih_l0)
+        _check_state("h_0", h_0)
+        if reset is not None and not isinstance(reset, Tensor):
+            raise TypeError(f"reset: must be a bool tensor, got {type(reset).__name__}")
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not batched:
@@ -227,7 +238,8 @@ class KRU(_Recurrence):
     def _forward_packed(self, input: PackedSequence, h_0, reset):
         if reset is not None:
             raise ValueError("reset: not with a PackedSequence; pad the batch to use it")
-        _check_features("input", input.data, self.input_size)
+        _check_features("input", input.data, self.input_size, self.weight_ih_l0)
+        _check_state("h_0", h_0)
         x, lengths = pad_packed_sequence(input)  # in the order in which the user packed them
         lengths = lengths.to(x.device)
         output, h_n = self._run(x, self._check_h_0(h_0, x.shape[1], True), None, lengths)
@@ -341,9 +353,12 @@ class KRUCell(_Recurrence):
 
     def forward(self, input: Tensor, h: Tensor | None = None) -> Tensor:
         """input `(B, D)` or `(D,)`, h `(B, F)` or `(F,)` (zeros if None); returns the next h."""
-        _check_features("input", input, self.input_size)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: must be a tensor, got {type(input).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"input: must be (B, D) or (D,), got shape {tuple(input.shape)}")
+        _check_features("input", input, self.input_size, self.weight_ih)
+        _check_state("h", h)
         batched = input.dim() == 2
         if not batched:
             input, h = input.unsqueeze(0), None if h is None else h.unsqueeze(0)
@@ -367,7 +382,17 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _check_features(name: str, x: Tensor, size: int) -> None:
+def _check_state(name: str, h) -> None:
+    if h is not None and not isinstance(h, Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {type(h).__name__}")
+    if h is not None and h.is_complex():
+        raise TypeError(
+            f"{name}: must be planar real, got {h.dtype}; convert with "
+            "torch.cat((h.real, h.imag), -1)"
+        )
+
+
+def _check_features(name: str, x: Tensor, size: int, weight: Tensor) -> None:
     if x.is_complex():
         raise TypeError(
             f"{name}: must be real, got {x.dtype}; convert with torch.cat((x.real, x.imag), -1) "
@@ -375,6 +400,12 @@ def _check_features(name: str, x: Tensor, size: int) -> None:
         )
     if x.shape[-1] != size:
         raise ValueError(f"{name}: the last dimension must be input_size={size}, got {x.shape[-1]}")
+    if x.device != weight.device:
+        raise ValueError(f"{name}: is on {x.device} but the parameters are on {weight.device}")
+    if x.dtype != weight.dtype and not (
+        x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    ):
+        raise TypeError(f"{name}: must be {weight.dtype} like the parameters, got {x.dtype}")
 
 
 def _reversal(time: int, lengths: Tensor | None, device) -> Tensor:

@@ -54,8 +54,8 @@ def kru_scan_reference(
     batch, time = x_proj.shape[:2]
     shape = (batch, parts, heads, p, q)
     a, b = (torch.complex(w[0], w[1]) if parts == 2 else w[0] for w in (a, b))
-    if beta is not None:
-        beta = beta.view(heads, p, q)
+    if nonlinearity == "modrelu":
+        beta = (x_proj.new_zeros(heads * p * q) if beta is None else beta).view(heads, p, q)
     h = x_proj.new_zeros(batch, parts * heads * p * q) if h_0 is None else h_0
     states = []
     inputs = x_proj.unbind(1)  # once: slicing inside the loop makes its backward quadratic in T

@@ -77,7 +77,7 @@ def kru_scan(
     dtype = _state_dtype(x_proj)
     if nonlinearity == "modrelu" and beta is None:
         beta = x_proj.new_zeros(units, dtype=dtype)
-    a, b = (w.to(dtype) for w in group_factors(factors))
+    a, b = group_factors([w.to(dtype) for w in factors])
     if a.shape[-1] == 1 or b.shape[-1] == 1:  # one matrix in all: it takes the place of B
         b = kron_dense([a, b])
         one = torch.eye(b.shape[0], 1, dtype=dtype, device=b.device)  # [1], or [1, 0]
@@ -151,16 +151,16 @@ def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) 
     check_nonlinearity(nonlinearity)
     check_choice("backend", backend, BACKENDS)
     check_choice("precision", precision, PRECISIONS)
-    if not isinstance(x_proj, Tensor):
-        raise TypeError(f"x_proj: must be a tensor, got {type(x_proj).__name__}")
+    _check_tensor("x_proj", x_proj)
     if x_proj.is_complex():
         raise TypeError(
             "x_proj: must be planar real (all real parts, then all imaginary parts), got "
             f"{x_proj.dtype}; convert with torch.cat((x.real, x.imag), -1)"
         )
-    if not x_proj.is_floating_point():
+    if x_proj.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
-            f"x_proj: must be a float tensor, got {x_proj.dtype}; convert with .float()"
+            "x_proj: must be float64, float32, bfloat16 or float16, got "
+            f"{x_proj.dtype}; convert with .float()"
         )
     if x_proj.dim() != 3:
         raise ValueError(f"x_proj: must be (B, T, parts·H·N), got shape {tuple(x_proj.shape)}")
@@ -191,11 +191,11 @@ def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) 
     if beta is not None:
         if nonlinearity != "modrelu":
             raise ValueError(f'beta: only "modrelu" has one; leave it out for "{nonlinearity}"')
-        _check_shape("beta", beta, (units,), "one per unit, (H·N,)")
         _check_same("beta", beta, x_proj)
+        _check_shape("beta", beta, (units,), "one per unit, (H·N,)")
     if h_0 is not None:
-        _check_shape("h_0", h_0, (batch, parts * units), "(B, parts·H·N)")
         _check_same("h_0", h_0, x_proj)
+        _check_shape("h_0", h_0, (batch, parts * units), "(B, parts·H·N)")
     if reset is not None:
         _check_shape("reset", reset, (batch, time), "(B, T)")
         if reset.dtype != torch.bool:
@@ -214,15 +214,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+def _check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: must be a tensor, got {type(x).__name__}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    _check_tensor(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: must have shape {shape} ({meaning}), got {tuple(x.shape)}")
 
 
 def _check_same(name: str, x: Tensor, x_proj: Tensor) -> None:
-    """`x` is real, of x_proj's precision class and on its device."""
+    """`x` is a real tensor of x_proj's precision class and on its device."""
+    _check_tensor(name, x)
     if x.is_complex():
         raise TypeError(
             f"{name}: must be planar real, got {x.dtype}; convert with "
@@ -322,14 +327,20 @@ _scan.register_autograd(_backward, setup_context=_setup_context)
 
 def _register_autocast(device_type: str) -> None:
     """Under autocast x_proj becomes the autocast dtype; weights and state keep their precision."""
+    key = f"Autocast{device_type.upper()}"
 
-    def rule(x_proj, *args):
+    def scan(x_proj, *args):
         with torch.autocast(device_type, enabled=False):
             if x_proj.dtype != torch.float64:
                 x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
             return _scan(x_proj, *args)
 
-    _library.impl("scan", rule, f"Autocast{device_type.upper()}")
+    def scan_backward(*args):  # where backward() is called under autocast
+        with torch.autocast(device_type, enabled=False):
+            return _scan_backward(*args)
+
+    _library.impl("scan", scan, key)
+    _library.impl("scan_backward", scan_backward, key)
 
 
 _library = torch.library.Library("kru_triton", "FRAGMENT")

@@ -51,11 +51,11 @@ def right_block(b: Tensor) -> Tensor:
 def right_block_grad(d: Tensor, parts: int) -> Tensor:
     """The gradient of planar `b` from that of its `right_block`."""
     if parts == 1:
-        return d.transpose(-1, -2)[None]
+        return d.transpose(-1, -2)[None].contiguous()
     q = d.shape[-1] // 2
     real = d[:, :q, :q] + d[:, q:, q:]
     imag = d[:, :q, q:] - d[:, q:, :q]
-    return torch.stack((real, imag)).transpose(-1, -2)
+    return torch.stack((real, imag)).transpose(-1, -2).contiguous()
 
 
 class _Step:
@@ -112,12 +112,12 @@ class _Step:
         """A `(H·N,)` parameter as `(H, 1, P, 1, Q)`, to broadcast against a slot."""
         return per_unit.to(self.dtype).view(self.heads, 1, self.p, 1, self.q)
 
-    def keep(self, reset: Tensor | None):
-        """`(T, 1, B, 1, 1, 1)` zeros where a state is cut, and the list of steps where any is."""
+    def cut(self, reset: Tensor | None):
+        """`(T, 1, B, 1, 1, 1)` True where a state is cut, and the list of steps where any is."""
         if reset is None:
             return None, [False] * self.time
-        keep = (~reset).to(self.dtype).t().contiguous().view(self.time, 1, self.batch, 1, 1, 1)
-        return keep, reset.any(0).tolist()
+        mask = reset.t().contiguous().view(self.time, 1, self.batch, 1, 1, 1)
+        return mask, reset.any(0).tolist()
 
 
 def scan_forward(
@@ -143,7 +143,7 @@ def scan_forward(
         middle = step.buffer(1)
         middle_rows, middle_block = step.rows(middle)[0], step.blocks(middle)[0]
     activate = _activation(step, state, nonlinearity, beta)
-    keep, cuts = step.keep(reset)
+    cut, cuts = step.cut(reset)
     last = 0
     for start, end in step.chunks():
         if start:
@@ -153,7 +153,7 @@ def scan_forward(
         for i in range(last):
             previous = rows[i]
             if cuts[start + i]:  # not in place: slot i is still to be copied out
-                previous = (state[i] * keep[start + i]).view_as(rows[i])
+                previous = state[i].masked_fill(cut[start + i], 0).view_as(rows[i])
             if step.has_left:
                 torch.bmm(previous, step.right, out=middle_rows)
                 blocks[i + 1].baddbmm_(step.left, middle_block)
@@ -220,7 +220,7 @@ def scan_backward(
     """Gradients of x_proj as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
     step = _Step(h.transpose(0, 1), a, b, a.dtype)
     parts, features = step.parts, h.shape[2]
-    dx = torch.empty_like(h)
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     grad = step.buffer(step.chunk + 1)  # slot 0: the gradient handed to the chunk before
     states = step.buffer(step.chunk + 1)  # slot i: h before step i of the chunk
     inner = step.buffer(step.chunk)  # Aᴴ G_t, as it falls out of the loop
@@ -232,8 +232,8 @@ def scan_backward(
         left_t = step.left.transpose(-1, -2)
         pc = step.p * parts
         d_left = a.new_zeros(step.heads, pc, pc)
-    adjoint = _Adjoint(step, grad, nonlinearity, beta)
-    keep, cuts = step.keep(reset)
+    adjoint = _Adjoint(step, grad, nonlinearity, beta, torch.finfo(h.dtype).eps / 2)
+    cut, cuts = step.cut(reset)
     carry = step.buffer(1).zero_()
     if dh_n is not None:
         carry.copy_(step.planar(dh_n[None]))
@@ -254,7 +254,7 @@ def scan_backward(
             states[:1].copy_(step.planar(h_0[None]))
         before = states[:n]
         if any(cuts[start:end]):
-            before = before * keep[start:end]
+            before = before.masked_fill(cut[start:end], 0)
         if step.has_left or nonlinearity == "modtanh":
             forward = torch.bmm(step.by_head(before), step.right)  # X Bᵀ of the whole chunk
             forward = _from_heads(step, forward, n)
@@ -269,7 +269,7 @@ def scan_backward(
             else:
                 inner_rows[i].copy_(grad_rows[i + 1])
             if cuts[start + i]:
-                inner[i].mul_(keep[start + i])
+                inner[i].masked_fill_(cut[start + i], 0)
             grad_rows[i].baddbmm_(inner_rows[i], right_t)
         carry[0].copy_(grad[0])
         adjoint.finish(n)
@@ -307,11 +307,14 @@ class _Adjoint:
     relu, tanh     G = d·g per part
     phase kinds    G = r·g + e·ρ,  ρ = Re(conj(n) g),  n = z/|z|,  r = σ(z)/z,  e = (|σ|' − r)·n
                    modReLU  r = |h|/(|h| − β) and |σ|' = 1 where |h| > 0, else 0;  dβ = Σ ρ
+                            |h| − β is known no better than h is rounded: `rounding`·|h| bounds it
                    modtanh  r = tanh|z|/|z| and |σ|' = 1 − tanh²|z|
     """
 
-    def __init__(self, step: _Step, grad: Tensor, nonlinearity: str, beta: Tensor | None):
-        self.nonlinearity = nonlinearity
+    def __init__(
+        self, step: _Step, grad: Tensor, nonlinearity: str, beta: Tensor | None, rounding: float
+    ):
+        self.nonlinearity, self.rounding = nonlinearity, rounding
         self.grad = list(grad[1:].unbind(0))
         self.d_beta = grad.new_zeros(step.heads, 1, step.p, 1, step.q)
         self.bias = None if beta is None else step.units(beta)
@@ -341,15 +344,15 @@ class _Adjoint:
         elif self.nonlinearity in PHASE_NONLINEARITIES:
             source = h if z is None else z
             squared = (source * source).sum(-2, keepdim=True)
-            inverse = (squared + tiny(h.dtype)).rsqrt_()
-            modulus = squared * inverse
-            torch.mul(source, inverse, out=self.phase[:n])
+            modulus = (squared + tiny(h.dtype)).sqrt_()
+            torch.div(source, modulus, out=self.phase[:n])
             if z is None:  # modReLU: |z| = |h| - beta
-                ratio = modulus / (modulus - self.bias).clamp_min_(tiny(h.dtype) ** 0.5)
-                derivative = (modulus > 0).to(h.dtype)
+                derivative = (squared > 0).to(h.dtype)
+                ratio = derivative * modulus
+                ratio /= torch.maximum(modulus - self.bias, modulus.mul_(self.rounding))
             else:
                 tanh = torch.tanh(modulus)
-                ratio = torch.where(modulus > 0, tanh * inverse, 1.0)
+                ratio = tanh / modulus
                 derivative = 1 - tanh * tanh
             self.ratio[:n].copy_(ratio)
             torch.mul(self.phase[:n], derivative - ratio, out=self.radial[:n])

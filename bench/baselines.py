@@ -1,0 +1,192 @@
+"""The language model against its baselines: equal parameters, each at its best learning rate.
+
+    python bench/baselines.py --run-dir runs/baselines
+    python bench/baselines.py --models kru lstm --steps 200 --minutes 0.5 --run-dir runs/two
+
+Two comparisons, both through `train/lm.py` on the `stdlib` corpus, in one residual frame:
+
+    tokens  every model reads the same number of tokens (`--steps`)
+    wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
+            with the models in turn in one process, so other load on the machine favours none
+
+The learning rates double from `--lr` on; while the best one is at an end of those tried, the next
+one beyond it is run too, so every best is bracketed from both sides. The Kronecker factors keep the
+preset's rate. Rows go to `bench/results/baselines.jsonl`; runs found there are not repeated.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from kru_triton.language_model import LanguageModel
+from kru_triton.train import data
+from kru_triton.train.config import model_config, parse
+from kru_triton.train.sample import pick_dtype
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("kru", "lstm", "gru", "rnn", "transformer")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--preset", default="tiny", help="of the KRU; the others match its size")
+    parser.add_argument("--steps", type=int, default=400, help="of the comparison at equal tokens")
+    parser.add_argument("--minutes", type=float, default=1.5, help="of that at equal wall time")
+    parser.add_argument("--lr", type=float, default=2e-3, help="lowest learning rate of the grid")
+    parser.add_argument("--rates", type=int, default=4, help="learning rates before extending")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/baselines"))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/baselines.jsonl")
+    args = parser.parse_args(argv)
+
+    count = num_parameters(["--preset", args.preset])
+    settings = {
+        model: ["--preset", args.preset, "--model", model, "--match-params", str(count)]
+        for model in args.models
+    }
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    speeds_file = args.run_dir / "speeds.json"
+    if not speeds_file.exists():
+        speeds_file.write_text(json.dumps(measure_speeds(settings)))
+    speeds = json.loads(speeds_file.read_text())  # steps per second, one thread
+    steps = {
+        "tokens": dict.fromkeys(args.models, args.steps),
+        "wall": {model: round(60 * args.minutes * speeds[model]) for model in args.models},
+    }
+    tasks = [(kind, model) for kind in steps for model in args.models]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = pool.map(
+            lambda task: bracket(
+                args, *task, settings[task[1]], steps[task[0]][task[1]], speeds[task[1]]
+            ),
+            tasks,
+        )
+        rows = [row for rows in done for row in rows]
+    print_table(rows)
+
+
+def num_parameters(flags: list[str]) -> int:
+    with torch.device("meta"):
+        return LanguageModel(
+            model_config(parse(flags), data.ByteTokenizer.vocab_size)
+        ).num_parameters
+
+
+def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str, float]:
+    """Training steps per second of every model on one thread: medians of rounds taken in turn."""
+    torch.set_num_threads(1)
+    seconds = {model: [] for model in settings}
+    ready, dtype = {}, pick_dtype("auto", torch.device("cpu"))
+    for model, flags in settings.items():
+        config = parse(flags)
+        net = LanguageModel(model_config(config, data.ByteTokenizer.vocab_size))
+        ready[model] = (config, net, torch.optim.AdamW(net.parameters(), fused=True))
+    for round_ in range(rounds):
+        for model, (config, net, optimizer) in ready.items():
+            tokens = torch.randint(256, (config.batch_size, config.segment_length))
+            reset = torch.zeros_like(tokens, dtype=torch.bool)
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits, _ = net(tokens, None, reset)
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), tokens.flatten()
+            ).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+            optimizer.step()
+            if round_:  # the first one warms up
+                seconds[model].append(time.perf_counter() - began)
+    return {model: 1 / statistics.median(times) for model, times in seconds.items()}
+
+
+def bracket(args, kind: str, model: str, flags: list[str], steps: int, speed: float) -> list[dict]:
+    """Rows of one model in one comparison, its best learning rate inside the ones tried."""
+    rates = [args.lr * 2**k for k in range(args.rates)]
+    rows = {}
+    while True:
+        for lr in rates:
+            if lr not in rows:
+                rows[lr] = run(args, kind, model, flags, steps, lr, speed)
+        best = min(rows, key=lambda lr: rows[lr]["val_bpb"])
+        if best == min(rows):
+            rates = [best / 2]
+        elif best == max(rows):
+            rates = [best * 2]
+        else:
+            return list(rows.values())
+
+
+def run(args, kind, model, flags, steps, lr, speed) -> dict:
+    """One training run, or its row where it has been made before."""
+    key = {"kind": kind, "model": model, "lr": lr, "steps": steps}
+    for line in args.out.read_text().splitlines() if args.out.exists() else []:
+        row = json.loads(line)
+        if all(row[name] == value for name, value in key.items()):
+            return row
+    folder = args.run_dir / f"{kind}-{model}-{lr:g}"
+    command = [
+        *(sys.executable, str(ROOT / "train/lm.py"), *flags, "--steps", str(steps)),
+        *("--minutes", "0", "--lr", f"{lr:g}", "--run-dir", str(folder), "--wandb", "disabled"),
+        *("--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == 3:  # diverged: a row like any other, worse than all that did not
+        summary = None
+    elif done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    else:
+        summary = json.loads((folder / "summary.json").read_text())
+    config = parse([*flags, "--steps", str(steps)])
+    row = {
+        **key,
+        "val_bpb": summary["val/bpb"] if summary else float("inf"),
+        "tokens": steps * config.batch_size * config.segment_length,
+        "parameters": summary and summary["parameters"],
+        "recurrent_parameters": summary and summary["recurrent_parameters"],
+        "steps_per_second": round(speed, 3),
+        "model_config": dataclasses.asdict(model_config(config, data.ByteTokenizer.vocab_size)),
+        "valid_sha256": summary and summary["data"]["valid"]["sha256"],
+        "versions": summary and summary["versions"],
+        "commit": summary and summary["commit"],
+        "command": " ".join(["python", "train/lm.py", *command[2:]]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+    print(f"{kind} {model} lr {lr:g}: {row['val_bpb']:.4f} bits per byte", flush=True)
+    return row
+
+
+def print_table(rows: list[dict]) -> None:
+    """Per comparison and model the best row, and every rate that was tried."""
+    columns = "comparison, model, parameters (recurrent), tokens, k tok/s, best lr, val bpb, all"
+    print(f"\n| {columns.replace(', ', ' | ')} |\n{'|---' * 8}|")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            own = sorted(
+                (r for r in rows if (r["kind"], r["model"]) == (kind, model)), key=lambda r: r["lr"]
+            )
+            best = min(own, key=lambda r: r["val_bpb"])
+            speed = best["tokens"] / best["steps"] * best["steps_per_second"] / 1e3
+            tried = ", ".join(f"{r['lr']:g}: {r['val_bpb']:.3f}" for r in own)
+            print(
+                f"| {kind} | {model} | {best['parameters']:,} ({best['recurrent_parameters']:,}) "
+                f"| {best['tokens'] / 1e6:.2f} M | {speed:.1f} | {best['lr']:g} "
+                f"| {best['val_bpb']:.3f} | {tried} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
