@@ -26,10 +26,10 @@ from kru_triton.language_model import PRESETS, LanguageModelConfig, match_parame
 # fmt: off
 TRAINING = {
     #        batch_size  segment_length     lr  recurrent_lr  warmup   steps
-    "tiny":  {"batch_size": 32, "segment_length": 128, "lr": 8e-3, "recurrent_lr": 2e-3, "warmup": 50,  "steps": 1000},
-    "small": {"batch_size": 32, "segment_length": 128, "lr": 7e-3, "recurrent_lr": 2e-3, "warmup": 50,  "steps": 4000},
-    "base":  {"batch_size": 32, "segment_length": 256, "lr": 3e-3, "recurrent_lr": 1e-3, "warmup": 100, "steps": 20000},
-    "large": {"batch_size": 64, "segment_length": 512, "lr": 1e-3, "recurrent_lr": 3e-4, "warmup": 500, "steps": 100000},
+    "tiny":  (       32,            128,  8e-3,         2e-3,     50,   1000),
+    "small": (       32,            128,  7e-3,         2e-3,     50,   4000),
+    "base":  (       32,            256,  3e-3,         1e-3,    100,  20000),
+    "large": (       64,            512,  1e-3,         3e-4,    500, 100000),
 }
 # fmt: on
 TRAINING_COLUMNS = ("batch_size", "segment_length", "lr", "recurrent_lr", "warmup", "steps")
