@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--preset", default="tiny", help="of the KRU; the others match its size")
-    parser.add_argument("--steps", type=int, default=400, help="of the comparison at equal tokens")
-    parser.add_argument("--minutes", type=float, default=1.5, help="of that at equal wall time")
+    parser.add_argument("--steps", type=int, default=400, help="at equal tokens; 0: leave out")
+    parser.add_argument("--minutes", type=float, default=1.5, help="at equal time; 0: leave out")
     parser.add_argument("--lr", type=float, default=2e-3, help="lowest learning rate of the grid")
     parser.add_argument("--rates", type=int, default=4, help="learning rates before extending")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -55,20 +55,19 @@ def main(argv: list[str] | None = None) -> None:
         for model in args.models
     }
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    speeds_file = args.run_dir / "speeds.json"
-    if not speeds_file.exists():
-        speeds_file.write_text(json.dumps(measure_speeds(settings)))
-    speeds = json.loads(speeds_file.read_text())  # steps per second, one thread
-    steps = {
-        "tokens": dict.fromkeys(args.models, args.steps),
-        "wall": {model: round(60 * args.minutes * speeds[model]) for model in args.models},
-    }
+    steps = {}
+    if args.steps:
+        steps["tokens"] = dict.fromkeys(args.models, args.steps)
+    if args.minutes:
+        speeds_file = args.run_dir / "speeds.json"
+        if not speeds_file.exists():
+            speeds_file.write_text(json.dumps(measure_speeds(settings)))
+        speeds = json.loads(speeds_file.read_text())  # steps per second, one thread
+        steps["wall"] = {model: round(60 * args.minutes * speeds[model]) for model in args.models}
     tasks = [(kind, model) for kind in steps for model in args.models]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(
-            lambda task: bracket(
-                args, *task, settings[task[1]], steps[task[0]][task[1]], speeds[task[1]]
-            ),
+            lambda task: bracket(args, *task, settings[task[1]], steps[task[0]][task[1]]),
             tasks,
         )
         rows = [row for rows in done for row in rows]
@@ -109,14 +108,14 @@ def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str,
     return {model: 1 / statistics.median(times) for model, times in seconds.items()}
 
 
-def bracket(args, kind: str, model: str, flags: list[str], steps: int, speed: float) -> list[dict]:
+def bracket(args, kind: str, model: str, flags: list[str], steps: int) -> list[dict]:
     """Rows of one model in one comparison, its best learning rate inside the ones tried."""
     rates = [args.lr * 2**k for k in range(args.rates)]
     rows = {}
     while True:
         for lr in rates:
             if lr not in rows:
-                rows[lr] = run(args, kind, model, flags, steps, lr, speed)
+                rows[lr] = run(args, kind, model, flags, steps, lr)
         best = min(rows, key=lambda lr: rows[lr]["val_bpb"])
         if best == min(rows):
             rates = [best / 2]
@@ -126,7 +125,7 @@ def bracket(args, kind: str, model: str, flags: list[str], steps: int, speed: fl
             return list(rows.values())
 
 
-def run(args, kind, model, flags, steps, lr, speed) -> dict:
+def run(args, kind, model, flags, steps, lr) -> dict:
     """One training run, or its row where it has been made before."""
     key = {"kind": kind, "model": model, "lr": lr, "steps": steps}
     for line in args.out.read_text().splitlines() if args.out.exists() else []:
@@ -154,7 +153,7 @@ def run(args, kind, model, flags, steps, lr, speed) -> dict:
         "tokens": steps * config.batch_size * config.segment_length,
         "parameters": summary and summary["parameters"],
         "recurrent_parameters": summary and summary["recurrent_parameters"],
-        "steps_per_second": round(speed, 3),
+        "minutes": args.minutes if kind == "wall" else None,
         "model_config": dataclasses.asdict(model_config(config, data.ByteTokenizer.vocab_size)),
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         "versions": summary and summary["versions"],
@@ -171,19 +170,18 @@ def run(args, kind, model, flags, steps, lr, speed) -> dict:
 
 def print_table(rows: list[dict]) -> None:
     """Per comparison and model the best row, and every rate that was tried."""
-    columns = "comparison, model, parameters (recurrent), tokens, k tok/s, best lr, val bpb, all"
-    print(f"\n| {columns.replace(', ', ' | ')} |\n{'|---' * 8}|")
+    columns = "comparison, model, parameters (recurrent), tokens, best lr, val bpb, all"
+    print(f"\n| {columns.replace(', ', ' | ')} |\n{'|---' * 7}|")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         for model in dict.fromkeys(row["model"] for row in rows):
             own = sorted(
                 (r for r in rows if (r["kind"], r["model"]) == (kind, model)), key=lambda r: r["lr"]
             )
             best = min(own, key=lambda r: r["val_bpb"])
-            speed = best["tokens"] / best["steps"] * best["steps_per_second"] / 1e3
             tried = ", ".join(f"{r['lr']:g}: {r['val_bpb']:.3f}" for r in own)
             print(
                 f"| {kind} | {model} | {best['parameters']:,} ({best['recurrent_parameters']:,}) "
-                f"| {best['tokens'] / 1e6:.2f} M | {speed:.1f} | {best['lr']:g} "
+                f"| {best['tokens'] / 1e6:.2f} M | {best['lr']:g} "
                 f"| {best['val_bpb']:.3f} | {tried} |"
             )
 
