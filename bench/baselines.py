@@ -127,29 +127,29 @@ def bracket(args, kind: str, model: str, flags: list[str], steps: int) -> list[d
 
 def run(args, kind, model, flags, steps, lr) -> dict:
     """One training run, or its row where it has been made before."""
-    key = {"kind": kind, "model": model, "lr": lr, "steps": steps}
+    key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
     for line in args.out.read_text().splitlines() if args.out.exists() else []:
         row = json.loads(line)
         if all(row[name] == value for name, value in key.items()):
             return row
     folder = args.run_dir / f"{kind}-{model}-{lr:g}"
-    command = [
-        *(sys.executable, str(ROOT / "train/lm.py"), *flags, "--steps", str(steps)),
-        *("--minutes", "0", "--lr", f"{lr:g}", "--run-dir", str(folder), "--wandb", "disabled"),
-        *("--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode == 3:  # diverged: a row like any other, worse than all that did not
-        summary = None
-    elif done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    else:
-        summary = json.loads((folder / "summary.json").read_text())
-    config = parse([*flags, "--steps", str(steps)])
+    flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
+    flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train/lm.py"), *flags, "--run-dir", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    diverged = done.returncode == 3  # a row like any other, worse than all that did not
+    if done.returncode and not diverged:
+        raise RuntimeError(f"{' '.join(flags)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    summary = None if diverged else json.loads((folder / "summary.json").read_text())
+    config = parse(flags)
     row = {
         **key,
-        "val_bpb": summary["val/bpb"] if summary else float("inf"),
+        "diverged": diverged,
+        "val_bpb": summary["val/bpb"] if summary else 99.0,
         "tokens": steps * config.batch_size * config.segment_length,
         "parameters": summary and summary["parameters"],
         "recurrent_parameters": summary and summary["recurrent_parameters"],
@@ -158,7 +158,7 @@ def run(args, kind, model, flags, steps, lr) -> dict:
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         "versions": summary and summary["versions"],
         "commit": summary and summary["commit"],
-        "command": " ".join(["python", "train/lm.py", *command[2:]]),
+        "command": " ".join(["python", "train/lm.py", *flags]),
         "date": time.strftime("%Y-%m-%d"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
