@@ -339,7 +339,7 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
 
 PRESETS = {
     "tiny": LanguageModelConfig(d_model=80, num_layers=2, hidden_size=256, num_heads=4),
-    "small": LanguageModelConfig(d_model=128, num_layers=2, hidden_size=512, num_heads=4),
+    "small": LanguageModelConfig(d_model=96, num_layers=3, hidden_size=512, num_heads=4),
     "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
     "large": LanguageModelConfig(d_model=768, num_layers=12, hidden_size=4096, num_heads=16),
 }
