@@ -232,6 +232,9 @@ def scan_backward(
         left_t = step.left.transpose(-1, -2)
         pc = step.p * parts
         d_left = a.new_zeros(step.heads, pc, pc)
+        outer = a.new_empty(step.chunk * step.heads * step.batch, pc, pc)
+    if step.has_left or nonlinearity == "modtanh":
+        product = a.new_empty(inner.numel())
     adjoint = _Adjoint(step, grad, nonlinearity, beta, torch.finfo(h.dtype).eps / 2)
     cut, cuts = step.cut(reset)
     carry = step.buffer(1).zero_()
@@ -256,7 +259,8 @@ def scan_backward(
         if any(cuts[start:end]):
             before = before.masked_fill(cut[start:end], 0)
         if step.has_left or nonlinearity == "modtanh":
-            forward = torch.bmm(step.by_head(before), step.right)  # X Bᵀ of the whole chunk
+            forward = product[: before.numel()].view(step.heads, -1, parts * step.q)
+            torch.bmm(step.by_head(before), step.right, out=forward)  # X Bᵀ of the whole chunk
             forward = _from_heads(step, forward, n)
         z = None
         if nonlinearity == "modtanh":
@@ -276,8 +280,9 @@ def scan_backward(
         d_right.baddbmm_(step.by_head(before).transpose(-1, -2), step.by_head(inner[:n]))
         if step.has_left:
             shape = (n * step.heads * step.batch, pc, step.q)
-            outer = torch.bmm(grad[1 : n + 1].view(shape), forward.view(shape).transpose(-1, -2))
-            d_left += outer.view(n, step.heads, step.batch, pc, pc).sum((0, 2))
+            pairs = outer[: shape[0]]
+            torch.bmm(grad[1 : n + 1].view(shape), forward.view(shape).transpose(-1, -2), out=pairs)
+            d_left += pairs.view(n, step.heads, step.batch, pc, pc).sum((0, 2))
         step.planar(dx[start:end]).copy_(grad[1 : n + 1])
     dh_0 = torch.empty(step.batch, features, dtype=a.dtype, device=a.device)
     step.planar(dh_0[None]).copy_(carry)
@@ -343,19 +348,21 @@ class _Adjoint:
             torch.addcmul(h.new_ones(()), h, h, value=-1, out=self.slope[:n])
         elif self.nonlinearity in PHASE_NONLINEARITIES:
             source = h if z is None else z
-            squared = (source * source).sum(-2, keepdim=True)
-            modulus = (squared + tiny(h.dtype)).sqrt_()
+            squared, ratio = self.rho[:n], self.ratio[:n]  # rho is scratch here
+            torch.mul(source[..., :1, :], source[..., :1, :], out=squared)
+            for k in range(1, source.shape[-2]):
+                squared.addcmul_(source[..., k : k + 1, :], source[..., k : k + 1, :])
+            derivative = (squared > 0).to(h.dtype) if z is None else None
+            modulus = squared.add_(tiny(h.dtype)).sqrt_()
             torch.div(source, modulus, out=self.phase[:n])
             if z is None:  # modReLU: |z| = |h| - beta
-                derivative = (squared > 0).to(h.dtype)
-                ratio = derivative * modulus
-                ratio /= torch.maximum(modulus - self.bias, modulus.mul_(self.rounding))
+                torch.mul(derivative, modulus, out=ratio)
+                ratio.div_(torch.maximum(modulus - self.bias, modulus.mul_(self.rounding)))
             else:
                 tanh = torch.tanh(modulus)
-                ratio = tanh / modulus
-                derivative = 1 - tanh * tanh
-            self.ratio[:n].copy_(ratio)
-            torch.mul(self.phase[:n], derivative - ratio, out=self.radial[:n])
+                torch.div(tanh, modulus, out=ratio)
+                derivative = torch.addcmul(h.new_ones(()), tanh, tanh, value=-1)
+            torch.mul(self.phase[:n], derivative.sub_(ratio), out=self.radial[:n])
 
     def step(self, i: int) -> None:
         """Turn g of step i of the chunk into G, in place."""

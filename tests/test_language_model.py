@@ -1,0 +1,290 @@
+"""The language model and its baselines: state, causality, gradients, groups, sizes, learning."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+from kru_triton.language_model import (
+    MODELS,
+    PRESETS,
+    LanguageModel,
+    LanguageModelConfig,
+    match_parameters,
+)
+
+every_model = pytest.mark.parametrize("model", MODELS)
+VOCAB = 31
+
+
+def limit(model):
+    """Float64 roundings; a transformer's rotation angles are float32, and chunks shift them."""
+    return 1e-7 if model == "transformer" else 1e-11
+
+
+def make(model, **kwargs):
+    torch.manual_seed(0)
+    options = dict(vocab_size=VOCAB, d_model=16, hidden_size=12, num_heads=2, context_length=5)
+    return LanguageModel(LanguageModelConfig(**{**options, "model": model, **kwargs})).double()
+
+
+def tokens_of(batch=3, time=11, seed=0):
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+@every_model
+@pytest.mark.parametrize("with_reset", [False, True], ids=["", "reset"])
+def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
+    lm, tokens = make(model), tokens_of()
+    reset = None
+    if with_reset:
+        reset = torch.zeros(3, 11, dtype=torch.bool)
+        reset[0, [0, 4]] = reset[1, 10] = reset[2, 2] = True
+    whole, whole_state = lm(tokens, None, reset)
+    pieces, state, start = [], None, 0
+    for size in (1, 3, 2, 5):
+        piece = slice(start, start + size)
+        logits, state = lm(tokens[:, piece], state, None if reset is None else reset[:, piece])
+        pieces.append(logits)
+        start += size
+    assert (torch.cat(pieces, 1) - whole).abs().max() < limit(model)
+    if model != "transformer":  # whose cached positions before a reset are dead weight
+        for a, b in zip(state, whole_state, strict=True):
+            assert (a - b).abs().max() < 1e-12
+
+
+@every_model
+def test_the_state_matters(model):
+    lm, tokens = make(model), tokens_of()
+    _, state = lm(tokens)
+    assert (lm(tokens, state)[0] - lm(tokens)[0]).abs().max() > 1e-4
+
+
+@every_model
+def test_reset_equals_a_fresh_start(model):
+    lm, tokens = make(model), tokens_of()
+    _, state = lm(tokens_of(seed=1))
+    reset = torch.zeros(3, 11, dtype=torch.bool)
+    reset[0, 0] = reset[1, 4] = True
+    logits, _ = lm(tokens, state, reset)
+    carried, _ = lm(tokens, state)
+    assert (logits[0] - lm(tokens[:1])[0][0]).abs().max() < limit(model)
+    assert (logits[1, :4] - carried[1, :4]).abs().max() < limit(model)
+    assert (logits[1, 4:] - lm(tokens[1:2, 4:])[0][0]).abs().max() < limit(model)
+    assert (logits[2] - carried[2]).abs().max() < limit(model)
+    assert (logits[1, 4:] - carried[1, 4:]).abs().max() > 1e-4
+
+
+@every_model
+def test_causality(model):
+    lm, tokens = make(model), tokens_of()
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % VOCAB
+    difference = (lm(tokens)[0] - lm(changed)[0]).abs().amax((0, 2))
+    assert (difference[:6] == 0).all()
+    assert (difference[6:8] > 1e-6).all()
+
+
+@every_model
+def test_rows_do_not_see_each_other(model):
+    lm, tokens = make(model), tokens_of()
+    changed = tokens.clone()
+    changed[1] = (changed[1] + 1) % VOCAB
+    difference = (lm(tokens)[0] - lm(changed)[0]).abs().amax((1, 2))
+    assert difference[0] == difference[2] == 0
+    assert difference[1] > 1e-3
+
+
+def test_transformer_sees_its_context_and_no_further():
+    lm, tokens = make("transformer", num_layers=1), tokens_of()
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % VOCAB
+    difference = (lm(tokens)[0] - lm(changed)[0]).abs().amax((0, 2))
+    assert (difference[:6] > 1e-8).all()  # position 5 is context_length = 5 later
+    assert (difference[6:] == 0).all()
+
+
+@every_model
+@pytest.mark.parametrize("kwargs", [{}, {"gated": False, "nonlinearity": "modrelu"}], ids=["", "b"])
+def test_gradient_reaches_every_parameter(model, kwargs):
+    lm, tokens = make(model, **kwargs), tokens_of()
+    _, state = lm(tokens)
+    logits, _ = lm(tokens, [s.detach() for s in state])
+    nnf.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    for name, p in lm.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.count_nonzero() > 0, name
+
+
+@every_model
+def test_parameter_groups(model):
+    lm = make(model)
+    groups = lm.parameter_groups(lr=1e-3, recurrent_lr=1e-4, weight_decay=0.1)
+    grouped = [p for g in groups for p in g["params"]]
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert {id(p) for p in grouped} == {id(p) for p in lm.parameters()}
+    for group in groups:
+        names = [n for n, p in lm.named_parameters() if any(p is q for q in group["params"])]
+        if group["weight_decay"]:
+            assert group["weight_decay"] == 0.1
+            assert all(p.dim() == 2 for p in group["params"])
+            assert not any("factor" in n for n in names)
+        else:
+            assert all(p.dim() < 2 or "factor" in n for n, p in zip(names, group["params"]))
+        is_factor = ["factor" in n for n in names]
+        assert all(is_factor) or not any(is_factor)
+        assert group["lr"] == (1e-4 if all(is_factor) else 1e-3)
+    assert any(g["weight_decay"] for g in groups)
+    assert (model == "kru") == any(g["lr"] == 1e-4 for g in groups)
+    torch.optim.AdamW(groups)
+
+
+@every_model
+def test_match_parameters(model):
+    config = LanguageModelConfig(model=model, d_model=64, hidden_size=64, num_heads=1)
+    for count in (100_000, 1_000_000):
+        matched = match_parameters(config, count)
+        assert abs(LanguageModel(matched).num_parameters - count) <= 0.1 * count
+        kept = {"d_model": 0, "hidden_size": 0}
+        assert dataclasses.asdict(matched) | kept == dataclasses.asdict(config) | kept
+    with pytest.raises(ValueError, match=r"match_params: d_model=.* gives .* the nearest to 100 "):
+        match_parameters(config, 100)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@every_model
+def test_presets_build(preset, model):
+    config = dataclasses.replace(PRESETS[preset], model=model)
+    with torch.device("meta"):
+        lm = LanguageModel(config)
+    assert lm.num_parameters > 0
+    recurrent = lm.num_recurrent_parameters
+    assert recurrent == 0 if model == "transformer" else 0 < recurrent < lm.num_parameters
+    if model == "kru":  # the paper's claim: a small part of all
+        assert recurrent < 0.2 * lm.num_parameters
+
+
+def test_presets_grow():
+    sizes = []
+    for name in ("tiny", "small", "base", "large"):
+        with torch.device("meta"):
+            sizes.append(LanguageModel(PRESETS[name]).num_parameters)
+    assert sizes == sorted(set(sizes))
+
+
+@every_model
+def test_the_head_is_the_embedding(model):
+    """Moving one row of the embedding moves that token's logits alone, if it is not read."""
+    lm = make(model)
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    before, _ = lm(tokens)
+    with torch.no_grad():
+        lm.embedding.weight[7] += torch.randn(16, generator=torch.Generator().manual_seed(0))
+    after, _ = lm(tokens)
+    moved = (after - before).abs().amax((0, 1)) > 1e-9
+    assert moved.nonzero().flatten().tolist() == [7]
+    matrices = [p for p in lm.parameters() if VOCAB in p.shape]
+    assert len(matrices) == 1
+
+
+@every_model
+def test_state_sizes_are_constant(model):
+    lm = make(model)
+    state, sizes = None, []
+    for _ in range(8):  # a transformer's cache is full after context_length = 5
+        _, state = lm(tokens_of(time=1), state)
+        assert all(s.shape[0] == 3 for s in state)
+        sizes.append([tuple(s.shape) for s in state])
+    assert sizes[-1] == sizes[-2] == sizes[-3]
+    if model != "transformer":
+        assert sizes[0] == sizes[-1]
+    _, state = lm(tokens_of(time=30))
+    assert [tuple(s.shape) for s in state] == sizes[-1]
+
+
+@pytest.mark.parametrize("model", ["kru", "lstm", "transformer"])
+def test_overfits_a_string(model):
+    """200 bytes with repeats, so that a model without a state cannot reach the bound."""
+    text = ("the quick brown fox jumps over the lazy dog; " * 4 + "a different ending, once")[:200]
+    data = torch.tensor(list(text.encode()))[None]
+    torch.manual_seed(0)
+    config = LanguageModelConfig(
+        model=model, d_model=32, num_layers=1, hidden_size=64, context_length=32
+    )
+    lm = LanguageModel(config)
+    optimizer = torch.optim.AdamW(lm.parameter_groups(5e-3, 5e-3, 0.0))
+
+    def loss_of(data):
+        logits, _ = lm(data[:, :-1])
+        return nnf.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
+
+    first = loss_of(data).item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = loss_of(data) + 1e-3 * lm.unitarity_penalty()
+        loss.backward()
+        optimizer.step()
+    assert first > 2
+    assert loss_of(data).item() < 0.1
+    with torch.no_grad():  # the bound needs memory: without it, bigrams of this text cost more
+        alone, _ = lm(data[0, :-1, None])
+        no_memory = nnf.cross_entropy(alone.flatten(0, 1), data[0, 1:])
+    assert no_memory > 0.3
+
+
+def test_dropout_acts_in_training_only():
+    lm, tokens = make("kru", dropout=0.5), tokens_of()
+    assert not torch.equal(lm(tokens)[0], lm(tokens)[0])
+    lm.eval()
+    assert torch.equal(lm(tokens)[0], lm(tokens)[0])
+
+
+@every_model
+def test_backend_report_is_one_line(model):
+    report = make(model).backend_report()
+    assert "\n" not in report
+    assert ("torch.nn" in report) == (model != "kru")
+
+
+def test_unitarity_penalty():
+    lm = make("kru", num_layers=2)
+    assert lm.unitarity_penalty() < 1e-10
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            if "factor0" in name:
+                p.mul_(2)
+    assert lm.unitarity_penalty() > 1
+    assert make("lstm").unitarity_penalty() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "changed"),
+    [
+        (ValueError, "model: must be one of 'kru', .* got 'mamba'", dict(model="mamba")),
+        (ValueError, "vocab_size: must be at least 1, got 0", dict(vocab_size=0)),
+        (ValueError, "d_model: must be at least 1, got -3", dict(d_model=-3)),
+        (ValueError, "num_layers: must be at least 1, got 0", dict(num_layers=0)),
+        (ValueError, "context_length: must be at least 1, got 0", dict(context_length=0)),
+        (ValueError, "factors: the row counts multiply to 9", dict(factors=(3, 3))),
+        (
+            ValueError,
+            "num_heads: must divide d_model .* num_heads=3 and d_model=128",
+            dict(model="transformer", num_heads=3),
+        ),
+    ],
+)
+def test_errors_when_built(kind, match, changed):
+    with pytest.raises(kind, match=match):
+        LanguageModel(LanguageModelConfig(**changed))
+
+
+@every_model
+def test_errors_of_calls(model):
+    lm, tokens = make(model), tokens_of()
+    with pytest.raises(ValueError, match=r"tokens: must be \(B, T\), got shape \(11,\)"):
+        lm(tokens[0])
+    _, state = lm(tokens)
+    with pytest.raises(ValueError, match=f"state: expected {len(state)} tensors, got "):
+        lm(tokens, [*state, state[0]])
