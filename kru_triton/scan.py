@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kru_triton import torch_backend
+from kru_triton.kernels import support
 from kru_triton.kronecker import check_factors, group_factors, kron_dense, product_shape
 from kru_triton.nonlinearity import check_nonlinearity
 
@@ -68,20 +69,10 @@ def kru_scan(
         (torch.Size([2, 5, 12]), torch.Size([2, 12]))
     """
     units = _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision)
-    if backend == "triton":
-        reason = why_not_triton(
-            x_proj, factors, beta, h_0, nonlinearity=nonlinearity, reset=reset, precision=precision
-        )
-        if reason is not None:
-            raise RuntimeError(f'backend="triton" cannot run here: {reason}')
     dtype = _state_dtype(x_proj)
     if nonlinearity == "modrelu" and beta is None:
         beta = x_proj.new_zeros(units, dtype=dtype)
-    a, b = group_factors([w.to(dtype) for w in factors])
-    if a.shape[-1] == 1 or b.shape[-1] == 1:  # one matrix in all: it takes the place of B
-        b = kron_dense([a, b])
-        one = torch.eye(b.shape[0], 1, dtype=dtype, device=b.device)  # [1], or [1, 0]
-        a = one.view(-1, 1, 1, 1).expand(-1, b.shape[1], 1, 1).contiguous()
+    a, b = _grouped(factors, dtype)
     beta = None if beta is None else beta.to(dtype)
     h_0 = None if h_0 is None else h_0.to(dtype)
     h, h_n = _scan(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision)
@@ -136,10 +127,37 @@ def why_not_triton(
     The arguments are those of `kru_scan`.
 
     Example:
-        >>> why_not_triton(torch.zeros(1, 1, 8), [torch.zeros(2, 1, 4, 4)])
-        'this version holds no fused Triton kernel yet; backend="torch" runs everywhere'
+        >>> x, w = torch.zeros(1, 1, 512, device="meta"), torch.zeros(2, 1, 256, 256, device="meta")
+        >>> why_not_triton(x, [w]) is None
+        False
     """
-    return 'this version holds no fused Triton kernel yet; backend="torch" runs everywhere'
+    _check(x_proj, factors, beta, h_0, nonlinearity, reset, "auto", precision)
+    a, b = _grouped(factors, _state_dtype(x_proj))
+    return _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision)
+
+
+def _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision) -> str | None:
+    return support.why_not(
+        *(x_proj, a, b, beta, h_0, reset),
+        nonlinearity=nonlinearity,
+        precision=_kernel_precision(x_proj, precision),
+    )
+
+
+def _kernel_precision(x_proj: Tensor, precision: str) -> str:
+    if precision == "auto":
+        return "bf16" if x_proj.dtype == torch.bfloat16 else "fp32"
+    return precision
+
+
+def _grouped(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B; a single matrix takes the place of B, beside a 1×1 identity."""
+    a, b = group_factors([w.to(dtype) for w in factors])
+    if a.shape[-1] == 1 or b.shape[-1] == 1:
+        b = kron_dense([a, b])
+        one = torch.eye(b.shape[0], 1, dtype=dtype, device=b.device)  # [1], or [1, 0]
+        a = one.view(-1, 1, 1, 1).expand(-1, b.shape[1], 1, 1).contiguous()
+    return a, b
 
 
 def _state_dtype(x_proj: Tensor) -> torch.dtype:
@@ -262,10 +280,32 @@ def _scan(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "auto":
-        reason = why_not_triton(x_proj, [a, b], beta, h_0, nonlinearity=nonlinearity, reset=reset)
-        _say_once(f"kru_scan runs on the torch backend: {reason}")
-    return torch_backend.scan_forward(x_proj, a, b, beta, h_0, reset, nonlinearity)
+    args = (x_proj, a, b, beta, h_0, reset)
+    if not _on_triton(*args, nonlinearity, backend, precision):
+        return torch_backend.scan_forward(*args, nonlinearity)
+    from kru_triton.kernels.scan import scan_forward
+
+    options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(x_proj, precision)}
+    h = scan_forward(*args, **options)
+    last = h[-1] if h.shape[0] else a.new_zeros(h.shape[1:]) if h_0 is None else h_0
+    return h, last.to(a.dtype, copy=True)
+
+
+def _on_triton(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision) -> bool:
+    """Choose the backend of one call: the kernels on a GPU wherever they can run, or as told."""
+    if backend == "torch":
+        return False
+    reason = _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision)
+    if backend == "auto" and x_proj.device.type == "cpu":  # the interpreter runs when asked for
+        reason = reason or "the tensors are on the CPU"
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f'backend="triton" cannot run here: {reason}')
+    _say_once(
+        "kru_scan runs on the triton backend"
+        if reason is None
+        else f"kru_scan runs on the torch backend: {reason}"
+    )
+    return reason is None
 
 
 @_scan.register_fake
@@ -289,7 +329,18 @@ def _scan_backward(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch_backend.scan_backward(dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity)
+    args = (x_proj, a, b, beta, h_0, reset)
+    like_x = h.transpose(0, 1) if x_proj is None else x_proj
+    if not _on_triton(like_x, *args[1:], nonlinearity, backend, precision):
+        return torch_backend.scan_backward(dh, dh_n, h, *args, nonlinearity)
+    from kru_triton.kernels.scan import scan_backward
+    from kru_triton.kernels.weight_grad import weight_grad
+
+    options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(h, precision)}
+    dx, dh_0 = scan_backward(dh, dh_n, h, *args, **options)
+    da, db, d_beta = weight_grad(dx, h, a, b, h_0, reset, **options)
+    d_beta = a.new_zeros(h.shape[2] // a.shape[0]) if d_beta is None else d_beta
+    return dx, da, db, d_beta, dh_0
 
 
 @_scan_backward.register_fake

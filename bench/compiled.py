@@ -1,0 +1,381 @@
+"""What the kernels compile to, counted in machine code without a GPU.
+
+    python bench/compiled.py                          # every variant for every target
+    python bench/compiled.py --arch sm_90 --kernel forward
+    python bench/compiled.py --json compiled.json
+
+Each variant is compiled ahead of time with the constants and options its launcher would use, its
+machine code is disassembled with the tools that triton ships, and the instructions of the time
+loop are counted: per step of one program, which holds `rows` batch rows of one head. The triton it
+runs on is the installed one. Counts are no times: they say what a step issues, not how long it
+waits.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kru_triton.kernels import lstm, scan, support, weight_grad
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = {
+    "forward": scan.scan_forward_kernel,
+    "backward": scan.scan_backward_kernel,
+    "weight_grad": weight_grad.weight_grad_kernel,
+    "lstm_forward": lstm.lstm_forward_kernel,
+    "lstm_backward": lstm.lstm_backward_kernel,
+}
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+FLAGS = ("h_0", "reset", "lengths", "tokens")
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: str
+    P: int
+    Q: int
+    dtype: str = "bf16"  # of memory and of products
+    nonlinearity: str = "modrelu"
+    field: str = "complex"
+    flags: tuple[str, ...] = ()  # of FLAGS
+    part: str = "all"  # of the weight gradient: all, da, db or dbeta
+
+    @property
+    def name(self) -> str:
+        words = [self.kernel, f"{self.P}x{self.Q}", self.dtype]
+        words += [self.nonlinearity] if self.nonlinearity != "modrelu" else []
+        words += [self.field] if self.field != "complex" else []
+        words += [self.part] if self.part != "all" else []
+        return "-".join([*words, *self.flags])
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.field == "complex" else 1
+
+    @property
+    def tile(self) -> support.Tile:
+        return support.Tile.of(self.P, self.Q, ITEMSIZE[self.dtype])
+
+    def pointers(self) -> dict[str, str | None]:
+        """Type of every pointer argument, None for those that the launcher would not pass."""
+        memory = self.dtype
+        beta = self.nonlinearity == "modrelu"
+        again = self.nonlinearity == "modtanh"
+        flag = {f: f in self.flags for f in FLAGS}
+        words = {
+            "p_keep": "i32" if flag["reset"] else None,
+            "p_alive": "i32" if flag["lengths"] and self.tile.rows > 1 else None,
+            "p_steps": "i32" if flag["lengths"] else None,
+        }
+        if self.kernel == "forward":
+            return {
+                "p_x": memory,
+                "p_tokens": "i32" if flag["tokens"] else None,
+                "p_h": memory,
+                "p_a": "fp32",
+                "p_b": "fp32",
+                "p_beta": "fp32" if beta else None,
+                "p_h_0": "fp32" if flag["h_0"] else None,
+                **words,
+            }
+        if self.kernel == "backward":
+            return {
+                "p_dh": memory,
+                "p_dh_n": memory,
+                "p_h": memory,
+                "p_x": memory if again else None,
+                "p_tokens": "i32" if again and flag["tokens"] else None,
+                "p_dx": memory,
+                "p_dh_0": "fp32" if flag["h_0"] else None,
+                "p_a_adjoint": "fp32",
+                "p_b_adjoint": "fp32",
+                "p_a": "fp32" if again else None,
+                "p_b": "fp32" if again else None,
+                "p_beta": "fp32" if beta else None,
+                "p_h_0": "fp32" if again and flag["h_0"] else None,
+                **words,
+            }
+        if self.kernel == "lstm_forward":
+            names = ("p_c", "p_a", "p_b")
+            return {
+                "p_x": memory,
+                "p_h": memory,
+                **dict.fromkeys(names, "fp32"),
+                **self.lstm_flags(),
+            }
+        if self.kernel == "lstm_backward":
+            names = ("p_dh", "p_dh_n", "p_dc_n", "p_h", "p_x", "p_dx")
+            fp32 = ("p_c", "p_dh_0", "p_dc_0", "p_a_adjoint", "p_b_adjoint", "p_a", "p_b")
+            return {
+                **dict.fromkeys(names, memory),
+                **dict.fromkeys(fp32, "fp32"),
+                **self.lstm_flags(),
+            }
+        return {
+            "p_dx": memory,
+            "p_h": memory,
+            "p_a_adjoint": "fp32",
+            "p_b": "fp32",
+            "p_h_0": "fp32" if flag["h_0"] else None,
+            "p_keep": words["p_keep"],
+            "p_da": "fp32" if self.part in ("all", "da") else None,
+            "p_db": "fp32" if self.part in ("all", "db") else None,
+            "p_dbeta": "fp32" if beta and self.part in ("all", "dbeta") else None,
+        }
+
+    def lstm_flags(self) -> dict[str, str | None]:
+        packed = "lengths" in self.flags and self.tile.rows > 1
+        return {
+            "p_h_0": "fp32" if "h_0" in self.flags else None,
+            "p_c_0": "fp32" if "h_0" in self.flags else None,
+            "p_keep": "i32" if "reset" in self.flags else None,
+            "p_ends" if "back" in self.kernel else "p_alive": "i32" if packed else None,
+            "p_steps": "i32" if "lengths" in self.flags else None,
+        }
+
+    def options(self, nvidia: bool) -> tuple[dict, dict]:
+        """Constants and launch options, from the functions that the launchers call."""
+        how = {"heads": 1, "parts": self.parts, "precision": self.dtype, "nvidia": nvidia}
+        if self.kernel == "weight_grad":
+            constants, options, _ = support.weight_grad_options(
+                self.tile, itemsize=ITEMSIZE[self.dtype], **how
+            )
+            return {**constants, "STATES": 1}, options
+        if self.kernel.startswith("lstm"):
+            del how["parts"]
+            return support.lstm_options(self.tile, backward="back" in self.kernel, **how)
+        constants, options = support.compile_options(
+            self.tile, nonlinearity=self.nonlinearity, **how
+        )
+        if "tokens" in self.flags:
+            constants["PREFETCH"] = 0
+        if self.kernel == "backward":
+            constants["FLOOR"] = 2.0**-8 if self.dtype == "bf16" else 2.0**-20
+        return constants, options
+
+
+def variants() -> list[Variant]:
+    """Every kernel at the sizes that KRU layers have, and each option at one or two of them."""
+    table = []
+    sizes = [(8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
+    for kernel in ("forward", "backward", "weight_grad"):
+        for dtype in ("bf16", "fp32"):
+            for P, Q in sizes:
+                whole = Variant(kernel, P, Q, dtype)
+                together = True
+                if kernel == "weight_grad":
+                    together = support.weight_grad_options(
+                        whole.tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True
+                    )[2]
+                parts = ("all",) if together else ("da", "db", "dbeta")
+                table += [Variant(kernel, P, Q, dtype, part=part) for part in parts]
+    for kernel in ("forward", "backward"):
+        for nonlinearity in support.NONLINEARITIES[1:]:
+            table.append(Variant(kernel, 16, 16, nonlinearity=nonlinearity))
+            table.append(Variant(kernel, 32, 32, nonlinearity=nonlinearity))
+        table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="modtanh"))
+        table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="tanh"))
+        table.append(Variant(kernel, 32, 32, field="real"))
+        for P, Q in [(16, 64), (64, 16), (4, 16), (2, 32), (3, 11), (24, 24)]:
+            table.append(Variant(kernel, P, Q))
+        for flags in [("h_0",), ("reset",), ("lengths",), FLAGS[:3]]:
+            table.append(Variant(kernel, 16, 16, flags=flags))
+        table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
+        table.append(Variant(kernel, 32, 32, flags=FLAGS[:3]))
+    for P, Q in [(8, 8), (16, 16), (32, 32)]:
+        table.append(Variant("forward", P, Q, flags=("tokens",)))
+    table.append(Variant("backward", 16, 16, nonlinearity="modtanh", flags=("tokens",)))
+    for kernel in ("lstm_forward", "lstm_backward"):
+        for P, Q in sizes:
+            table.append(Variant(kernel, P, Q))
+        table.append(Variant(kernel, 16, 16, "fp32"))
+        table.append(Variant(kernel, 32, 32, "fp32"))
+        table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
+    table.append(Variant("weight_grad", 32, 32, field="real"))
+    table.append(Variant("weight_grad", 16, 16, flags=("h_0", "reset")))
+    table.append(Variant("weight_grad", 3, 11, "fp32"))
+    return table
+
+
+def build(variant: Variant, arch: str):
+    """The compiled kernel, and its launch options."""
+    target = TARGETS[arch]
+    function = KERNELS[variant.kernel]
+    constants, options = variant.options(nvidia=target.backend == "cuda")
+    pointers = variant.pointers()
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if pointers.get(name):
+            signature[name] = "*" + pointers[name]
+            attributes[(i,)] = [["tt.divisibility", 16]]  # the launchers see to it
+        elif name in pointers or name in constants:
+            signature[name] = "constexpr"
+            constexprs[name] = constants.get(name)
+        else:
+            signature[name] = "i32"
+    source = ASTSource(function, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """SASS and the resource usage of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ([tool("nvdisasm"), "-c"], [tool("cuobjdump"), "-res-usage"])
+        return tuple(
+            subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout
+            for c in commands
+        )
+
+
+def time_loop(code: list[str], label: str, instruction: str, branch: str) -> list[str]:
+    """Opcodes of the longest innermost loop; the patterns find labels, opcodes and jumps."""
+    labels, opcodes, jumps = {}, [], []
+    for line in code:
+        if found := re.match(label, line):
+            labels[found[1]] = len(opcodes)
+        elif found := re.match(instruction, line):
+            if (jump := re.search(branch, line)) and jump[1] in labels:
+                jumps.append((labels[jump[1]], len(opcodes)))
+            opcodes.append(found[1])
+    spans = [s for s in jumps if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in jumps)]
+    begin, end = max(spans, key=lambda s: s[1] - s[0])
+    return opcodes[begin : end + 1]
+
+
+def nvidia_counts(kernel) -> dict:
+    sass, usage = disassemble(kernel.asm["cubin"])
+    lines = sass.splitlines()
+    instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9_.]+)"
+    loop = time_loop(lines, r"(\.L_x_\d+):", instruction, r"\bBRA.*`\((\.L_x_\d+)\)")
+    count = Counter(opcode.split(".")[0] for opcode in loop)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared_bytes": kernel.metadata.shared,
+        "barriers": count["BAR"],
+        "shuffles": count["SHFL"],
+        "instructions_per_step": len(loop),
+        "tensor_core": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
+        "loads": count["LDG"],
+        "stores": count["STG"],
+        "shared_loads": count["LDS"] + count["LDSM"],
+        "shared_stores": count["STS"] + count["STSM"],
+    }
+
+
+def amd_counts(kernel) -> dict:
+    code = kernel.asm["amdgcn"]
+    instruction = r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\w+)"
+    loop = time_loop(
+        code.splitlines(), r"(\.LBB\d+_\d+):", instruction, r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
+    )
+    count = Counter(loop)
+
+    def starting(*prefixes):
+        return sum(n for opcode, n in count.items() if opcode.startswith(prefixes))
+
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1]),
+        "shared_bytes": kernel.metadata.shared,
+        "barriers": starting("s_barrier"),
+        "shuffles": starting("ds_bpermute", "ds_permute", "ds_swizzle", "v_permlane"),
+        "instructions_per_step": len(loop),
+        "tensor_core": starting("v_mfma"),
+        "loads": starting("global_load", "buffer_load"),
+        "stores": starting("global_store", "buffer_store"),
+        "shared_loads": starting("ds_read"),
+        "shared_stores": starting("ds_write"),
+    }
+
+
+def measure(variant: Variant, arch: str) -> dict:
+    """One row of the table."""
+    kernel = build(variant, arch)
+    counts = (nvidia_counts if TARGETS[arch].backend == "cuda" else amd_counts)(kernel)
+    constants, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
+    return {
+        "variant": variant.name,
+        "kernel": variant.kernel,
+        "P": variant.P,
+        "Q": variant.Q,
+        "dtype": variant.dtype,
+        "nonlinearity": variant.nonlinearity,
+        "field": variant.field,
+        "arch": arch,
+        "triton": triton.__version__,
+        "warps": options["num_warps"],
+        "rows": variant.tile.rows * constants.get("R", 1),
+        **counts,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--variant", nargs="+", help="only the variants of these names")
+    parser.add_argument("--match", default="", help="only variants whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    args = parser.parse_args(arguments)
+    chosen = [
+        v
+        for v in variants()
+        if v.kernel in args.kernel
+        and args.match in v.name
+        and (args.variant is None or v.name in args.variant)
+    ]
+    if unknown := set(args.variant or ()) - {v.name for v in chosen}:
+        parser.error(f"no such variants: {', '.join(sorted(unknown))}")
+    rows = []
+    shown = {
+        "warps": "warps",
+        "rows": "rows",
+        "registers": "regs",
+        "spills": "spills",
+        "shared_bytes": "shared",
+        "instructions_per_step": "instr",
+        "tensor_core": "mma",
+        "barriers": "bar",
+        "shuffles": "shfl",
+        "shared_loads": "lds",
+        "shared_stores": "sts",
+        "loads": "ldg",
+        "stores": "stg",
+    }
+    print(f"triton {triton.__version__}")
+    print(f"{'variant':44} {'arch':7} " + " ".join(f"{v:>6}" for v in shown.values()))
+    for variant in chosen:
+        for arch in args.arch:
+            row = measure(variant, arch)
+            rows.append(row)
+            numbers = " ".join(f"{row[k]:>6}" for k in shown)
+            print(f"{variant.name:44} {arch:7} {numbers}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

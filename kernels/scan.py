@@ -1,0 +1,807 @@
+"""The Kronecker recurrence over a whole sequence in one launch, and its adjoint.
+
+    z_t = A X_{t-1} Bᵀ + x_t,   X_t = σ(z_t),   X = h.reshape(P, Q)    (Kronecker Recurrent Units,
+                                                    Jose, Cissé and Fleuret, ICML 2018)
+
+and backwards, with g_t = ∂L/∂Re h_t + i ∂L/∂Im h_t and G_t the same for z_t,
+
+    G_t = σ'(z_t)ᵀ g_t,   g_{t-1} = dh_{t-1} + Aᴴ G_t conj(B),   dx_t = G_t.
+
+Each program runs all steps of one group of batch rows of one head (see `tile`). Memory plan:
+
+    in registers for the whole sequence   the state (backward: its gradient), as mma fragments; the
+                                          factors and β too, up to 512 complex units; beyond, the
+                                          factors are in shared memory and β comes from L1
+    streamed                              x_t in and h_t out; backward h_t, dh_t in and G_t out, the
+                                          row of some steps ahead on its way to L2
+    recomputed backward                   |z_t| = |h_t| - β for modReLU; for modtanh, whose h says
+                                          nothing of z where it saturates, z_t from h_{t-1} and x_t
+
+Limits: factors of up to 64 x 64, at least 8 units a head once rounded up to powers of two, float32
+or bfloat16 in memory (`support.why_not`). Rows and their planes are read 16 bytes at a time where P
+and Q allow: an input whose rows are not aligned to that is copied first. Offsets are 64 bit.
+Results are bitwise repeatable: nothing is accumulated across programs.
+
+    B, T    batch rows, steps                    PARTS   2 complex (all real parts, then all
+    H       heads                                        imaginary ones), 1 real
+    P, Q    sides of the two factors             F       PARTS·H·N, features of one row
+    N       P·Q, units of one head               groups  ⌈B / rows of a program⌉
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from .support import Tile, compile_options
+from .tile import (
+    INTERPRET,
+    add,
+    coordinates,
+    inside,
+    kron,
+    load,
+    load_factor,
+    offsets,
+    operand,
+    plane_to_tile,
+    reciprocal,
+    row_bits,
+    rsqrt,
+    scale,
+    store,
+    tanh,
+    to_tile,
+    zeros,
+)
+
+
+@triton.jit
+def norm2(z):
+    # 1e-30 keeps the reciprocal root finite: no test for zero is needed, nor for denormals
+    if len(z) == 2:
+        return z[1] * z[1] + (z[0] * z[0] + 1e-30)
+    else:
+        return z[0] * z[0] + 1e-30
+
+
+@triton.jit
+def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr):
+    """h = σ(z)."""
+    if ACT == "modrelu":
+        return scale(z, tl.maximum(beta * rsqrt(norm2(z), NVIDIA) + 1.0, 0.0))
+    elif ACT == "modtanh":
+        m2 = norm2(z)
+        rm = rsqrt(m2, NVIDIA)
+        return scale(z, tanh(m2 * rm, FAST, NVIDIA) * rm)
+    elif ACT == "tanh":
+        if len(z) == 2:
+            return tanh(z[0], FAST, NVIDIA), tanh(z[1], FAST, NVIDIA)
+        else:
+            return (tanh(z[0], FAST, NVIDIA),)
+    elif ACT == "relu":
+        if len(z) == 2:
+            return tl.maximum(z[0], 0.0), tl.maximum(z[1], 0.0)
+        else:
+            return (tl.maximum(z[0], 0.0),)
+    else:
+        return z
+
+
+@triton.jit
+def load_beta(
+    p_beta,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    V: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    offset = offsets(0, 0, P, Q, PP, QP, S1, S2, V)
+    mask = None
+    if (P != PP) or (Q != QP):
+        mask = inside(P, Q, PP, QP, S1, S2, V)
+    beta = load(p_beta, offset, mask, 0, 1, ALIGNED)
+    return plane_to_tile(beta[0], S1 * PP, S2 * QP, V)
+
+
+@triton.jit
+def prefetch(p_row):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [p_row.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def lines(p_row, N: tl.constexpr, IM: tl.constexpr, PARTS: tl.constexpr):
+    """Pointers to the cache lines (128 bytes) of a state."""
+    LINE: tl.constexpr = 1024 // p_row.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = N // LINE
+    line = tl.arange(0, PARTS * LINES)
+    return p_row + (line // LINES * IM + line % LINES * LINE)
+
+
+@triton.jit
+def activate_adjoint(
+    g, h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """G = σ'(z)ᵀ g from h (modtanh: from z); g and G stand for ∂L/∂Re + i ∂L/∂Im."""
+    if ACT == "modrelu":
+        # |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds what an inexact
+        # difference can amplify. Where h = 0 every factor is 0 and no test is needed.
+        k2 = h[0] * h[0]
+        if len(h) == 2:
+            k2 = h[1] * h[1] + k2
+        rk = rsqrt(tl.maximum(k2, 1e-30), NVIDIA)
+        k = k2 * rk
+        s = k * reciprocal(tl.maximum(k - beta, k * FLOOR + 1e-30), NVIDIA)
+        return radial(g, h, rk, s, 1.0)
+    elif ACT == "modtanh":
+        m2 = norm2(z)
+        rm = rsqrt(m2, NVIDIA)
+        k = tanh(m2 * rm, FAST, NVIDIA)
+        return radial(g, z, rm, k * rm, 1.0 - k * k)
+    elif ACT == "tanh":
+        if len(g) == 2:
+            return g[0] * (1.0 - h[0] * h[0]), g[1] * (1.0 - h[1] * h[1])
+        else:
+            return (g[0] * (1.0 - h[0] * h[0]),)
+    elif ACT == "relu":
+        if len(g) == 2:
+            return tl.where(h[0] > 0, g[0], 0.0), tl.where(h[1] > 0, g[1], 0.0)
+        else:
+            return (tl.where(h[0] > 0, g[0], 0.0),)
+    else:
+        return g
+
+
+@triton.jit
+def radial(g, v, inverse, across, along):
+    """across·g + (along - across) Re(conj(n) g) n, n = v·inverse: a map that keeps the phase."""
+    if len(g) == 2:
+        n_re = v[0] * inverse
+        n_im = v[1] * inverse
+        rho = n_re * g[0] + n_im * g[1]
+        c = along * rho - across * rho
+        return across * g[0] + c * n_re, across * g[1] + c * n_im
+    else:
+        n = v[0] * inverse
+        rho = n * g[0]
+        return (across * g[0] + (along * rho - across * rho) * n,)
+
+
+@triton.jit
+def token_pointers(
+    p_tokens,
+    i_b,
+    last_row,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Pointers to a step's tokens: one, or one for every element of a tile of several rows."""
+    if S1 * S2 > 1:
+        i_row, _, _ = coordinates(PP, QP, S1, S2, V)
+        return p_tokens + i_b + tl.minimum(i_row, last_row)
+    else:
+        return p_tokens + i_b
+
+
+@triton.jit
+def token_row(
+    p_table,
+    token,
+    stride,
+    offset,
+    mask,
+    IM: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Planes of a tile of table rows."""
+    o_row = token.to(tl.int64) * stride
+    if ROWS > 1:
+        return load(p_table, o_row + offset, mask, IM, PARTS, ALIGNED)
+    else:
+        return load(p_table + o_row, offset, mask, IM, PARTS, ALIGNED)
+
+
+@triton.jit(do_not_specialize=["B", "T", "x_stride_t", "x_stride_b"])
+def scan_forward_kernel(
+    p_x,  # (B, T, PARTS·H·N), any strides of B and T; with tokens (rows, PARTS·H·N)
+    p_tokens,  # (T, B) int32 or None
+    p_h,  # (T, B, PARTS·H·N)
+    p_a,  # (PARTS, H, P, P)
+    p_b,  # (PARTS, H, Q, Q)
+    p_beta,  # (H·N,) or None
+    p_h_0,  # (B, PARTS·H·N) or None
+    p_keep,  # (T, groups) words of row bits or None
+    p_alive,  # (T, groups) words of row bits or None
+    p_steps,  # (groups,) or None
+    B,
+    T,
+    x_stride_t,
+    x_stride_b,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    V: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ACT: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BETA_IN_LOOP: tl.constexpr,
+):
+    """h_t = σ(A h_{t-1} Bᵀ + x_t) for all t, one group of rows of one head."""
+    PE: tl.constexpr = S1 * PP
+    QE: tl.constexpr = S2 * QP
+    ROWS: tl.constexpr = S1 * S2
+    N: tl.constexpr = P * Q
+    F: tl.constexpr = PARTS * H * N
+    IM: tl.constexpr = H * N
+    i_g = tl.program_id(0)
+    i_h = tl.program_id(1)
+    x_stride_t *= ALIGNED
+    x_stride_b *= ALIGNED
+    i_b = i_g.to(tl.int64) * ROWS
+    a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
+    b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
+    last = B - 1 - i_b
+    mask = None
+    if (P != PP) or (Q != QP):
+        mask = inside(P, Q, PP, QP, S1, S2, V)
+    if p_tokens is not None:
+        o_x = offsets(last, 0, P, Q, PP, QP, S1, S2, V)
+    else:
+        o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
+    o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
+    beta = None
+    if ACT == "modrelu":
+        p_beta += i_h * N
+        if not BETA_IN_LOOP:
+            beta = load_beta(p_beta, P, Q, PP, QP, S1, S2, V, ALIGNED)
+    if p_h_0 is not None:
+        state = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, ALIGNED)
+        x = operand(to_tile(state, PE, QE, V), SPLIT)
+    else:
+        x = operand(zeros(PE, QE, PARTS), SPLIT)
+    steps = T
+    if p_steps is not None:
+        steps = tl.load(p_steps + i_g)
+    if p_tokens is not None:
+        p_u = p_x + i_h * N
+        p_token = token_pointers(p_tokens, i_b, last, PP, QP, S1, S2, V)
+        token = tl.load(p_token)
+    else:
+        p_u = p_x + (i_b * x_stride_b + i_h * N)
+    p_out = p_h + (i_b * F + i_h * N)
+    h_stride_t = B.to(tl.int64) * F
+    if p_keep is not None:
+        p_keep += i_g
+    if p_alive is not None:
+        p_alive += i_g
+    groups = tl.num_programs(0)
+    if AHEAD:
+        if p_tokens is not None:
+            u = token_row(p_u, token, x_stride_b, o_x, mask, IM, PARTS, ALIGNED, ROWS)
+            p_token += tl.where(steps > 1, B, 0)
+            token = tl.load(p_token)
+        else:
+            u = load(p_u, o_x, mask, IM, PARTS, ALIGNED)
+        u = to_tile(u, PE, QE, V)
+    if PREFETCH:
+        p_line = lines(p_u, N, IM, PARTS)
+        p_line += tl.minimum(PREFETCH, steps - 1).to(tl.int64) * x_stride_t
+    for t in tl.range(0, steps):
+        # the row of this step, or with AHEAD the next one, and its successor's token; pointers are
+        # clamped, not predicated: the last step reads its own row again
+        if p_tokens is not None:
+            row = token_row(p_u, token, x_stride_b, o_x, mask, IM, PARTS, ALIGNED, ROWS)
+            p_token += tl.where(t + 1 + AHEAD < steps, B, 0)
+            token = tl.load(p_token)
+        elif AHEAD:
+            p_u += tl.where(t + 1 < steps, x_stride_t, 0)
+            row = load(p_u, o_x, mask, IM, PARTS, ALIGNED)
+        else:
+            row = load(p_u, o_x, mask, IM, PARTS, ALIGNED)
+            p_u += x_stride_t
+        if AHEAD:
+            u_next = to_tile(row, PE, QE, V)
+        else:
+            u = to_tile(row, PE, QE, V)
+        if PREFETCH:
+            prefetch(p_line)
+            p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
+        if p_keep is not None:
+            z = kron(a, b, x, u, tl.load(p_keep), PE, QE, PARTS, SPLIT, S1, PP, QP)
+            p_keep += groups
+        else:
+            z = kron(a, b, x, u, None, PE, QE, PARTS, SPLIT, S1, PP, QP)
+        if ACT == "modrelu" and BETA_IN_LOOP:
+            h = activate(
+                z, load_beta(p_beta, P, Q, PP, QP, S1, S2, V, ALIGNED), ACT, not SPLIT, NVIDIA
+            )
+        else:
+            h = activate(z, beta, ACT, not SPLIT, NVIDIA)
+        if p_alive is not None:
+            h = scale(
+                h,
+                row_bits(
+                    tl.load(p_alive),
+                    tl.arange(0, PE)[:, None] // PP,
+                    tl.arange(0, QE)[None, :] // QP,
+                    S1,
+                ),
+            )
+            p_alive += groups
+        x = operand(h, SPLIT)
+        store(p_out, o_h, mask, h, IM, PE, QE, V, ALIGNED)
+        p_out += h_stride_t
+        if AHEAD:
+            u = u_next
+
+
+@triton.jit(do_not_specialize=["B", "T", "d_stride_t", "d_stride_b", "x_stride_t", "x_stride_b"])
+def scan_backward_kernel(
+    p_dh,  # (T, B, PARTS·H·N), any strides of T and B, or None
+    p_dh_n,  # (B, PARTS·H·N) or None
+    p_h,  # (T, B, PARTS·H·N)
+    p_x,  # (B, T, PARTS·H·N), any strides of B and T; with tokens (rows, PARTS·H·N); or None
+    p_tokens,  # (T, B) int32 or None
+    p_dx,  # (T, B, PARTS·H·N)
+    p_dh_0,  # (B, PARTS·H·N) or None
+    p_a_adjoint,  # (PARTS, H, P, P)
+    p_b_adjoint,  # (PARTS, H, Q, Q)
+    p_a,  # (PARTS, H, P, P) or None
+    p_b,  # (PARTS, H, Q, Q) or None
+    p_beta,  # (H·N,) or None
+    p_h_0,  # (B, PARTS·H·N) or None
+    p_keep,  # (T, groups) words of row bits or None
+    p_alive,  # (T, groups) words of row bits or None
+    p_steps,  # (groups,) or None
+    B,
+    T,
+    d_stride_t,
+    d_stride_b,
+    x_stride_t,
+    x_stride_b,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    V: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ACT: tl.constexpr,
+    FLOOR: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BETA_IN_LOOP: tl.constexpr,
+):
+    """G_t = σ'(z_t)ᵀ g_t,  g_{t-1} = dh_{t-1} + Aᴴ G_t conj(B),  from last step to first."""
+    PE: tl.constexpr = S1 * PP
+    QE: tl.constexpr = S2 * QP
+    ROWS: tl.constexpr = S1 * S2
+    N: tl.constexpr = P * Q
+    F: tl.constexpr = PARTS * H * N
+    IM: tl.constexpr = H * N
+    FROM_Z: tl.constexpr = ACT == "modtanh"
+    i_g = tl.program_id(0)
+    i_h = tl.program_id(1)
+    groups = tl.num_programs(0)
+    i_b = i_g.to(tl.int64) * ROWS
+    steps = T
+    if p_steps is not None:
+        steps = tl.load(p_steps + i_g)
+    last_t = tl.maximum(steps - 1, 0).to(tl.int64)
+    a_adjoint = load_factor(p_a_adjoint, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
+    b_adjoint = load_factor(p_b_adjoint, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
+    last = B - 1 - i_b
+    mask = None
+    if (P != PP) or (Q != QP):
+        mask = inside(P, Q, PP, QP, S1, S2, V)
+    o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
+    h_stride_t = B.to(tl.int64) * F
+    start = i_b * F + i_h * N
+    p_state = p_h + (start + last_t * h_stride_t)
+    p_out = p_dx + (start + last_t * h_stride_t)
+    beta = None
+    if ACT == "modrelu":
+        p_beta += i_h * N
+        if not BETA_IN_LOOP:
+            beta = load_beta(p_beta, P, Q, PP, QP, S1, S2, V, ALIGNED)
+    if p_keep is not None:
+        p_word = p_keep + i_g + last_t * groups
+    if p_alive is not None:
+        p_live = p_alive + i_g + last_t * groups
+    g = zeros(PE, QE, PARTS)
+    if p_dh is not None:
+        d_stride_t *= ALIGNED
+        d_stride_b *= ALIGNED
+        o_d = offsets(last, d_stride_b, P, Q, PP, QP, S1, S2, V)
+        p_d = p_dh + (i_b * d_stride_b + i_h * N + last_t * d_stride_t)
+        g = to_tile(load(p_d, o_d, mask, IM, PARTS, ALIGNED), PE, QE, V)
+    if p_dh_n is not None:
+        g = add(g, to_tile(load(p_dh_n + start, o_h, mask, IM, PARTS, ALIGNED), PE, QE, V))
+    if FROM_Z:
+        a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
+        b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
+        x_stride_t *= ALIGNED
+        x_stride_b *= ALIGNED
+        if p_tokens is not None:
+            o_x = offsets(last, 0, P, Q, PP, QP, S1, S2, V)
+            p_u = p_x + i_h * N
+            p_token = token_pointers(p_tokens, i_b, last, PP, QP, S1, S2, V) + last_t * B
+        else:
+            o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
+            p_u = p_x + (i_b * x_stride_b + i_h * N + last_t * x_stride_t)
+    if AHEAD:
+        h = to_tile(load(p_state, o_h, mask, IM, PARTS, ALIGNED), PE, QE, V)
+    if PREFETCH:
+        ahead = tl.minimum(last_t, PREFETCH)
+        p_line = lines(p_state, N, IM, PARTS) - ahead * h_stride_t
+        if p_dh is not None:
+            p_d_line = lines(p_d, N, IM, PARTS) - ahead * d_stride_t
+    for i in tl.range(0, steps):
+        # everything of step t-1 is requested before the work of step t; the first step, which has
+        # no step before it, reads its own rows again
+        first = i + 1 >= steps
+        if not AHEAD:
+            h = to_tile(load(p_state, o_h, mask, IM, PARTS, ALIGNED), PE, QE, V)
+        p_state -= tl.where(first, 0, h_stride_t)
+        if AHEAD:
+            h_next = to_tile(load(p_state, o_h, mask, IM, PARTS, ALIGNED), PE, QE, V)
+        if p_dh is not None:
+            p_d -= tl.where(first, 0, d_stride_t)
+            d = to_tile(load(p_d, o_d, mask, IM, PARTS, ALIGNED), PE, QE, V)
+        else:
+            d = zeros(PE, QE, PARTS)
+        if PREFETCH:
+            further = i + 1 + PREFETCH < steps
+            prefetch(p_line)
+            p_line -= tl.where(further, h_stride_t, 0)
+            if p_dh is not None:
+                prefetch(p_d_line)
+                p_d_line -= tl.where(further, d_stride_t, 0)
+        if FROM_Z:
+            if p_tokens is not None:
+                token = tl.load(p_token)
+                z = token_row(p_u, token, x_stride_b, o_x, mask, IM, PARTS, ALIGNED, ROWS)
+                p_token -= tl.where(first, 0, B)
+            else:
+                z = load(p_u, o_x, mask, IM, PARTS, ALIGNED)
+                p_u -= x_stride_t
+            z = to_tile(z, PE, QE, V)
+            before = to_tile(load(p_state, o_h, mask, IM, PARTS, ALIGNED), PE, QE, V)
+            before = scale(before, tl.where(first, 0.0, 1.0))
+            if p_h_0 is not None:
+                h_0 = to_tile(load(p_h_0 + start, o_h, mask, IM, PARTS, ALIGNED), PE, QE, V)
+                before = add(before, scale(h_0, tl.where(first, 1.0, 0.0)))
+            if p_keep is not None:
+                z = kron(
+                    a,
+                    b,
+                    operand(before, SPLIT),
+                    z,
+                    tl.load(p_word),
+                    PE,
+                    QE,
+                    PARTS,
+                    SPLIT,
+                    S1,
+                    PP,
+                    QP,
+                )
+            else:
+                z = kron(a, b, operand(before, SPLIT), z, None, PE, QE, PARTS, SPLIT, S1, PP, QP)
+        else:
+            z = h
+        if p_alive is not None:
+            g = scale(
+                g,
+                row_bits(
+                    tl.load(p_live),
+                    tl.arange(0, PE)[:, None] // PP,
+                    tl.arange(0, QE)[None, :] // QP,
+                    S1,
+                ),
+            )
+            p_live -= groups
+        if ACT == "modrelu" and BETA_IN_LOOP:
+            g = activate_adjoint(
+                g,
+                h,
+                z,
+                load_beta(p_beta, P, Q, PP, QP, S1, S2, V, ALIGNED),
+                ACT,
+                FLOOR,
+                not SPLIT,
+                NVIDIA,
+            )
+        else:
+            g = activate_adjoint(g, h, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
+        store(p_out, o_h, mask, g, IM, PE, QE, V, ALIGNED)
+        p_out -= h_stride_t
+        if p_keep is not None:
+            g = kron(
+                a_adjoint,
+                b_adjoint,
+                operand(g, SPLIT),
+                d,
+                tl.load(p_word),
+                PE,
+                QE,
+                PARTS,
+                SPLIT,
+                S1,
+                PP,
+                QP,
+            )
+            p_word -= groups
+        else:
+            g = kron(
+                a_adjoint, b_adjoint, operand(g, SPLIT), d, None, PE, QE, PARTS, SPLIT, S1, PP, QP
+            )
+        if AHEAD:
+            h = h_next
+    if p_dh_0 is not None:
+        if p_dh is not None:  # the loop's last g took in dh of the first step a second time
+            d = to_tile(load(p_d, o_d, mask, IM, PARTS, ALIGNED), PE, QE, V)
+            g = add(g, scale(d, -1.0))
+        store(p_dh_0 + start, o_h, mask, g, IM, PE, QE, V, ALIGNED)
+
+
+def device_guard(x):
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def on_nvidia() -> bool:
+    """Whether kernels are compiled for NVIDIA devices (and not for AMD's or interpreted)."""
+    return torch.version.hip is None and not INTERPRET.value
+
+
+def aligned_rows(x, tile, dims=(0, 1)):
+    """x itself if the kernels can read its rows where they lie, else a contiguous copy."""
+    unit = tile.aligned
+    strides_fit = all(x.stride(d) % unit == 0 or x.shape[d] == 1 for d in dims)
+    if x.stride(-1) == 1 and strides_fit and x.data_ptr() % 16 == 0:
+        return x
+    return x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def whole_groups(x, rows):
+    """(B, ...) as (groups, rows, ...): the last row repeated, as the kernels repeat it."""
+    groups = triton.cdiv(x.shape[0], rows)
+    i_row = torch.arange(groups * rows, device=x.device).clamp(max=x.shape[0] - 1)
+    return x[i_row].unflatten(0, (groups, rows))
+
+
+def row_words(flags, rows):
+    """Flags (B, T) as words (T, groups) that hold one bit for each row of a group."""
+    bits = torch.arange(rows, device=flags.device)[:, None]
+    words = (whole_groups(flags, rows).long() << bits).sum(1)
+    return words.t().to(torch.int32).contiguous()
+
+
+def group_flags(reset, lengths, T, rows, device):
+    """Words of the rows that keep their state and of those still alive, and steps of each group."""
+    keep = alive = steps = None
+    if reset is not None:
+        keep = row_words(~reset, rows)
+    if lengths is not None:
+        lengths = lengths.to(device).clamp(0, T)
+        steps = whole_groups(lengths, rows).amax(1).to(torch.int32)
+        if rows > 1:
+            alive = row_words(torch.arange(T, device=device) < lengths[:, None], rows)
+    return keep, alive, steps
+
+
+def token_words(tokens, table):
+    """Tokens (B, T) as the kernels read them, (T, B) int32, none outside the table."""
+    inside = (tokens >= 0) & (tokens < table.shape[0])
+    torch._assert_async(inside.all(), f"a token is outside the table's {table.shape[0]} rows")
+    return tokens.clamp(0, table.shape[0] - 1).t().to(torch.int32).contiguous()
+
+
+def input_arguments(x_proj, tokens, tile):
+    """The kernels' arguments that say where the rows of the input lie."""
+    if tokens is None:
+        x_proj = aligned_rows(x_proj, tile)
+        strides = (x_proj.stride(1), x_proj.stride(0))
+    else:
+        tokens = token_words(tokens, x_proj)
+        x_proj = aligned_rows(x_proj, tile, dims=(0,))
+        strides = (0, x_proj.stride(0))
+    return {
+        "p_x": x_proj,
+        "p_tokens": tokens,
+        "x_stride_t": strides[0] // tile.aligned,
+        "x_stride_b": strides[1] // tile.aligned,
+    }
+
+
+def scan_forward(
+    x_proj, a, b, beta, h_0, reset, lengths=None, *, nonlinearity, precision, tokens=None
+) -> torch.Tensor:
+    """States of the recurrence for all steps; the arguments are those `support.why_not` lets pass.
+
+    Args:
+        x_proj: (B, T, parts·H·N) float32 or bfloat16, any strides of B and T.
+        a, b: (parts, H, P, P) and (parts, H, Q, Q) float32.
+        beta: (H·N,) float32 for modReLU, else None.
+        h_0: (B, parts·H·N) float32 or None for zeros.
+        reset: (B, T) bool or None; True replaces the state before that step by zero.
+        lengths: (B,) int64, each at least 1, or None; beyond a row's length its states are zero.
+        nonlinearity: one of `support.NONLINEARITIES`.
+        precision: "fp32" (products of bfloat16 pairs, three per product) or "bf16".
+        tokens: (B, T) integers or None. With tokens, x_proj is a table (rows, parts·H·N) and the
+            input of a step is the row of its token.
+
+    Returns:
+        h: (T, B, parts·H·N) contiguous, in x_proj's dtype.
+    """
+    B, T = x_proj.shape[:2] if tokens is None else tokens.shape
+    F = x_proj.shape[-1]
+    parts, heads, P, _ = a.shape
+    tile = Tile.of(P, b.shape[-1], x_proj.element_size())
+    allocate = x_proj.new_zeros if lengths is not None else x_proj.new_empty
+    h = allocate((T, B, F))
+    if h.numel() == 0:
+        return h
+    constants, options = compile_options(
+        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia()
+    )
+    if tokens is not None:
+        constants["PREFETCH"] = 0  # the table is in L2, or soon will be
+    keep, alive, steps = group_flags(reset, lengths, T, tile.rows, x_proj.device)
+    with device_guard(x_proj):
+        scan_forward_kernel[(triton.cdiv(B, tile.rows), heads)](
+            p_h=h,
+            p_a=a.contiguous(),
+            p_b=b.contiguous(),
+            p_beta=beta.contiguous() if nonlinearity == "modrelu" else None,
+            p_h_0=h_0.contiguous() if h_0 is not None else None,
+            p_keep=keep,
+            p_alive=alive,
+            p_steps=steps,
+            B=B,
+            T=T,
+            **input_arguments(x_proj, tokens, tile),
+            **constants,
+            **options,
+        )
+    return h
+
+
+def adjoint(w):
+    """Conjugate transpose of planar factors (parts, H, side, side)."""
+    w = w.transpose(-1, -2)
+    return w.contiguous() if w.shape[0] == 1 else torch.stack((w[0], -w[1]))
+
+
+def scan_backward(
+    dh,
+    dh_n,
+    h,
+    x_proj,
+    a,
+    b,
+    beta,
+    h_0,
+    reset,
+    lengths=None,
+    *,
+    nonlinearity,
+    precision,
+    tokens=None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient of `scan_forward` in x_proj and h_0.
+
+    Args:
+        dh: (T, B, parts·H·N) gradient of all states, any strides of T and B, or None.
+        dh_n: (B, parts·H·N) gradient of each row's last state, or None.
+        h: (T, B, parts·H·N), what scan_forward returned.
+        x_proj, tokens: as for scan_forward; read for modtanh alone, else they may be None.
+        a, b, beta, h_0, reset, lengths, nonlinearity, precision: as for scan_forward.
+
+    Returns:
+        dx_proj: (T, B, parts·H·N) contiguous, in h's dtype; zero beyond a row's length.
+        dh_0: (B, parts·H·N) float32, or None where h_0 is None.
+    """
+    T, B, F = h.shape
+    parts, heads, P, _ = a.shape
+    tile = Tile.of(P, b.shape[-1], h.element_size())
+    allocate = h.new_zeros if lengths is not None else h.new_empty
+    dx_proj = allocate((T, B, F))
+    dh_0 = None
+    if h_0 is not None:
+        dh_0 = dh_n.float() if T == 0 and dh_n is not None else torch.zeros_like(h_0)
+    if h.numel() == 0:
+        return dx_proj, dh_0
+    if dh is None and dh_n is None:
+        return dx_proj.zero_(), dh_0
+    constants, options = compile_options(
+        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia()
+    )
+    keep, alive, steps = group_flags(reset, lengths, T, tile.rows, h.device)
+    if alive is not None and dh_n is not None:
+        # rows of one program end at different steps: their last gradients go in through dh
+        dh = torch.zeros_like(h) if dh is None else dh.to(h.dtype, copy=True)
+        ends = (lengths.to(h.device) - 1, torch.arange(B, device=h.device))
+        dh[ends] += dh_n.to(h.dtype)
+        dh_n = None
+    if dh is not None:
+        dh = aligned_rows(dh.to(h.dtype), tile)
+    recompute = nonlinearity == "modtanh"
+    source = {"p_x": None, "p_tokens": None, "x_stride_t": 0, "x_stride_b": 0}
+    if recompute:
+        source = input_arguments(x_proj, tokens, tile)
+    with device_guard(h):
+        scan_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
+            p_dh=dh,
+            p_dh_n=dh_n.contiguous() if dh_n is not None else None,
+            p_h=h,
+            p_dx=dx_proj,
+            p_dh_0=dh_0,
+            p_a_adjoint=adjoint(a),
+            p_b_adjoint=adjoint(b),
+            p_a=a.contiguous() if recompute else None,
+            p_b=b.contiguous() if recompute else None,
+            p_beta=beta.contiguous() if nonlinearity == "modrelu" else None,
+            p_h_0=h_0.contiguous() if recompute and h_0 is not None else None,
+            p_keep=keep,
+            p_alive=alive,
+            p_steps=steps,
+            B=B,
+            T=T,
+            d_stride_t=dh.stride(0) // tile.aligned if dh is not None else 0,
+            d_stride_b=dh.stride(1) // tile.aligned if dh is not None else 0,
+            **source,
+            FLOOR=2.0**-8 if h.dtype == torch.bfloat16 else 2.0**-20,
+            **constants,
+            **options,
+        )
+    return dx_proj, dh_0
+
+
+def table_grad(dx_proj, tokens, rows) -> torch.Tensor:
+    """Gradient of the table of a scan over tokens: the sum of dx_proj over each row's places.
+
+    Args:
+        dx_proj: (T, B, parts·H·N), as `scan_backward` returned it.
+        tokens: (B, T), as given to `scan_forward`.
+        rows: number of rows of the table.
+
+    Returns:
+        (rows, parts·H·N) float32, summed in an order that does not change from run to run.
+    """
+    table = torch.zeros(rows, dx_proj.shape[-1], device=dx_proj.device)
+    # accumulating index_put_ sorts the indices first: deterministic, which index_add_ is not
+    return table.index_put_((tokens.t(),), dx_proj.float(), accumulate=True)

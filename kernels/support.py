@@ -1,0 +1,266 @@
+"""What the kernels can run, in words; importable without triton."""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+MAX_SIDE = 64  # of a factor; beyond, the constants outgrow what a program can hold
+MAX_ROWS = 32  # batch rows of a program: one bit each in the words of reset flags
+TENSOR_CORE = 16  # least side of a tile
+SHARED_EVERYWHERE = 65536  # bytes of shared memory that any device grants a program
+MIN_TRITON = (3, 6)
+NONLINEARITIES = ("modrelu", "modtanh", "tanh", "relu", "identity")
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How states of shape (P, Q) lie in a tile (see `tile`)."""
+
+    P: int
+    Q: int
+    PP: int
+    QP: int
+    S1: int
+    S2: int
+    V: int
+
+    @classmethod
+    def of(cls, P: int, Q: int, itemsize: int) -> "Tile":
+        PP, QP = power_of_two(P), power_of_two(Q)
+        S1, S2 = max(1, TENSOR_CORE // PP), max(1, TENSOR_CORE // QP)
+        return cls(P, Q, PP, QP, S1, S2, V=max(2, min(16 // itemsize, QP // 4)))
+
+    @property
+    def rows(self) -> int:
+        return self.S1 * self.S2
+
+    @property
+    def size(self) -> int:
+        return self.S1 * self.PP * self.S2 * self.QP
+
+    @property
+    def lines(self) -> bool:
+        """Whether one state fills whole cache lines, a power of two of them."""
+        return self.rows == 1 and (self.P, self.Q) == (self.PP, self.QP)
+
+    @property
+    def aligned(self) -> int:
+        """Elements to which the start of every row must be aligned."""
+        return self.V if self.Q % self.V == 0 else 1
+
+
+def compile_options(
+    tile: Tile, heads: int, parts: int, precision: str, nonlinearity: str, nvidia: bool
+) -> tuple[dict, dict]:
+    """Constants of a scan kernel that depend on shape, type and device alone, and launch options.
+
+    Nothing here depends on B, T or strides: those never compile a kernel again. The choices are
+    those with the fewest instructions and no spills in compiled code (`bench/compiled.py`).
+    """
+    values = tile.size * parts
+    split = precision == "fp32"
+    constants = {
+        "H": heads,
+        "P": tile.P,
+        "Q": tile.Q,
+        "PP": tile.PP,
+        "QP": tile.QP,
+        "S1": tile.S1,
+        "S2": tile.S2,
+        "V": tile.V,
+        "ALIGNED": tile.aligned,
+        "PARTS": parts,
+        "SPLIT": split,
+        "ACT": nonlinearity,
+        "NVIDIA": nvidia,
+        # constants in registers, while they fit
+        "ANCHORED": values <= 1024 and max(tile.PP, tile.QP) <= 32,
+        # the next step's row in registers, where its registers are to spare
+        "AHEAD": values <= 512,
+        # steps by which rows are fetched into L2, about a microsecond of them
+        "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
+        "BETA_IN_LOOP": values > (512 if split else 1024),
+    }
+    options = {
+        "num_warps": 1 if values <= 2048 else 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,  # the default of Triton 3.10 is another
+    }
+    if split and values > 4096:
+        options["num_warps"] = 8
+    if nvidia and options["num_warps"] == 1:
+        options["maxnreg"] = 255  # ptxas would stop at 128 or 168 and spill
+    return constants, options
+
+
+def weight_grad_options(
+    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool
+) -> tuple[dict, dict, bool]:
+    """The same for the weight-gradient kernel, and whether dA and dB fit one launch."""
+    split = precision == "fp32"
+    terms = 2 if split else 1
+    values = tile.size * parts * terms
+    PE, QE = tile.S1 * tile.PP, tile.S2 * tile.QP
+    together = (PE * PE + QE * QE) * parts * terms <= 4096
+    constants = {
+        "H": heads,
+        "P": tile.P,
+        "Q": tile.Q,
+        "PP": tile.PP,
+        "QP": tile.QP,
+        "S1": tile.S1,
+        "S2": tile.S2,
+        "R": 2 if together and values == 2048 else 1,
+        "VECTOR": math.gcd(tile.Q, 16 // itemsize),
+        "PARTS": parts,
+        "SPLIT": split,
+        "NVIDIA": nvidia,
+    }
+    warps = 1 if values <= 512 else 2 if values <= 1024 else 4 if values <= 4096 else 8
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    if nvidia and warps == 1:
+        options["maxnreg"] = 255
+    return constants, options, together
+
+
+def lstm_options(
+    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool
+) -> tuple[dict, dict]:
+    """The same for the LSTM kernels, which hold four pairs of factors, backward eight."""
+    split = precision == "fp32"
+    constants = {
+        "H": heads,
+        "P": tile.P,
+        "Q": tile.Q,
+        "PP": tile.PP,
+        "QP": tile.QP,
+        "S1": tile.S1,
+        "S2": tile.S2,
+        "V": tile.V,
+        "ALIGNED": tile.aligned,
+        "SPLIT": split,
+        "NVIDIA": nvidia,
+        "ANCHORED": tile.size == 256 or tile.size * (2 if backward or split else 1) <= 512,
+    }
+    work = tile.size * (2 if backward else 1) * (2 if split else 1)
+    options = {
+        "num_warps": 1 if work <= 1024 else 4 if work <= 4096 else 8,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+    if nvidia and options["num_warps"] == 1:
+        options["maxnreg"] = 255
+    return constants, options
+
+
+def shared_bytes(tile: Tile, parts: int, precision: str, sets: int) -> int:
+    """Upper bound of a program's shared memory with so many pairs of factors; at least what every
+    device has."""
+    terms = 2 if precision == "fp32" else 1
+    planes = 3 if parts == 2 else 1  # re, im, -im
+    sides = (tile.S1 * tile.PP) ** 2 + (tile.S2 * tile.QP) ** 2
+    exchange = tile.size * 4 * terms + 4096  # between the warps of one program
+    return max(SHARED_EVERYWHERE, sides * planes * terms * 2 * sets + exchange)
+
+
+def triton_version() -> tuple[int, ...] | None:
+    """Version of the installed triton, None without one; triton itself is not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    version = importlib.metadata.version("triton")
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def interpreted() -> bool:
+    """Whether triton interprets kernels on the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def why_not(
+    x_proj: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *others: torch.Tensor | None,
+    nonlinearity: str = "modrelu",
+    precision: str = "fp32",
+    lstm: bool = False,
+) -> str | None:
+    """Why the kernels cannot run these arguments, in one sentence; None if they can.
+
+    Args:
+        x_proj: (B, T, parts·H·N), or any tensor of that last dimension, type and device.
+        a, b: (parts, H, P, P) and (parts, H, Q, Q), the grouped factors; parts is 2 for the complex
+            field, 1 for the real one and, with lstm, 4 for the gates.
+        others: every other tensor of the call (beta, h_0, ...) or None; their device is checked.
+        nonlinearity, precision: as in `scan.scan_forward`.
+        lstm: asked for the kernels of `lstm`, not for those of `scan`.
+    """
+    version = triton_version()
+    if version is None:
+        return "triton is not installed"
+    if version < MIN_TRITON:
+        return (
+            f"triton {version[0]}.{version[1]} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}, the "
+            "oldest with which these kernels are checked"
+        )
+    devices = {t.device for t in (x_proj, a, b, *others) if t is not None}
+    if len(devices) > 1:
+        return f"the arguments are on different devices ({', '.join(sorted(map(str, devices)))})"
+    if x_proj.device.type == "cpu" and not interpreted():
+        return "the tensors are on the CPU and triton's interpreter is off (TRITON_INTERPRET=1)"
+    if x_proj.device.type not in ("cpu", "cuda"):
+        return f"the kernels run on CUDA and ROCm devices, not on {x_proj.device.type!r}"
+    if x_proj.dtype not in (torch.float32, torch.bfloat16):
+        return f"x_proj is {x_proj.dtype}; the kernels take torch.float32 and torch.bfloat16"
+    if nonlinearity not in NONLINEARITIES:
+        return f"nonlinearity {nonlinearity!r} is not one of {', '.join(NONLINEARITIES)}"
+    if precision not in ("fp32", "bf16"):
+        return f"precision {precision!r} is neither 'fp32' nor 'bf16'"
+    for name, w in (("A", a), ("B", b)):
+        if w.dtype != torch.float32:
+            return f"factor {name} is {w.dtype}; the kernels take torch.float32 factors"
+        if w.dim() != 4 or w.shape[-1] != w.shape[-2]:
+            return f"factor {name} has shape {tuple(w.shape)}, not (parts, heads, side, side)"
+        if w.shape[-1] > MAX_SIDE:
+            return (
+                f"factor {name} is {w.shape[-1]} x {w.shape[-1]}, beyond the {MAX_SIDE} x "
+                f"{MAX_SIDE} whose constants a program can hold"
+            )
+    if a.shape[:2] != b.shape[:2]:
+        return f"the factors disagree in parts and heads: {tuple(a.shape)}, {tuple(b.shape)}"
+    parts, heads, P, _ = a.shape
+    if parts not in ((4,) if lstm else (1, 2)):
+        return f"the factors have {parts} planes, not {'4' if lstm else '1 or 2'}"
+    Q = b.shape[-1]
+    if x_proj.shape[-1] != parts * heads * P * Q:
+        return (
+            f"x_proj has {x_proj.shape[-1]} features, not {parts} x {heads} heads x {P}·{Q} units"
+        )
+    tile = Tile.of(P, Q, x_proj.element_size())
+    if tile.rows > MAX_ROWS:
+        return f"{P}·{Q} units are too few: a program would have to pack {tile.rows} batch rows"
+    if x_proj.device.type == "cuda" and torch.version.hip is None:
+        # backward, an LSTM holds four pairs of factors and their adjoints, modtanh one and its own
+        sets = 8 if lstm else 2 if nonlinearity == "modtanh" else 1
+        needed = shared_bytes(tile, 1 if lstm else parts, precision, sets)
+        properties = torch.cuda.get_device_properties(x_proj.device)
+        limit = getattr(properties, "shared_memory_per_block_optin", SHARED_EVERYWHERE)
+        if needed > max(limit, SHARED_EVERYWHERE):
+            return (
+                f"{P}·{Q} units in {precision} precision need {needed} bytes of shared memory and "
+                f"{properties.name} grants {limit}"
+            )
+    if heads > 65535:
+        return f"{heads} heads exceed the 65535 programs of a grid's second dimension"
+    if x_proj.dim() == 3 and max(x_proj.shape[:2]) >= 2**31 - 65536:
+        return f"x_proj of shape {tuple(x_proj.shape)} has more rows or steps than an int32 counts"
+    return None

@@ -1,0 +1,398 @@
+"""What the kernels share: a tile of hidden states that never leaves the registers of its warp.
+
+A tile holds the states of ROWS = S1·S2 batch rows as one matrix X, (PE, QE) = (S1·PP, S2·QP): the
+matrices of several rows side by side where one is smaller than a tensor core wants. PP and QP are P
+and Q rounded up to a power of two, and what they add is zero. The factors become block-diagonal,
+I ⊗ A and I ⊗ B, and the step keeps its form, X ← A X Bᵀ.
+
+Memory plan. A product is taken as `B flip(X)` and then `A flip(Z)`: `flip` turns an accumulator
+(M, K) into the second operand (K, M) of the next product, which for mma fragments renames registers
+and moves nothing. A thread (g, j) of the warp owns the accumulator columns {8m+2j, 8m+2j+1},
+whereas a vector load gives it V contiguous ones, so the columns are re-indexed once, in the
+constant B:
+
+    memory column  q  = (chunk, h: 4, m: V/2, l: 2)
+    tile column    q' = (chunk, m: V/2, h: 4, l: 2)
+
+and `to_tile`, `from_tile` are register renames too. Loads are rank-2 tiles [(chunk, row), 4V] with
+`max_contiguous` V: the only form for which every supported Triton splits a warp 8 × 4.
+
+A complex value is a tuple (re, im) of planes, a real one is (re,). An mma operand holds for each
+plane a tuple (hi,) of bfloat16, or (hi, lo) with hi + lo ≈ float32: products of those, small terms
+first and without lo·lo, are what "fp32" precision means here (relative error 2⁻¹⁷ of a product).
+
+    P, Q    shape of one hidden state            S1, S2  states side by side down and across
+    PP, QP  the same, powers of two              PE, QE  shape of the tile
+    N       P·Q, units of one head               V       columns of a thread in one load
+    H       heads                                PARTS   2 complex, 1 real
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"))
+
+
+@triton.jit
+def round_bf16(x):
+    """Float32 rounded to the nearest bfloat16; in the interpreter, whose bfloat16 arithmetic is
+    wrong, the rounded value stays float32."""
+    if INTERPRET:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def to_memory(x, dtype: tl.constexpr):
+    """Float32 in the type of memory (the interpreter's own cast truncates)."""
+    if dtype == tl.bfloat16:
+        return round_bf16(x).to(tl.bfloat16)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def split(x, SPLIT: tl.constexpr):
+    """Float32 to the bfloat16 terms of an operand: (hi, lo) or (hi,)."""
+    hi = round_bf16(x)
+    if SPLIT:
+        return hi, round_bf16(x - hi.to(tl.float32))
+    else:
+        return (hi,)
+
+
+@triton.jit
+def operand(x, SPLIT: tl.constexpr):
+    """A value's planes to operand planes."""
+    if len(x) == 2:
+        return split(x[0], SPLIT), split(x[1], SPLIT)
+    else:
+        return (split(x[0], SPLIT),)
+
+
+@triton.jit
+def flip_terms(x, M: tl.constexpr, K: tl.constexpr):
+    # rank 3, never tl.trans: Triton 3.6 would take dot(trans(accumulator)) through shared memory
+    if len(x) == 2:
+        return (
+            tl.reshape(tl.permute(tl.reshape(x[0], (M, 1, K)), (2, 1, 0)), (K, M)),
+            tl.reshape(tl.permute(tl.reshape(x[1], (M, 1, K)), (2, 1, 0)), (K, M)),
+        )
+    else:
+        return (tl.reshape(tl.permute(tl.reshape(x[0], (M, 1, K)), (2, 1, 0)), (K, M)),)
+
+
+@triton.jit
+def flip(x, M: tl.constexpr, K: tl.constexpr):
+    """Transpose of an operand (M, K)."""
+    if len(x) == 2:
+        return flip_terms(x[0], M, K), flip_terms(x[1], M, K)
+    else:
+        return (flip_terms(x[0], M, K),)
+
+
+@triton.jit
+def dot(w, x, acc):
+    """acc + w x for the terms of two real operands."""
+    if len(w) == 2:
+        acc = tl.dot(w[1], x[0], acc)
+        acc = tl.dot(w[0], x[1], acc)
+    return tl.dot(w[0], x[0], acc)
+
+
+@triton.jit
+def product(w, x, acc):
+    """acc + w x; a complex constant w is (re, im, -im)."""
+    if len(x) == 2:
+        re = dot(w[2], x[1], dot(w[0], x[0], acc[0]))
+        im = dot(w[1], x[0], dot(w[0], x[1], acc[1]))
+        return re, im
+    else:
+        return (dot(w[0], x[0], acc[0]),)
+
+
+@triton.jit
+def zeros(M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
+    if PARTS == 2:
+        return tl.zeros((M, K), tl.float32), tl.zeros((M, K), tl.float32)
+    else:
+        return (tl.zeros((M, K), tl.float32),)
+
+
+@triton.jit
+def kron(
+    a,
+    b,
+    x,
+    acc,
+    bits,
+    PE: tl.constexpr,
+    QE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    S1: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+):
+    """acc + A X Bᵀ; with `bits`, the rows whose bit is 0 get acc alone."""
+    z = product(b, flip(x, PE, QE), zeros(QE, PE, PARTS))
+    if bits is not None:
+        # the intermediate is scaled in float32, before it is packed: K (0·x) = 0·(K x)
+        z = scale(
+            z, row_bits(bits, tl.arange(0, PE)[None, :] // PP, tl.arange(0, QE)[:, None] // QP, S1)
+        )
+    return product(a, flip(operand(z, SPLIT), QE, PE), acc)
+
+
+@triton.jit
+def row_bits(bits, i_s1, i_s2, S1: tl.constexpr):
+    """Bit of each element's batch row in a word that holds one bit a row."""
+    return ((bits >> (i_s2 * S1 + i_s1)) & 1).to(tl.float32)
+
+
+@triton.jit
+def scale(x, factor):
+    if len(x) == 2:
+        return x[0] * factor, x[1] * factor
+    else:
+        return (x[0] * factor,)
+
+
+@triton.jit
+def add(x, y):
+    if len(x) == 2:
+        return x[0] + y[0], x[1] + y[1]
+    else:
+        return (x[0] + y[0],)
+
+
+@triton.jit
+def memory_column(j, V: tl.constexpr):
+    """Tile column (chunk, m, h, l) to memory column (chunk, h, m, l)."""
+    return (j // (4 * V)) * (4 * V) + ((j // 2) % 4) * V + ((j // 8) % (V // 2)) * 2 + j % 2
+
+
+@triton.jit
+def factor_plane(
+    p_factor,
+    SIDE: tl.constexpr,
+    PADDED: tl.constexpr,
+    S: tl.constexpr,
+    V: tl.constexpr,
+    MAPPED: tl.constexpr,
+):
+    """I_S ⊗ factor in float32, (S·PADDED, S·PADDED), its columns and rows re-indexed if MAPPED."""
+    E: tl.constexpr = S * PADDED
+    i = tl.arange(0, E)
+    if MAPPED:
+        i = memory_column(i, V)
+    s = i // PADDED
+    k = i % PADDED
+    inside = (s[:, None] == s[None, :]) & (k < SIDE)[:, None] & (k < SIDE)[None, :]
+    return tl.load(p_factor + k[:, None] * SIDE + k[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def anchor(w, E: tl.constexpr, ANCHORED: tl.constexpr):
+    """A constant operand, passed through an identity product if ANCHORED.
+
+    It then lives in the accumulator layout, from which operand 0 is a register rename; without it
+    Triton converts the constant again in every step.
+    """
+    if ANCHORED:
+        i = tl.arange(0, E)
+        eye = round_bf16((i[:, None] == i[None, :]).to(tl.float32))
+        if len(w) == 2:
+            return round_bf16(tl.dot(eye, w[0])), round_bf16(tl.dot(eye, w[1]))
+        else:
+            return (round_bf16(tl.dot(eye, w[0])),)
+    else:
+        return w
+
+
+@triton.jit
+def negated(w):
+    if len(w) == 2:
+        return -w[0], -w[1]
+    else:
+        return (-w[0],)
+
+
+@triton.jit
+def load_factor(
+    p_factor,
+    i_h,
+    H: tl.constexpr,
+    SIDE: tl.constexpr,
+    PADDED: tl.constexpr,
+    S: tl.constexpr,
+    V: tl.constexpr,
+    MAPPED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ANCHORED: tl.constexpr,
+):
+    """Constant operand of head i_h from factors (PARTS, H, SIDE, SIDE): (re,) or (re, im, -im)."""
+    p_re = p_factor + i_h * SIDE * SIDE
+    re = anchor(split(factor_plane(p_re, SIDE, PADDED, S, V, MAPPED), SPLIT), S * PADDED, ANCHORED)
+    if PARTS == 2:
+        p_im = p_re + H * SIDE * SIDE
+        im = split(factor_plane(p_im, SIDE, PADDED, S, V, MAPPED), SPLIT)
+        im = anchor(im, S * PADDED, ANCHORED)
+        return re, im, negated(im)
+    else:
+        return (re,)
+
+
+@triton.jit
+def coordinates(
+    PP: tl.constexpr, QP: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, V: tl.constexpr
+):
+    """Batch row within the group, p and q of every element of a loaded tile [(chunk, row), 4V]."""
+    PE: tl.constexpr = S1 * PP
+    CHUNKS: tl.constexpr = S2 * QP // (4 * V)
+    row = tl.arange(0, CHUNKS * PE)
+    column = (row // PE * (4 * V))[:, None] + tl.arange(0, 4 * V)[None, :]
+    i_row = column // QP * S1 + (row % PE // PP)[:, None]
+    return i_row, (row % PP)[:, None], column % QP
+
+
+@triton.jit
+def offsets(
+    last_row,
+    stride_b,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Element offsets of a loaded tile whose batch rows lie stride_b elements apart.
+
+    Rows past last_row repeat it: they compute and store the very same values, so the end of the
+    batch needs no mask.
+    """
+    i_row, p, q = coordinates(PP, QP, S1, S2, V)
+    offset = p * Q + q
+    if S1 * S2 > 1:
+        offset = tl.minimum(i_row, last_row).to(tl.int64) * stride_b + offset
+    return offset
+
+
+@triton.jit
+def inside(
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Mask of a loaded tile's elements that are not padding."""
+    _, p, q = coordinates(PP, QP, S1, S2, V)
+    return (p < P) & (q < Q)
+
+
+@triton.jit
+def pointers(p_tile, offset, VECTOR: tl.constexpr):
+    """Pointers of a tile; the hint, not the analysis, sets how much a thread loads at once."""
+    return tl.max_contiguous(p_tile + offset, [1, VECTOR])
+
+
+@triton.jit
+def load(p_tile, offset, mask, IMAGINARY: tl.constexpr, PARTS: tl.constexpr, VECTOR: tl.constexpr):
+    """Planes of a tile as they lie in memory; the imaginary ones IMAGINARY elements further on."""
+    other = None
+    if mask is not None:
+        other = 0.0
+    re = tl.load(pointers(p_tile, offset, VECTOR), mask=mask, other=other)
+    if PARTS == 2:
+        p_im = p_tile + IMAGINARY
+        return re, tl.load(pointers(p_im, offset, VECTOR), mask=mask, other=other)
+    else:
+        return (re,)
+
+
+@triton.jit
+def store(
+    p_tile,
+    offset,
+    mask,
+    x,
+    IMAGINARY: tl.constexpr,
+    PE: tl.constexpr,
+    QE: tl.constexpr,
+    V: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Store a value's planes in the type of memory."""
+    dtype: tl.constexpr = p_tile.dtype.element_ty
+    tl.store(
+        pointers(p_tile, offset, VECTOR), from_tile(to_memory(x[0], dtype), PE, QE, V), mask=mask
+    )
+    if len(x) == 2:
+        p_im = pointers(p_tile + IMAGINARY, offset, VECTOR)
+        tl.store(p_im, from_tile(to_memory(x[1], dtype), PE, QE, V), mask=mask)
+
+
+@triton.jit
+def plane_to_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
+    x = tl.reshape(x, (QE // (4 * V), PE, 4, V // 2, 2))
+    return tl.reshape(tl.permute(x, (1, 0, 3, 2, 4)), (PE, QE)).to(tl.float32)
+
+
+@triton.jit
+def from_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
+    x = tl.reshape(x, (PE, QE // (4 * V), V // 2, 4, 2))
+    return tl.reshape(tl.permute(x, (1, 0, 3, 2, 4)), (QE // (4 * V) * PE, 4 * V))
+
+
+@triton.jit
+def to_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
+    """Loaded planes as a float32 value of shape (PE, QE)."""
+    if len(x) == 2:
+        return plane_to_tile(x[0], PE, QE, V), plane_to_tile(x[1], PE, QE, V)
+    else:
+        return (plane_to_tile(x[0], PE, QE, V),)
+
+
+@triton.jit
+def reciprocal(x, NVIDIA: tl.constexpr):
+    if NVIDIA:  # a plain division is a slow one; 1 ulp is enough
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def rsqrt(x, NVIDIA: tl.constexpr):
+    if NVIDIA:  # what tl.rsqrt compiles to, but opaque to LLVM: 10 % fewer instructions around it
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.rsqrt(x)
+
+
+@triton.jit
+def tanh(x, FAST: tl.constexpr, NVIDIA: tl.constexpr):
+    """tanh; with FAST the hardware's (relative error 2⁻¹¹), else to float32 rounding."""
+    if FAST and NVIDIA:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        # 1 - 2/(e^2x + 1) goes to ±1 where e^2x is inf or 0; near 0 it cancels, so a series there
+        x2 = x * x
+        series = x + x * x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
+        return tl.where(x2 < 0.0625, series, 1.0 - 2.0 * reciprocal(tl.exp(2.0 * x) + 1.0, NVIDIA))

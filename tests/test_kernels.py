@@ -1,0 +1,567 @@
+"""The kernels against a complex128 loop over dense Kronecker products, under autograd.
+
+Without a GPU they run in Triton's interpreter, which has to be chosen before triton is imported. It
+computes a bfloat16 product as float32 product of values rounded to bfloat16, which is what a tensor
+core does up to the order of a float32 sum.
+"""
+
+import ast
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    assert interpreted or "triton" not in sys.modules, "triton came before its interpreter"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+# the interpreter computes exp(2x) of tanh in numpy, where infinity is reached with a warning
+pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+
+from kru_triton.kernels import scan, support, weight_grad  # noqa: E402 (after the interpreter)
+
+# Relative L2 errors. "fp32": a product of bfloat16 pairs is exact to 2^-17, two of them a step, a
+# few steps, and unitary factors keep the sum of errors from growing; gradients pass through it
+# twice and through 1/|z|. "bf16", against a definition that rounds what the kernel rounds: h
+# differs where a float32 sum in another order rounds to the other neighbour (2^-9); the adjoint
+# rounds twice more in each step, starts from the rounded h and rounds its result.
+LIMITS = {
+    "fp32": {"h": 1e-5, "dx": 1e-4, "dh_0": 1e-4, "da": 1e-4, "db": 1e-4, "dbeta": 1e-4},
+    "bf16": {"h": 4e-3, "dx": 1e-2, "dh_0": 1e-2, "da": 1e-2, "db": 1e-2, "dbeta": 1e-2},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    P: int
+    Q: int
+    act: str = "modrelu"
+    B: int = 3
+    T: int = 5
+    H: int = 1
+    field: str = "complex"
+    precision: str = "fp32"
+    dtype: torch.dtype = torch.float32
+    h_0: bool = True
+    reset: bool = False
+    lengths: bool = False
+    layout: str = "batch"  # batch first, time first or cut out of a larger buffer
+    cotangent: str = "both"  # on h, on h_n or on both
+    scale: float = 0.5  # of x_proj
+    beta: float = 0.05  # bound of |beta|; both signs occur
+    slack: float = 1.0  # times the limits
+
+    def __str__(self):
+        base = f"B{self.B}-T{self.T}-H{self.H}-{self.P}x{self.Q}-{self.act}-{self.precision}"
+        shown = {"P", "Q", "act", "B", "T", "H", "precision"}
+        rest = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if f.name not in shown and getattr(self, f.name) != f.default
+        ]
+        return "-".join([base, *rest])
+
+
+BF16 = {"precision": "bf16", "dtype": torch.bfloat16}
+CASES = [
+    # every nonlinearity, both fields, both precisions
+    *(Case(16, 16, act) for act in support.NONLINEARITIES),
+    *(Case(16, 16, act, field="real") for act in support.NONLINEARITIES),
+    *(Case(16, 16, act, **BF16) for act in support.NONLINEARITIES),
+    *(Case(16, 16, act, field="real", **BF16) for act in ("modrelu", "modtanh")),
+    Case(16, 16, dtype=torch.bfloat16),
+    Case(16, 16, precision="bf16"),
+    # shapes: packed block-diagonally, one tile, long sides, padded
+    *(Case(P, Q, T=3) for P, Q in [(8, 8), (8, 16), (16, 8), (4, 16), (2, 32), (64, 2), (1, 64)]),
+    *(Case(P, Q, T=3, B=2) for P, Q in [(16, 32), (32, 16), (32, 32), (16, 64), (64, 16)]),
+    *(Case(P, Q, T=2, B=1) for P, Q in [(32, 64), (64, 64)]),
+    *(Case(P, Q, T=3) for P, Q in [(3, 11), (5, 5), (12, 12), (11, 24), (17, 3)]),
+    *(Case(P, Q, T=3, **BF16) for P, Q in [(8, 8), (8, 16), (16, 32), (32, 32), (3, 11)]),
+    Case(3, 11, "modtanh", field="real", T=4),
+    # batch and time
+    Case(16, 16, B=1, T=1),
+    Case(16, 16, B=1, T=7),
+    Case(16, 16, B=5, T=1, h_0=False),
+    Case(8, 8, B=1, T=3),
+    Case(8, 8, B=5, T=3),
+    Case(8, 8, B=9, T=2, **BF16),
+    # heads
+    Case(16, 16, H=3),
+    Case(8, 16, H=2, B=5),
+    Case(8, 8, H=2, field="real"),
+    # reset, lengths, h_0
+    Case(16, 16, h_0=False),
+    Case(16, 16, reset=True),
+    Case(16, 16, lengths=True),
+    Case(16, 16, reset=True, lengths=True, h_0=False),
+    Case(8, 8, B=5, reset=True),
+    Case(8, 8, B=5, lengths=True),
+    Case(8, 8, "tanh", B=6, reset=True, lengths=True),
+    Case(8, 8, "modtanh", B=5, reset=True, lengths=True, H=2),
+    Case(16, 16, "modtanh", reset=True, lengths=True),
+    Case(16, 16, "identity", reset=True, lengths=True, field="real"),
+    Case(3, 11, "tanh", B=6, reset=True, lengths=True),
+    Case(8, 8, B=5, reset=True, lengths=True, **BF16),
+    # where the rows lie
+    *(Case(16, 16, layout=layout) for layout in ("time", "cut", "odd")),
+    *(Case(8, 8, "modtanh", B=5, layout=layout) for layout in ("time", "cut", "odd")),
+    Case(3, 11, layout="cut"),
+    Case(16, 16, layout="time", H=2, **BF16),
+    # cotangents
+    *(Case(16, 16, cotangent=cotangent) for cotangent in ("h", "h_n")),
+    *(Case(8, 8, B=5, cotangent=c, lengths=True) for c in ("h", "h_n")),
+    Case(16, 16, "modtanh", cotangent="h_n"),
+    Case(16, 16, cotangent="h", h_0=False, reset=True),
+    # far from and close to zero
+    *(Case(16, 16, act, scale=50.0, T=3) for act in support.NONLINEARITIES),
+    *(Case(16, 16, act, scale=50.0, T=3, **BF16) for act in ("modrelu", "modtanh", "tanh")),
+    Case(
+        16, 16, beta=0.5, slack=10
+    ),  # |h| > 0.5 wherever beta = 0.5: phases of tiny z count in full
+    Case(16, 16, "modtanh", scale=1e-3, T=2),
+    Case(16, 16, "tanh", scale=1e-3, T=2),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What the kernels do not write stays NaN."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        tensor = new_empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def activate(z, beta, act):
+    """The definition; at z = 0 modReLU has gradient 0 and modtanh gradient 1."""
+    zero = z == 0
+    m = torch.where(zero, 1.0, z).abs()
+    if act == "modrelu":
+        return z * torch.where(zero, 0.0, torch.relu(m + beta) / m)
+    if act == "modtanh":
+        return z * torch.where(zero, 1.0, torch.tanh(m) / m)
+    function = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda x: x}[act]
+    if not z.is_complex():
+        return function(z)
+    return torch.complex(function(z.real), function(z.imag))
+
+
+def joined(x, parts, heads):
+    """Planar (..., parts·H·N) to complex or real (..., H, N)."""
+    x = x.unflatten(-1, (parts, heads, -1))
+    return torch.complex(x[..., 0, :, :], x[..., 1, :, :]) if parts == 2 else x[..., 0, :, :]
+
+
+def planar(z):
+    """(..., H, N) to planar (..., parts·H·N)."""
+    planes = (z.real, z.imag) if z.is_complex() else (z,)
+    return torch.stack(planes, -3).flatten(-3)
+
+
+def rounded(z):
+    """z rounded to bfloat16, as a straight line to autograd."""
+    planes = torch.view_as_real(z) if z.is_complex() else z
+    planes = planes + (planes.bfloat16().double() - planes).detach()
+    return torch.view_as_complex(planes) if z.is_complex() else planes
+
+
+def step(case, fa, fb, state):
+    """(A ⊗ B) h for every row and head; for "bf16" with every operand of a product rounded."""
+    if case.precision == "fp32":
+        dense = torch.stack([torch.kron(fa[i], fb[i]) for i in range(case.H)])
+        return torch.einsum("hmn,bhn->bhm", dense, state)
+    x = rounded(state).unflatten(-1, (case.P, case.Q))
+    z = rounded(torch.einsum("bhpq,hrq->bhpr", x, rounded(fb)))
+    return torch.einsum("hsp,bhpr->bhsr", rounded(fa), z).flatten(-2)
+
+
+def oracle(case, x_proj, a, b, beta, h_0, reset, lengths):
+    """h (T, B, F) and h_n (B, F) of the definition."""
+    parts = a.shape[0]
+    fa = torch.complex(a[0], a[1]) if parts == 2 else a[0]
+    fb = torch.complex(b[0], b[1]) if parts == 2 else b[0]
+    u = joined(x_proj, parts, case.H)
+    state = joined(h_0, parts, case.H) if h_0 is not None else torch.zeros_like(u[:, 0])
+    states = []
+    for t in range(case.T):
+        if reset is not None:
+            state = torch.where(reset[:, t, None, None], 0.0, state)
+        z = step(case, fa, fb, state) + u[:, t]
+        alive = (t < lengths)[:, None, None]
+        state = torch.where(alive, activate(z, beta.view(case.H, -1), case.act), 0.0)
+        states.append(state)
+    h = planar(torch.stack(states))
+    return h, h[lengths - 1, torch.arange(case.B)]
+
+
+def arranged(x, layout):
+    """The same values of (B, T, F) lying differently in memory."""
+    B, T, F = x.shape
+    if layout == "batch":
+        return x.contiguous()
+    if layout == "time":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    extra = 16 if layout == "cut" else 3  # rows aligned to 16 bytes, or not
+    buffer = torch.full((B + 1, T + 2, F + extra), float("nan"), dtype=x.dtype, device=x.device)
+    view = buffer[1:, 1 : T + 1, :F]
+    view.copy_(x)
+    return view
+
+
+def make(case):
+    """Inputs, flags and cotangents of a case.
+
+    modReLU with beta > 0 jumps at z = 0 and its gradient bends like 1/|z|. Inputs that take some
+    |z| below 2.5e-3 are drawn again: they would measure the error of z, magnified, and nothing
+    else.
+    """
+    for seed in range(100):
+        arguments = draw(case, seed)
+        if case.act != "modrelu" or case.slack > 1:
+            return arguments
+        h, _ = oracle(case, **doubles(arguments[0]), **arguments[1])
+        beta = arguments[0]["beta"].double()
+        m = joined(h, arguments[0]["a"].shape[0], case.H).abs().flatten(2)
+        near = (m > 0) & (beta > 0) & (m - beta < 2.5e-3)
+        if not near.any():
+            return arguments
+    raise AssertionError(f"no inputs for {case}")
+
+
+def doubles(inputs):
+    return {k: None if v is None else v.double() for k, v in inputs.items()}
+
+
+def draw(case, seed):
+    random = torch.Generator().manual_seed(seed)
+    parts = 2 if case.field == "complex" else 1
+    N = case.P * case.Q
+    F = parts * case.H * N
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    def factor(side):
+        w = normal(parts, case.H, side, side)
+        w = torch.linalg.qr(torch.complex(w[0], w[1]) if parts == 2 else w[0])[0]
+        return torch.stack((w.real, w.imag) if parts == 2 else (w,)).float()
+
+    inputs = {
+        "x_proj": (normal(case.B, case.T, F) * case.scale).to(case.dtype),
+        "a": factor(case.P),
+        "b": factor(case.Q),
+        "beta": ((torch.rand(case.H * N, generator=random) * 2 - 1) * case.beta).float(),
+        "h_0": (normal(case.B, F) * 0.5).float() if case.h_0 else None,
+    }
+    flags = {
+        "reset": torch.rand(case.B, case.T, generator=random) < 0.3 if case.reset else None,
+        "lengths": torch.full((case.B,), case.T),
+    }
+    if case.reset:
+        flags["reset"][0, 0] = True
+        flags["reset"][-1, -1] = True
+    if case.lengths:
+        flags["lengths"] = torch.arange(case.B) * 2 % case.T + 1
+    cotangents = {
+        "dh": normal(case.T, case.B, F).to(case.dtype) if case.cotangent != "h_n" else None,
+        "dh_n": normal(case.B, F).to(case.dtype) if case.cotangent != "h" else None,
+    }
+    return inputs, flags, cotangents
+
+
+def expected(case, inputs, flags, cotangents):
+    leaves = doubles(inputs)
+    for leaf in leaves.values():
+        if leaf is not None:
+            leaf.requires_grad_()
+    h, h_n = oracle(case, **leaves, **flags)
+    loss = 0.0
+    if cotangents["dh"] is not None:
+        alive = torch.arange(case.T)[:, None] < flags["lengths"]
+        loss = loss + (h * cotangents["dh"].double() * alive[..., None]).sum()
+    if cotangents["dh_n"] is not None:
+        loss = loss + (h_n * cotangents["dh_n"].double()).sum()
+    loss.backward()
+    names = {"x_proj": "dx", "h_0": "dh_0", "a": "da", "b": "db", "beta": "dbeta"}
+    gradients = {names[k]: v.grad for k, v in leaves.items() if v is not None}
+    gradients["dx"] = gradients["dx"].transpose(0, 1)
+    if case.act != "modrelu":
+        del gradients["dbeta"]
+    return {"h": h.detach(), **gradients}
+
+
+def computed(case, inputs, flags, cotangents):
+    def move(x):
+        return None if x is None else x.to(DEVICE)
+
+    inputs = {k: move(v) for k, v in inputs.items()}
+    flags = {k: move(v) for k, v in flags.items()}
+    cotangents = {k: move(v) for k, v in cotangents.items()}
+    x_proj = arranged(inputs.pop("x_proj"), case.layout)
+    if case.act != "modrelu":
+        inputs["beta"] = None
+    if not case.lengths:
+        flags["lengths"] = None
+    how = {"nonlinearity": case.act, "precision": case.precision}
+    assert support.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
+    h = scan.scan_forward(x_proj, **inputs, **flags, **how)
+    if cotangents["dh"] is not None:
+        dh = cotangents["dh"].transpose(0, 1)
+        cotangents["dh"] = arranged(dh, case.layout).transpose(0, 1)
+    dx, dh_0 = scan.scan_backward(**cotangents, h=h, x_proj=x_proj, **inputs, **flags, **how)
+    del inputs["beta"], flags["lengths"]
+    da, db, dbeta = weight_grad.weight_grad(dx, h, **inputs, **flags, **how)
+    result = {"h": h, "dx": dx, "dh_0": dh_0, "da": da, "db": db, "dbeta": dbeta}
+    return {k: v.double().cpu() for k, v in result.items() if v is not None}
+
+
+def relative_error(got, want):
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_definition(case):
+    arguments = make(case)
+    want = expected(case, *arguments)
+    got = computed(case, *arguments)
+    errors = {name: relative_error(got[name], want[name]) for name in got}
+    limits = {k: v * case.slack for k, v in LIMITS[case.precision].items()}
+    if case.dtype == torch.bfloat16:  # rounded once more at the store
+        limits = {k: max(v, LIMITS["bf16"][k]) for k, v in limits.items()}
+    assert errors == {k: pytest.approx(0, abs=limits[k]) for k in errors}
+
+
+def arguments_of_scan(case, **changed):
+    """Keyword arguments of scan_forward on the device."""
+    inputs, flags, _ = make(case)
+    values = {**inputs, **flags, "nonlinearity": case.act, "precision": case.precision, **changed}
+    if case.act != "modrelu":
+        values["beta"] = None
+    if not case.lengths:
+        values["lengths"] = None
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("act", support.NONLINEARITIES)
+def test_zero_pre_activations(act, precision):
+    """z = 0 exactly, beta of both signs and zero: h = 0, gradients as the definition has them."""
+    case = Case(16, 16, act, T=2, h_0=False, precision=precision)
+    inputs, flags, cotangents = make(case)
+    inputs["x_proj"].zero_()
+    inputs["beta"][::3] = 0
+    want = expected(case, inputs, flags, cotangents)
+    got = computed(case, inputs, flags, cotangents)
+    assert not got["h"].any()
+    assert relative_error(got["dx"], want["dx"]) < (1e-5 if precision == "fp32" else 2e-2)
+    assert not got["da"].any()
+    assert not got["db"].any()
+
+
+def test_gradient_near_the_jump_of_modrelu_is_bounded():
+    """A bfloat16 h says |z| = |h| - beta to 2^-9 |h|: the gradient is not amplified beyond that."""
+    case = Case(16, 16, B=4, T=1, h_0=False, slack=10, **BF16)
+    z = torch.full((4, 1, 512), 1e-4)
+    beta = torch.linspace(0.01, 1.0, 256)
+    values = arguments_of_scan(case, x_proj=z.bfloat16(), beta=beta)
+    h = scan.scan_forward(**values)
+    g = torch.ones_like(h)
+    dx, _ = scan.scan_backward(g, None, h=h, **values)
+    assert dx.isfinite().all()
+    assert dx.abs().max() <= 2.0**9
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 16)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_a_run_in_two_pieces_equals_one_run(shape):
+    case = Case(*shape, B=3, T=6, reset=True)
+    values = arguments_of_scan(case)
+    whole = scan.scan_forward(**values)
+    pieces, state = [], values["h_0"]
+    for part in (slice(0, 4), slice(4, 6)):
+        piece = scan.scan_forward(
+            **{
+                **values,
+                "x_proj": values["x_proj"][:, part],
+                "reset": values["reset"][:, part],
+                "h_0": state,
+            }
+        )
+        pieces.append(piece)
+        state = piece[-1]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_two_runs_are_bitwise_equal():
+    case = Case(8, 16, B=5, T=9, slack=10)
+    arguments = make(case)
+    first, second = computed(case, *arguments), computed(case, *arguments)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weight_gradient_of_several_chunks_of_time():
+    """17 steps make two chunks; the second one starts from a state in the middle."""
+    case = Case(16, 16, B=2, T=17, reset=True, slack=3)  # three times as many steps
+    arguments = make(case)
+    want, got = expected(case, *arguments), computed(case, *arguments)
+    for name in ("da", "db", "dbeta"):
+        assert relative_error(got[name], want[name]) < LIMITS["fp32"][name] * case.slack
+
+
+TOKEN_CASES = [
+    Case(16, 16, T=4, reset=True),
+    Case(16, 16, T=4, H=2, lengths=True, **BF16),
+    Case(32, 32, B=2, T=3),
+    Case(8, 8, B=5, T=4),
+    Case(8, 8, "modtanh", B=5, T=4, reset=True),
+    Case(16, 16, "modtanh", T=4, lengths=True),
+    Case(3, 11, "modtanh", B=5, T=3),
+    Case(16, 16, T=1),
+]
+
+
+@pytest.mark.parametrize("case", TOKEN_CASES, ids=str)
+@pytest.mark.parametrize("layout", ["whole", "cut"])
+def test_tokens_are_the_rows_they_stand_for(case, layout):
+    """Reading rows of a table inside the kernel gives the very bits of reading gathered rows."""
+    values = arguments_of_scan(case)
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 7, (case.B, case.T), generator=random).to(DEVICE)
+    features = values["x_proj"].shape[-1]
+    table = (torch.randn(7, features, generator=random) * 0.5).to(DEVICE, case.dtype)
+    if layout == "cut":
+        table = arranged(table[None], "odd")[0]
+    gathered = {**values, "x_proj": table[tokens]}
+    values = {**values, "x_proj": table, "tokens": tokens}
+    h = scan.scan_forward(**values)
+    assert torch.equal(h, scan.scan_forward(**gathered))
+    g = torch.randn(h.shape, generator=random).to(DEVICE, case.dtype)
+    dx, _ = scan.scan_backward(g, None, h=h, **values)
+    assert torch.equal(dx, scan.scan_backward(g, None, h=h, **gathered)[0])
+    dtable = scan.table_grad(dx, tokens, 7)
+    one_hot = torch.nn.functional.one_hot(tokens.t(), 7).double()
+    want = torch.einsum("tbv,tbf->vf", one_hot, dx.double())
+    assert relative_error(dtable.double(), want) < 1e-6
+    assert torch.equal(dtable, scan.table_grad(dx, tokens, 7))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion ends the process")
+def test_a_token_outside_the_table_is_refused():
+    values = arguments_of_scan(Case(16, 16, T=2))
+    values["x_proj"] = torch.zeros(7, 512)
+    for wrong in (-1, 7):
+        with pytest.raises(RuntimeError, match="outside the table's 7 rows"):
+            scan.scan_forward(**values, tokens=torch.full((3, 2), wrong))
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (0, 0)])
+def test_empty(B, T):
+    case = Case(16, 16)
+    values = arguments_of_scan(case)
+    values["x_proj"] = values["x_proj"].new_zeros(B, T, 512)
+    values["h_0"] = values["h_0"].new_ones(B, 512)
+    h = scan.scan_forward(**values)
+    assert h.shape == (T, B, 512)
+    dh_n = torch.ones_like(values["h_0"])
+    dx, dh_0 = scan.scan_backward(torch.ones_like(h), dh_n, h=h, **values)
+    assert dx.shape == (T, B, 512)
+    # without a step, the last state is h_0 itself
+    assert torch.equal(dh_0, dh_n)
+    del values["x_proj"], values["beta"], values["lengths"]
+    gradients = weight_grad.weight_grad(dx, h, **values)
+    assert [not g.any() for g in gradients] == [True, True, True]
+
+
+def test_without_cotangents_the_gradient_is_zero():
+    values = arguments_of_scan(Case(16, 16, T=2))
+    h = scan.scan_forward(**values)
+    dx, dh_0 = scan.scan_backward(None, None, h=h, **values)
+    assert not dx.any()
+    assert not dh_0.any()
+
+
+def test_inputs_are_not_changed():
+    case = Case(8, 8, B=5, lengths=True, reset=True)
+    inputs, flags, cotangents = make(case)
+    copies = [{k: None if v is None else v.clone() for k, v in d.items()} for d in
+              (inputs, flags, cotangents)]  # fmt: skip
+    computed(case, inputs, flags, cotangents)
+    for given, copy in zip((inputs, flags, cotangents), copies):
+        for name, value in given.items():
+            assert value is None or torch.equal(value, copy[name]), name
+
+
+def factors(P, Q, parts=2, heads=1):
+    return torch.zeros(parts, heads, P, P), torch.zeros(parts, heads, Q, Q)
+
+
+REFUSED = {
+    "float16": (torch.zeros(1, 1, 512).half(), *factors(16, 16), {}, "torch.float16"),
+    "features": (torch.zeros(1, 1, 500), *factors(16, 16), {}, "500 features"),
+    "side": (torch.zeros(1, 1, 2 * 65 * 2), *factors(65, 2), {}, "65 x 65"),
+    "few units": (torch.zeros(1, 1, 8), *factors(2, 2), {}, "pack 64 batch rows"),
+    "rectangular": (
+        torch.zeros(1, 1, 512),
+        torch.zeros(2, 1, 16, 8),
+        torch.zeros(2, 1, 16, 16),
+        {},
+        "shape (2, 1, 16, 8)",
+    ),
+    "double factor": (
+        torch.zeros(1, 1, 512),
+        *(w.double() for w in factors(16, 16)),
+        {},
+        "torch.float64",
+    ),
+    "heads": (
+        torch.zeros(1, 1, 512),
+        factors(16, 16)[0],
+        factors(16, 16, heads=2)[1],
+        {},
+        "disagree",
+    ),
+    "nonlinearity": (torch.zeros(1, 1, 512), *factors(16, 16), {"nonlinearity": "gelu"}, "'gelu'"),
+    "precision": (torch.zeros(1, 1, 512), *factors(16, 16), {"precision": "tf32"}, "'tf32'"),
+    "devices": (
+        torch.zeros(1, 1, 512, device="meta"),
+        *factors(16, 16),
+        {},
+        "different devices (cpu, meta)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_why(name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x_proj, a, b, how, words = REFUSED[name]
+    assert words in support.why_not(x_proj, a, b, **how)
+
+
+def test_refusals_of_the_environment(monkeypatch):
+    arguments = (torch.zeros(1, 1, 512), *factors(16, 16))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert support.why_not(*arguments) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "interpreter is off" in support.why_not(*arguments)
+    monkeypatch.setattr(support, "triton_version", lambda: (3, 5))
+    assert "triton 3.5 is older than 3.6" in support.why_not(*arguments)
+    monkeypatch.setattr(support, "triton_version", lambda: None)
+    assert support.why_not(*arguments) == "triton is not installed"
+
+
+def test_the_package_imports_nothing():
+    """Some libraries import whatever is called `kernels`; importing it must do nothing."""
+    source = Path(support.__file__).with_name("__init__.py").read_text()
+    assert [type(node) for node in ast.parse(source).body] == [ast.Expr]

@@ -1,0 +1,175 @@
+"""Machine code of the kernels against a committed budget: compiled ahead of time, without a GPU.
+
+The compiler runs in a process of its own, where the interpreter is off, with an empty cache. After
+a change that is meant to move the counts, `python bench/compiled.py --json FILE` shows new ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kru_triton.kernels import support
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+BUDGET = json.loads((ROOT / "bench" / "compiled_budget.json").read_text())
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+# What a step may issue at most, from the first working kernels of this design plus 10 %
+CEILINGS = {
+    "forward-16x16-bf16": 158,
+    "forward-16x32-bf16": 312,
+    "forward-32x32-bf16": 644,
+    "backward-16x16-bf16": 295,
+    "backward-16x32-bf16": 573,
+    "backward-32x32-bf16": 1193,
+}
+
+
+def without_interpreter(directory, *command):
+    """Run a Python command where triton compiles, with a cache of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(directory / "cache")
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def compile_rows(directory, variants, *archs):
+    """Rows of bench/compiled.py by variant and target."""
+    file = directory / "rows.json"
+    choice = ["--arch", *archs, "--variant", *variants]
+    without_interpreter(directory, ROOT / "bench" / "compiled.py", "--json", file, *choice)
+    return {(row["variant"], row["arch"]): row for row in json.loads(file.read_text())}
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory):
+    return compile_rows(tmp_path_factory.mktemp("hopper"), BUDGET["sm_90"], "sm_90")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return compile_rows(tmp_path_factory.mktemp("others"), BUDGET["other_targets"], *OTHERS)
+
+
+OTHERS = ("sm_80", "sm_100", "gfx942")
+
+
+@pytest.mark.parametrize("variant", BUDGET["sm_90"])
+def test_within_budget(variant, hopper):
+    row = hopper[variant, "sm_90"]
+    over = {k: (row[k], most) for k, most in BUDGET["sm_90"][variant].items() if row[k] > most}
+    assert not over, f"(found, budget): {over}"
+
+
+@pytest.mark.parametrize("variant", CEILINGS)
+def test_the_budget_itself_stays_low(variant):
+    assert BUDGET["sm_90"][variant]["instructions_per_step"] <= CEILINGS[variant]
+    assert BUDGET["sm_90"][variant]["spills"] == 0
+
+
+def test_up_to_512_units_a_step_leaves_the_registers_alone(hopper):
+    """No spill, and in the time loop no barrier, no shuffle and no shared memory."""
+    rows = [
+        row
+        for row in hopper.values()
+        if row["kernel"] in ("forward", "backward") and row["P"] * row["Q"] in (64, 128, 256, 512)
+    ]
+    assert len(rows) >= 16
+    columns = ("barriers", "shuffles", "shared_loads", "shared_stores")
+    for row in rows:
+        assert {k: row[k] for k in columns} == dict.fromkeys(columns, 0), row["variant"]
+
+
+def test_shared_memory_is_foreseen(hopper, others):
+    """`support.why_not` refuses by this bound what a device could not launch."""
+    for row in [*hopper.values(), *others.values()]:
+        tile = support.Tile.of(row["P"], row["Q"], 2 if row["dtype"] == "bf16" else 4)
+        parts, sets = 2 if row["field"] == "complex" else 1, 1
+        if row["kernel"].startswith("lstm"):
+            parts, sets = 1, 8
+        elif row["nonlinearity"] == "modtanh":
+            sets = 2
+        bound = support.shared_bytes(tile, parts, row["dtype"], sets)
+        assert row["shared_bytes"] <= bound, row["variant"]
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("variant", BUDGET["other_targets"])
+def test_compiles_for_other_targets(variant, arch, others):
+    row = others[variant, arch]
+    assert row["instructions_per_step"] > 0
+    assert row["shared_bytes"] <= SHARED_LIMIT[arch]
+
+
+def test_another_batch_length_or_stride_compiles_nothing(tmp_path):
+    """The launchers, on a target that compiles and does not run: one kernel each, and no second."""
+    counts = json.loads(without_interpreter(tmp_path, __file__).splitlines()[-1])
+    assert len(counts) == 8
+    assert counts == [[1, 1, 1]] * 8
+
+
+def count_compilations():
+    """Print how many kernels exist (forward, backward, weight gradient) after each call."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from kru_triton.kernels import scan, weight_grad
+
+    class Absent:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(Absent())
+    JITFunction.run = compile_only
+    kernels = (
+        scan.scan_forward_kernel,
+        scan.scan_backward_kernel,
+        weight_grad.weight_grad_kernel,
+    )
+    how = {"nonlinearity": "modrelu", "precision": "bf16"}
+    a, b, beta = torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 16, 16), torch.zeros(256)
+    counts = []
+    for B, T, layout, extra in [
+        (3, 5, "batch", 0),
+        (1, 1, "batch", 0),
+        (16, 16, "batch", 0),
+        (2, 7, "time", 0),
+        (4, 32, "batch", 16),
+        (4, 32, "batch", 3),
+        (1, 64, "time", 8),
+        (64, 1, "batch", 0),
+    ]:
+        shape = (B, T) if layout == "batch" else (T, B)
+        x_proj = torch.zeros(*shape, 512 + extra, dtype=torch.bfloat16)[..., :512]
+        x_proj = x_proj if layout == "batch" else x_proj.transpose(0, 1)
+        h_0 = torch.zeros(B, 512)
+        h = scan.scan_forward(x_proj, a, b, beta, h_0, None, **how)
+        dh = torch.zeros_like(h)
+        dx, _ = scan.scan_backward(dh, None, h, x_proj, a, b, beta, h_0, None, **how)
+        weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+        counts.append([len(kernel.device_caches[0][0]) for kernel in kernels])
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    count_compilations()
