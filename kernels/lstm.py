@@ -449,8 +449,9 @@ def lstm_backward(
     allocate = h.new_zeros if lengths is not None else h.new_empty
     dx_proj = allocate((T, B, 4 * F))
     if h.numel() == 0:
-        none = torch.zeros(B, F, device=h.device)
-        return dx_proj, *(none if d is None else d.float() for d in (dh_n, dc_n))
+        # without a step, the last state and cell are h_0 and c_0
+        zero = torch.zeros(B, F, device=h.device)
+        return dx_proj, *(zero.clone() if d is None else zero + d for d in (dh_n, dc_n))
     dh_0 = h.new_empty((B, F), dtype=torch.float32)
     dc_0 = h.new_empty((B, F), dtype=torch.float32)
     constants, options = lstm_options(tile, heads, precision, backward=True, nvidia=on_nvidia())

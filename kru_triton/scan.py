@@ -340,6 +340,7 @@ def _scan_backward(
     dx, dh_0 = scan_backward(dh, dh_n, h, *args, **options)
     da, db, d_beta = weight_grad(dx, h, a, b, h_0, reset, **options)
     d_beta = a.new_zeros(h.shape[2] // a.shape[0]) if d_beta is None else d_beta
+    dh_0 = a.new_zeros(h.shape[1:]) if dh_0 is None else dh_0
     return dx, da, db, d_beta, dh_0
 
 

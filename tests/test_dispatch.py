@@ -62,6 +62,17 @@ def test_both_backends_give_the_same_numbers(nonlinearity, parts, heads, shapes)
         assert relative_error(got, want) < (2e-5 if index < 2 else 3e-4), index
 
 
+def test_kernels_without_a_start_or_a_cut():
+    """No h_0, no reset, a cotangent on h_n alone."""
+    x = torch.randn(2, 5, 128, device=DEVICE, requires_grad=True)
+    factors = [unitary_(torch.empty(2, 1, 8, 8, device=DEVICE)) for _ in range(2)]
+    grads = [
+        torch.autograd.grad(kru_scan(x, factors, backend=backend)[1].square().sum(), x)[0]
+        for backend in ("triton", "torch")
+    ]
+    assert relative_error(*grads) < 3e-4
+
+
 def test_a_module_trains_on_the_kernels():
     torch.manual_seed(0)
     kru = KRU(5, 64, num_heads=1, nonlinearity="relu", backend="triton").to(DEVICE)
