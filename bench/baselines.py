@@ -30,6 +30,7 @@ import torch
 from kru_triton.language_model import LanguageModel
 from kru_triton.train import data
 from kru_triton.train.config import model_config, parse
+from kru_triton.train.lm import keep_freed_memory
 from kru_triton.train.sample import pick_dtype
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,7 @@ def num_parameters(flags: list[str]) -> int:
 def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str, float]:
     """Training steps per second of every model on one thread: medians of rounds taken in turn."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     seconds = {model: [] for model in settings}
     ready, dtype = {}, pick_dtype("auto", torch.device("cpu"))
     for model, flags in settings.items():

@@ -216,7 +216,8 @@ class _KRUMixer(nn.Module):
         h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
         h = self.norm(h)
         if self.gate is not None:
-            h = h * nnf.silu(self.gate(x))
+            gate = nnf.silu(self.gate(x))
+            h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
         return self.projection(h), [h_n[0]]
 
 

@@ -104,6 +104,12 @@ class _Step:
         shape = (x.shape[0], self.batch, self.parts, self.heads, self.p, self.q)
         return x.view(shape).permute(0, 3, 1, 4, 2, 5)
 
+    def load(self, slots: Tensor, x: Tensor) -> None:
+        """Copy `(T, B, F)` into T slots; part by part, on a CPU twice as fast as at once."""
+        x = self.planar(x)
+        for k in range(self.parts):
+            slots[..., k, :].copy_(x[..., k, :])
+
     def chunks(self):
         """The pairs (start, end) of all chunks in time order."""
         return [(t, min(t + self.chunk, self.time)) for t in range(0, self.time, self.chunk)]
@@ -137,7 +143,7 @@ def scan_forward(
     if h_0 is None:
         state[0].zero_()
     else:
-        state[:1].copy_(step.planar(h_0[None]))
+        step.load(state[:1], h_0[None])
     rows, blocks = step.rows(state), step.blocks(state)
     if step.has_left:
         middle = step.buffer(1)
@@ -149,7 +155,7 @@ def scan_forward(
         if start:
             state[0].copy_(state[last])
         last = end - start
-        state[1 : last + 1].copy_(step.planar(x[start:end]))
+        step.load(state[1 : last + 1], x[start:end])
         for i in range(last):
             previous = rows[i]
             if cuts[start + i]:  # not in place: slot i is still to be copied out
@@ -245,16 +251,16 @@ def scan_backward(
         if dh is None:
             grad[1 : n + 1].zero_()
         else:
-            grad[1 : n + 1].copy_(step.planar(dh[start:end]))
+            step.load(grad[1 : n + 1], dh[start:end])
         grad[n].add_(carry[0])
         grad[0].zero_()
-        states[1 : n + 1].copy_(step.planar(h[start:end]))
+        step.load(states[1 : n + 1], h[start:end])
         if start:
-            states[:1].copy_(step.planar(h[start - 1 : start]))
+            step.load(states[:1], h[start - 1 : start])
         elif h_0 is None:
             states[0].zero_()
         else:
-            states[:1].copy_(step.planar(h_0[None]))
+            step.load(states[:1], h_0[None])
         before = states[:n]
         if any(cuts[start:end]):
             before = before.masked_fill(cut[start:end], 0)
@@ -343,7 +349,7 @@ class _Adjoint:
         """Compute the coefficients of the n steps of a chunk from its states (or z)."""
         n = h.shape[0]
         if self.nonlinearity == "relu":
-            self.slope[:n].copy_(h > 0)
+            torch.sign(h, out=self.slope[:n])
         elif self.nonlinearity == "tanh":
             torch.addcmul(h.new_ones(()), h, h, value=-1, out=self.slope[:n])
         elif self.nonlinearity in PHASE_NONLINEARITIES:

@@ -14,6 +14,7 @@ or SIGINT with a checkpoint written; 1 that checkpoint, or the summary, could no
 arguments or data; 3 non-finite loss.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -79,6 +80,17 @@ class Position:
                 raise NonFiniteError(
                     f"non-finite loss at step {step} (loss {loss}, gradient norm {norm})"
                 )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what a step frees, or the next one page-faults all of it in again.
+
+    On a CPU that took a tenth of a training step and a third of an evaluation.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 # Checkpoint: everything into flat tensors and JSON, and back
@@ -207,6 +219,7 @@ def describe(row: dict) -> str:
 
 def train(config: Config) -> int:
     """Run to the end of the budget, or to the first signal. Returns the exit code."""
+    keep_freed_memory()
     stop = Stop()
     run_dir = Path(config.run_dir)
     device = pick_device(config.device)
