@@ -1,7 +1,7 @@
 # make train   set up, then train the default language model and print its bits per byte
 # make test    set up, then run every test
 # Both need only Python 3.11 or newer, make and a package registry.
-.PHONY: train test lint bench clean
+.PHONY: train test gpu-test lint bench clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -22,6 +22,11 @@ train: $(VENV)/.ok
 
 test: $(VENV)/.ok
 	$(PY) -m pytest $(ARGS)
+
+# on a GPU machine, with its own python: needs torch, triton, numpy and pytest alone
+gpu-test:
+	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
+	$(PYTHON) -m pytest -m gpu tests/test_kernels.py tests/test_kernels_lstm.py tests/test_dispatch.py $(ARGS)
 
 lint: $(VENV)/.ok
 	$(VENV)/bin/ruff check .
