@@ -23,8 +23,9 @@ from kru_triton.train.config import Config, UserError
 
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
-    "--preset tiny --d-model 16 --hidden-size 16 --batch-size 4 --segment-length 32 --device cpu "
-    "--dropout 0.1 --wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
+    "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
+    "--lr 1e-2 --dtype float32 --batch-size 4 --segment-length 32 --device cpu --dropout 0.1 "
+    "--wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
 )
 
 

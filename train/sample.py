@@ -158,9 +158,9 @@ def run(config: SampleConfig) -> None:
         top_p=config.top_p,
         generator=torch.Generator().manual_seed(config.seed),
     )
-    decoder = codecs.getincrementaldecoder("utf-8")(
-        "replace"
-    )  # a character may take several tokens
+    # a character may take several tokens
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(decoder.decode(prompt))
     for token in tokens:
         sys.stdout.write(decoder.decode(tokenizer.decode([token])))
