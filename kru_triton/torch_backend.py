@@ -316,11 +316,12 @@ def _from_heads(step: _Step, x: Tensor, n: int) -> Tensor:
 
 def _pre_activation(step: _Step, forward: Tensor, x_proj: Tensor) -> Tensor:
     """z of a chunk, from X Bᵀ of its states and its inputs `(B, n, F)`."""
-    z = step.planar(x_proj.transpose(0, 1)).to(step.dtype, copy=True)
-    z = z.contiguous() if step.has_left else z.contiguous().add_(forward)
-    if step.has_left:
-        for zt, vt in zip(step.blocks(z), step.blocks(forward)):
-            zt.baddbmm_(step.left, vt)
+    z = step.buffer(x_proj.shape[1])
+    step.load(z, x_proj.transpose(0, 1))
+    if not step.has_left:
+        return z.add_(forward)
+    for zt, vt in zip(step.blocks(z), step.blocks(forward)):
+        zt.baddbmm_(step.left, vt)
     return z
 
 
