@@ -21,7 +21,7 @@ train: $(VENV)/.ok
 	$(PY) train/lm.py --minutes 7 --eval-every 1000 --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(VENV)/.ok
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # on a GPU machine, with its own python: needs torch, triton, numpy and pytest alone
 gpu-test:

@@ -1,20 +1,14 @@
 """One operation, two backends: `backend="triton"` against `backend="torch"` through the public op.
 
-Without a GPU the kernels run in Triton's interpreter, which has to be chosen before triton is
-imported.
+Without a GPU the kernels run in Triton's interpreter (see conftest.py).
 """
-
-import os
 
 import pytest
 import torch
 
+from kru_triton import KRU, kru_scan, unitary_, why_not_triton
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from kru_triton import KRU, kru_scan, unitary_, why_not_triton  # noqa: E402 (after the interpreter)
-
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 

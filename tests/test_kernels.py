@@ -1,25 +1,18 @@
 """The kernels against a complex128 loop over dense Kronecker products, under autograd.
 
-Without a GPU they run in Triton's interpreter, which has to be chosen before triton is imported. It
-computes a bfloat16 product as float32 product of values rounded to bfloat16, which is what a tensor
-core does up to the order of a float32 sum.
+Without a GPU they run in Triton's interpreter (see conftest.py). It computes a bfloat16 product as
+float32 product of values rounded to bfloat16, which is what a tensor core does up to the order of a
+float32 sum.
 """
 
 import ast
 import dataclasses
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    assert interpreted or "triton" not in sys.modules, "triton came before its interpreter"
-    os.environ["TRITON_INTERPRET"] = "1"
-
 pytest.importorskip("triton")
 
 # the interpreter computes exp(2x) of tanh in numpy, where infinity is reached with a warning
@@ -27,7 +20,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp:Run
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
-from kru_triton.kernels import scan, support, weight_grad  # noqa: E402 (after the interpreter)
+from kru_triton.kernels import scan, support, weight_grad  # noqa: E402 (after importorskip)
 
 # Relative L2 errors. "fp32": a product of bfloat16 pairs is exact to 2^-17, two of them a step, a
 # few steps, and unitary factors keep the sum of errors from growing; gradients pass through it

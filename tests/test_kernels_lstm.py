@@ -1,21 +1,14 @@
 """The LSTM kernels against a float64 loop over dense Kronecker products, under autograd.
 
-Without a GPU they run in Triton's interpreter (see test_kernels.py).
+Without a GPU they run in Triton's interpreter (see conftest.py).
 """
 
-import os
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    assert interpreted or "triton" not in sys.modules, "triton came before its interpreter"
-    os.environ["TRITON_INTERPRET"] = "1"
-
 pytest.importorskip("triton")
 
 # the interpreter computes exp(2x) of tanh in numpy, where infinity is reached with a warning
@@ -23,7 +16,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp:Run
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
-from kru_triton.kernels import lstm, support  # noqa: E402 (after the interpreter)
+from kru_triton.kernels import lstm, support  # noqa: E402 (after importorskip)
 
 # Relative L2 errors: products of bfloat16 pairs are exact to 2^-17, of bfloat16 to 2^-9
 LIMITS = {"fp32": {"h": 1e-5, "c": 1e-5}, "bf16": {"h": 1e-2, "c": 1e-2}}

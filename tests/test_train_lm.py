@@ -395,6 +395,7 @@ def test_a_non_finite_loss_stops_with_code_3_and_names_the_checkpoint(
 def test_bad_arguments_and_data_end_with_code_2_and_a_message(
     tmp_path, corpus, monkeypatch, capsys
 ):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it the kernels run on a CPU
     (tmp_path / "short.txt").write_text("ten bytes\n")
     (tmp_path / "file").touch()
     cases = [

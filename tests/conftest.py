@@ -1,0 +1,16 @@
+"""One thread per process, and without a GPU Triton's interpreter.
+
+Both have to be chosen before torch and triton are imported, so here, before any test module is.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as fit
+
+import torch
+
+if not torch.cuda.is_available():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    assert interpreted or "triton" not in sys.modules, "triton came before its interpreter"
+    os.environ["TRITON_INTERPRET"] = "1"
