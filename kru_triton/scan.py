@@ -296,14 +296,19 @@ def _on_triton(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision)
     if backend == "torch":
         return False
     reason = _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision)
+    return choose_triton("kru_scan", x_proj, backend, reason)
+
+
+def choose_triton(op: str, x_proj: Tensor, backend: str, reason: str | None) -> bool:
+    """Whether `op` runs on the kernels, given why they cannot; says so once, or raises as told."""
     if backend == "auto" and x_proj.device.type == "cpu":  # the interpreter runs when asked for
         reason = reason or "the tensors are on the CPU"
     if backend == "triton" and reason is not None:
         raise RuntimeError(f'backend="triton" cannot run here: {reason}')
     _say_once(
-        "kru_scan runs on the triton backend"
+        f"{op} runs on the triton backend"
         if reason is None
-        else f"kru_scan runs on the torch backend: {reason}"
+        else f"{op} runs on the torch backend: {reason}"
     )
     return reason is None
 
@@ -377,24 +382,27 @@ def _backward(ctx, dh, dh_n):
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _register_autocast(device_type: str) -> None:
+def register_autocast(name: str, op, backward) -> None:
     """Under autocast x_proj becomes the autocast dtype; weights and state keep their precision."""
-    key = f"Autocast{device_type.upper()}"
 
-    def scan(x_proj, *args):
-        with torch.autocast(device_type, enabled=False):
-            if x_proj.dtype != torch.float64:
-                x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
-            return _scan(x_proj, *args)
+    def register(device_type: str) -> None:
+        def forward_rule(x_proj, *args):
+            with torch.autocast(device_type, enabled=False):
+                if x_proj.dtype != torch.float64:
+                    x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
+                return op(x_proj, *args)
 
-    def scan_backward(*args):  # where backward() is called under autocast
-        with torch.autocast(device_type, enabled=False):
-            return _scan_backward(*args)
+        def backward_rule(*args):  # where backward() is called under autocast
+            with torch.autocast(device_type, enabled=False):
+                return backward(*args)
 
-    _library.impl("scan", scan, key)
-    _library.impl("scan_backward", scan_backward, key)
+        key = f"Autocast{device_type.upper()}"
+        _library.impl(name, forward_rule, key)
+        _library.impl(f"{name}_backward", backward_rule, key)
+
+    register("cpu")
+    register("cuda")
 
 
 _library = torch.library.Library("kru_triton", "FRAGMENT")
-_register_autocast("cpu")
-_register_autocast("cuda")
+register_autocast("scan", _scan, _scan_backward)
