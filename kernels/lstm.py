@@ -388,7 +388,7 @@ def lstm_forward(
         a, b: (4, H, P, P) and (4, H, Q, Q) float32.
         h_0, c_0: (B, H·N) float32, or None for zeros.
         reset: (B, T) bool or None; True replaces h and c before that step by zero.
-        lengths: (B,) int64, each at least 1, or None.
+        lengths: (B,) int64, each from 0 to T, or None.
         precision: "fp32" or "bf16", of the products.
 
     Returns:
@@ -492,6 +492,10 @@ def lstm_backward(
             **constants,
             **options,
         )
+    if lengths is not None:  # without a step, a row's last state and cell are its h_0 and c_0
+        none = (lengths == 0)[:, None].to(h.device)
+        dh_0 = torch.where(none, 0 if dh_n is None else dh_n, dh_0)
+        dc_0 = torch.where(none, 0 if dc_n is None else dc_n, dc_0)
     return dx_proj, dh_0, dc_0
 
 
