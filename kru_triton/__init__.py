@@ -3,7 +3,7 @@
 from kru_triton import diagnostics
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
 from kru_triton.modules import KRU, KRUCell
-from kru_triton.scan import kru_scan, kru_step, why_not_triton
+from kru_triton.scan import kru_embedding_scan, kru_scan, kru_step, why_not_triton
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "group_factors",
     "kron_dense",
     "kron_matvec",
+    "kru_embedding_scan",
     "kru_scan",
     "kru_step",
     "nearest_kronecker",
