@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from kru_triton.modules import KRU
+from kru_triton.modules import KRU, in_chunks
 from kru_triton.scan import why_not_triton
 from kru_triton.unitarity import unitarity_penalty
 
@@ -45,6 +45,7 @@ class LanguageModelConfig:
     radius: float = 1.0  # KRU: the recurrent matrix starts as this times a unitary one
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     context_length: int = 256  # transformer: how many earlier positions are attended to
+    recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
     backend: Literal["auto", "triton", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
@@ -70,6 +71,10 @@ class LanguageModel(nn.Module):
         for name in ("vocab_size", "d_model", "num_layers", "context_length"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(config, name)}")
+        if config.recompute < 0:
+            raise ValueError(
+                f"recompute: must be a number of steps, or 0 for none, got {config.recompute}"
+            )
         if config.model not in MODELS:
             raise ValueError(
                 f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
@@ -96,18 +101,24 @@ class LanguageModel(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
+        states = sum(block.mixer.num_states for block in self.blocks)
+        if state is not None and len(state) != states:
+            raise ValueError(f"state: expected {states} tensors, got {len(state)}")
         x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
-        new_state, taken = [], 0
+        x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
+        logits = nnf.linear(self.norm(x), self.embedding.weight)
+        return logits.transpose(0, 1), state
+
+    def _run_blocks(self, x: Tensor, state, reset, lengths=None) -> tuple[Tensor, list[Tensor]]:
+        """All blocks on `x (T, B, D)`."""
+        new_state = []
         for block in self.blocks:
-            size = block.mixer.num_states
-            own = None if state is None else state[taken : taken + size]
+            own = None
+            if state is not None:
+                own = state[len(new_state) : len(new_state) + block.mixer.num_states]
             x, out = block(x, own, reset)
             new_state += out
-            taken += size
-        if state is not None and len(state) != taken:
-            raise ValueError(f"state: expected {taken} tensors, got {len(state)}")
-        logits = nnf.linear(self.norm(x), self.embedding.weight)
-        return logits.transpose(0, 1), new_state
+        return x, new_state
 
     @property
     def num_parameters(self) -> int:

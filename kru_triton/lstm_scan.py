@@ -19,9 +19,11 @@ from kru_triton.scan import (
     _check,
     _check_same,
     _check_shape,
+    _check_values,
     _grouped,
     _kernel_precision,
     _state_dtype,
+    _way_out,
     choose_triton,
     register_autocast,
 )
@@ -119,26 +121,17 @@ def _grouped_gates(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tenso
 
 def _check_lstm(x_proj, factors, h_0, c_0, reset, lengths, backend, precision) -> None:
     """Check every argument of `kru_lstm_scan`: a real recurrence on 4·H heads, and what differs."""
-    _check(x_proj, factors, None, None, "tanh", reset, backend, precision)
+    _check(x_proj, factors, None, None, "tanh", reset, backend, precision, lengths)
     parts, heads = factors[0].shape[:2]
     if parts != 1 or heads % 4:
         raise ValueError(
             "factors: must be real, (1, 4·H, P, Q) with the H heads of the gates i, f, g and o, "
             f"got {tuple(factors[0].shape)}"
         )
-    batch, time, features = x_proj.shape
     for name, state in (("h_0", h_0), ("c_0", c_0)):
         if state is not None:
             _check_same(name, state, x_proj)
-            _check_shape(name, state, (batch, features // 4), "(B, H·N)")
-    if lengths is not None:
-        _check_shape("lengths", lengths, (batch,), "(B,)")
-        if lengths.dtype != torch.int64:
-            raise TypeError(
-                f"lengths: must be an int64 tensor, got {lengths.dtype}; convert with .long()"
-            )
-        if lengths.device != x_proj.device:
-            raise ValueError(f"lengths: is on {lengths.device} but x_proj is on {x_proj.device}")
+            _check_shape(name, state, (x_proj.shape[0], x_proj.shape[2] // 4), "(B, H·N)")
 
 
 @torch.library.custom_op("kru_triton::lstm_scan", mutates_args=())
@@ -155,22 +148,14 @@ def _lstm_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = (x_proj, a, b, h_0, c_0, reset, lengths)
     if lengths is not None:
-        _check_lengths(lengths, x_proj.shape[1])
+        _check_values("lengths", lengths, 0, x_proj.shape[1], "the steps of a row")
     if not _on_triton(*args, backend, precision):
         return lstm_torch_backend.lstm_forward(*args)
     from kru_triton.kernels.lstm import lstm_forward
 
-    h, c = lstm_forward(*args, precision=_kernel_precision(x_proj, precision))
+    with _way_out():
+        h, c = lstm_forward(*args, precision=_kernel_precision(x_proj, precision))
     return h, c, _last(h, h_0, lengths), _last(c, c_0, lengths)
-
-
-def _check_lengths(lengths: Tensor, time: int) -> None:
-    message = f"lengths: must be from 0 to T = {time}"
-    if lengths.device.type == "cpu":
-        if ((lengths < 0) | (lengths > time)).any():
-            raise ValueError(f"{message}, got {lengths.tolist()}")
-    else:  # without waiting for the device
-        torch._assert_async(((lengths >= 0) & (lengths <= time)).all(), message)
 
 
 def _last(x: Tensor, first: Tensor | None, lengths: Tensor | None) -> Tensor:
@@ -222,8 +207,9 @@ def _lstm_scan_backward(
     from kru_triton.kernels.lstm import lstm_backward, lstm_weight_grad
 
     precision = _kernel_precision(x_proj, precision)
-    dx, dh_0, dc_0 = lstm_backward(*grads, h, c, *args, precision=precision)
-    da, db = lstm_weight_grad(dx, h, a, b, h_0, reset, precision=precision)
+    with _way_out():
+        dx, dh_0, dc_0 = lstm_backward(*grads, h, c, *args, precision=precision)
+        da, db = lstm_weight_grad(dx, h, a, b, h_0, reset, precision=precision)
     return dx, da, db, dh_0, dc_0
 
 

@@ -13,8 +13,9 @@ update of dc and two matrix products.
 
 Memory plan. Inside, a state is `(H, P, B, Q)` and the gates `(H, 4, P, B, Q)` in the order o, i, f,
 g: sigmoids lie together, and so do the gates that hang on dc. In that order `A_k X` of all gates is
-one product with the `(4P, P)` matrix of all A_k, `V B_kᵀ` one product per gate, and back `Σ_k A_kᵀ V`
-one product again; nothing is permuted between them. Time is cut into chunks that stay in the cache.
+one product with the `(4P, P)` matrix of all A_k, `V B_kᵀ` one product per gate, and on the way back
+`Σ_k A_kᵀ V_k` one product again; nothing is permuted between them. Time is cut into chunks that
+stay in the cache.
 
 B batch, T time, H heads, P, Q sizes of A_k and B_k, F = H·P·Q features of a state.
 """

@@ -97,7 +97,7 @@ def kru_lstm_scan_reference(
     a, b = group_factors(factors)
     p, q = a.shape[-1], b.shape[-1]
     a, b = (w.view(4, -1, *w.shape[2:]) for w in (a, b))
-    batch, time = x_proj.shape[:2]
+    batch = x_proj.shape[0]
     h = x_proj.new_zeros(batch, x_proj.shape[2] // 4) if h_0 is None else h_0
     c = torch.zeros_like(h) if c_0 is None else c_0
     states = []
