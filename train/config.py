@@ -52,7 +52,7 @@ class Config:
     """Named sizes and training settings; every other flag overrides its part of the preset."""
     config: str = ""
     """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
-    model: Literal["kru", "lstm", "gru", "rnn", "transformer"] = "kru"
+    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
     """The recurrent layer, or a baseline in the same frame."""
     match_params: int = 0
     """Scale the widths until the model has about this many parameters. 0: sizes as given."""
