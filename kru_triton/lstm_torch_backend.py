@@ -86,15 +86,15 @@ class _Layout:
 
     def left_in(self, x: Tensor) -> Tensor:
         """States `(n, H, P, B, Q)` as `(n·H, P, B·Q)`, which `left` multiplies."""
-        return x.view(-1, self.p, self.batch * self.q)
+        return x.flatten(-2).flatten(0, -3)
 
     def left_out(self, x: Tensor) -> Tensor:
         """Gates `(n, H, 4, P, B, Q)` as `(n·H, 4·P, B·Q)`, what `left` gives."""
-        return x.view(-1, 4 * self.p, self.batch * self.q)
+        return x.flatten(-4, -3).flatten(-2).flatten(0, -3)
 
     def rows(self, x: Tensor) -> Tensor:
         """Gates `(n, H, 4, P, B, Q)` as `(n·H·4, P·B, Q)`, which multiplies `right`."""
-        return x.view(-1, self.p * self.batch, self.q)
+        return x.flatten(-3, -2).flatten(0, -3)
 
     def chunks(self):
         """The pairs (start, end) of all chunks in time order."""
