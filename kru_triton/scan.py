@@ -286,10 +286,10 @@ def _check(
         _check_shape("h_0", h_0, (batch, parts * units), "(B, parts·H·N)")
     if reset is not None:
         _check_shape("reset", reset, (batch, time), "(B, T)")
-        _check_kind("reset", reset, torch.bool, "convert with .bool()", x_proj, name)
+        _check_kind("reset", reset, "a bool", x_proj, name)
     if lengths is not None:
         _check_shape("lengths", lengths, (batch,), "steps of each row, (B,)")
-        _check_kind("lengths", lengths, torch.int64, "convert with .long()", x_proj, name)
+        _check_kind("lengths", lengths, "an int64", x_proj, name)
     return units
 
 
@@ -311,10 +311,11 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: must have shape {shape} ({meaning}), got {tuple(x.shape)}")
 
 
-def _check_kind(name: str, x: Tensor, dtype: torch.dtype, advice: str, x_proj, x_name) -> None:
+def _check_kind(name: str, x: Tensor, kind: str, x_proj: Tensor, x_name: str) -> None:
+    """`x` is "a bool" or "an int64" tensor on the input's device."""
+    dtype, convert = {"a bool": (torch.bool, ".bool()"), "an int64": (torch.int64, ".long()")}[kind]
     if x.dtype != dtype:
-        kind = str(dtype).removeprefix("torch.")
-        raise TypeError(f"{name}: must be a {kind} tensor, got {x.dtype}; {advice}")
+        raise TypeError(f"{name}: must be {kind} tensor, got {x.dtype}; convert with {convert}")
     if x.device != x_proj.device:
         raise ValueError(f"{name}: is on {x.device} but {x_name} is on {x_proj.device}")
 
@@ -322,7 +323,7 @@ def _check_kind(name: str, x: Tensor, dtype: torch.dtype, advice: str, x_proj, x
 def _check_tokens(tokens: Tensor, table: Tensor) -> None:
     if tokens.dim() != 2:
         raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
-    _check_kind("tokens", tokens, torch.int64, "convert with .long()", table, "table")
+    _check_kind("tokens", tokens, "an int64", table, "table")
 
 
 def _check_same(name: str, x: Tensor, x_proj: Tensor, x_name: str = "x_proj") -> None:
@@ -427,8 +428,8 @@ def _check_values(name: str, x: Tensor, low: int, high: int, meaning: str) -> No
     rule = f"{name}: must be from {low} to {high} ({meaning})"
     if x.device.type != "cpu":
         torch._assert_async(((x >= low) & (x <= high)).all(), rule)
-    elif x.numel() and not (low <= (least := x.min().item()) and (most := x.max().item()) <= high):
-        raise ValueError(f"{rule}, got values from {least} to {most}")
+    elif x.numel() and not (low <= x.min() and x.max() <= high):
+        raise ValueError(f"{rule}, got values from {x.min()} to {x.max()}")
 
 
 @_scan.register_fake
