@@ -304,18 +304,21 @@ def test_a_reset_cuts_the_past():
         assert torch.equal(after[1], before[1])
 
 
-def test_what_lies_beyond_a_length_is_not_used():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_lies_beyond_a_length_is_not_used(backend):
     """Not even where it is NaN, and resets there cut nothing."""
-    case = Case(square(4, 3), B=5, lengths=True)
-    expected = run(kru_lstm_scan, case)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    case = Case(square(8, 8), B=4, T=3, lengths=True)
+    expected = run(_on_device, case, torch.float32, backend=backend)
 
     def with_rubbish(x_proj, **arguments):
         beyond = torch.arange(case.T) >= arguments["lengths"][:, None]
         x_proj = torch.where(beyond[..., None], float("nan"), x_proj)
-        return kru_lstm_scan(x_proj, **{**arguments, "reset": beyond})
+        return _on_device(x_proj, **{**arguments, "reset": beyond}, backend=backend)
 
-    assert_close(run(with_rubbish, case), expected, 0)
-    assert (expected["h"][1, 3:] == 0).all()
+    assert_close(run(with_rubbish, case, torch.float32), expected, 0)
+    assert (expected["h"][0] == 0).all()
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -448,7 +451,7 @@ def _on_device(x_proj, factors, h_0, c_0, *, reset, lengths, **kwargs):
     "case",
     [
         Case(square(2, 4, 8), T=4, reset=True),
-        Case(square(8, 8), B=5, T=4, H=2, reset=True, lengths=True),
+        Case(square(8, 8), B=5, T=3, reset=True, lengths=True),
         Case(square(3, 11), B=1, T=2, states="none", cotangents="h"),
         Case(square(16), B=2, T=3, lengths=True, cotangents="c_n"),
         Case(square(4, 4), B=3, T=0),
@@ -544,15 +547,14 @@ def outputs_and_gradients(module, *arguments):
     }
 
 
-def test_compile_fullgraph_inductor():
+def test_compile_fullgraph():
     module = Holder(bidirectional=True)
     hx = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
     arguments = (torch.randn(6, 3, 5), hx, torch.rand(3, 6) < 0.3)
     expected = outputs_and_gradients(module, *arguments)
     torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True)
-    # inductor's own float32 code for the linear layers sums in another order
-    assert_close(outputs_and_gradients(compiled, *arguments), expected, 1e-5)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_close(outputs_and_gradients(compiled, *arguments), expected, 1e-6)
 
 
 def test_compile_makes_one_graph_for_any_batch_and_length():
@@ -653,12 +655,15 @@ def assert_same(actual, expected, limit=1e-12):
         assert (got - want).abs().max() <= limit
 
 
+def data_of(x):
+    return x.data if isinstance(x, PackedSequence) else x
+
+
 def outputs_of(lstm, x, hx):
     output, (h_n, c_n) = lstm(x, hx)
-    data = output.data if isinstance(output, PackedSequence) else output
-    weights = (randn(*y.shape, seed=9 + i) for i, y in enumerate((data, h_n, c_n)))
-    loss = sum((y * w).sum() for y, w in zip((data, h_n, c_n), weights))
-    return (data, h_n, c_n), loss
+    outputs = (data_of(output), h_n, c_n)
+    loss = sum((y * randn(*y.shape, seed=9 + i)).sum() for i, y in enumerate(outputs))
+    return outputs, loss
 
 
 @modules
@@ -676,8 +681,7 @@ def test_equals_nn_lstm(kwargs):
         (pack_sequence(sorted(sequences, key=len, reverse=True)), starts),
     ):
         for state in (hx, None):
-            leaves = [x.data, *(state or ())]
-            leaves = [t.requires_grad_() for t in leaves]
+            leaves = [t.requires_grad_() for t in (data_of(x), *(state or ()))]
             results = []
             for layers in (lstm, twin):
                 outputs, loss = outputs_of(layers, x, state)
@@ -809,10 +813,10 @@ def test_a_module_trains(backend):
         pytest.importorskip("triton")
     torch.manual_seed(0)
     lstm = KRULSTM(5, 64, backend=backend).to(DEVICE)
-    x, target = torch.randn(3, 2, 5, device=DEVICE), torch.randn(3, 2, 64, device=DEVICE).tanh()
-    optimizer = torch.optim.Adam(lstm.parameters(), lr=1e-2)
+    x, target = torch.randn(2, 2, 5, device=DEVICE), torch.randn(2, 2, 64, device=DEVICE).tanh()
+    optimizer = torch.optim.Adam(lstm.parameters(), lr=3e-2)
     losses = []
-    for _ in range(5):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = (lstm(x)[0] - target).square().mean()
         loss.backward()
@@ -897,7 +901,7 @@ ERRORS = {
     ),
     "lengths dtype": (
         TypeError,
-        "lengths: must be a int64 tensor, got torch.int32",
+        "lengths: must be an int64 tensor, got torch.int32",
         {"lengths": torch.tensor([1, 2]).int()},
     ),
     "lengths long": (
