@@ -792,19 +792,3 @@ def scan_backward(
             **options,
         )
     return dx_proj, dh_0
-
-
-def table_grad(dx_proj, tokens, rows) -> torch.Tensor:
-    """Gradient of the table of a scan over tokens: the sum of dx_proj over each row's places.
-
-    Args:
-        dx_proj: (T, B, parts·H·N), as `scan_backward` returned it.
-        tokens: (B, T), as given to `scan_forward`.
-        rows: number of rows of the table.
-
-    Returns:
-        (rows, parts·H·N) float32, summed in an order that does not change from run to run.
-    """
-    table = torch.zeros(rows, dx_proj.shape[-1], device=dx_proj.device)
-    # accumulating index_put_ sorts the indices first: deterministic, which index_add_ is not
-    return table.index_put_((tokens.t(),), dx_proj.float(), accumulate=True)
