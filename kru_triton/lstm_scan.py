@@ -25,6 +25,7 @@ from kru_triton.scan import (
     _state_dtype,
     _way_out,
     choose_triton,
+    last_state,
     register_autocast,
 )
 
@@ -155,19 +156,7 @@ def _lstm_scan(
 
     with _way_out():
         h, c = lstm_forward(*args, precision=_kernel_precision(x_proj, precision))
-    return h, c, _last(h, h_0, lengths), _last(c, c_0, lengths)
-
-
-def _last(x: Tensor, first: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """The last state `(B, F)` of each row of `x (T, B, F)`, in float32; `first` without a step."""
-    time, batch, features = x.shape
-    first = x.new_zeros(batch, features, dtype=torch.float32) if first is None else first
-    if time == 0:
-        return first.clone()
-    if lengths is None:
-        return x[-1].to(torch.float32, copy=True)
-    last = x[lengths.clamp_min(1) - 1, torch.arange(batch, device=x.device)].float()
-    return torch.where((lengths > 0)[:, None], last, first)
+    return h, c, last_state(h, h_0, lengths), last_state(c, c_0, lengths)
 
 
 def _on_triton(x_proj, a, b, h_0, c_0, reset, lengths, backend, precision) -> bool:

@@ -380,13 +380,19 @@ def _scan(
     options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(x_proj, precision)}
     with _way_out():
         h = scan_forward(*args, lengths, tokens=tokens, **options)
-    start = a.new_zeros(h.shape[1:]) if h_0 is None else h_0
+    return h, last_state(h, h_0, lengths)
+
+
+def last_state(h: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The last of each row's states `h (T, B, F)`, in float32; h_0 for a row without a step."""
+    time, batch, features = h.shape
+    start = h.new_zeros(batch, features, dtype=torch.float32) if h_0 is None else h_0
     if time == 0:
-        return h, start.clone()
+        return start.clone()
     if lengths is None:
-        return h, h[-1].to(a.dtype, copy=True)
-    ends = h[(lengths - 1).clamp(min=0), torch.arange(batch, device=h.device)].to(a.dtype)
-    return h, torch.where(lengths[:, None] > 0, ends, start)
+        return h[-1].to(torch.float32, copy=True)
+    ends = h[(lengths - 1).clamp(min=0), torch.arange(batch, device=h.device)].float()
+    return torch.where(lengths[:, None] > 0, ends, start)
 
 
 def _on_triton(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, backend, precision) -> bool:

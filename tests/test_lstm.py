@@ -14,6 +14,8 @@ from functools import reduce
 
 import pytest
 import torch
+from test_modules import assert_same, randn
+from test_scan import assert_close, rms_errors, square, with_layout
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
@@ -32,6 +34,8 @@ from kru_triton.lstm import GATES
 from kru_triton.reference import kru_lstm_scan_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
+BACKENDS = ["torch", pytest.param("triton", marks=GPU)]
 
 # Largest error over the largest entry (at least 1): a few hundred roundings of 1e-16.
 EXACT = 1e-10
@@ -61,10 +65,6 @@ class Case:
     @property
     def units(self):
         return self.H * math.prod(p for p, _ in self.shapes)
-
-
-def square(*sizes):
-    return tuple((p, p) for p in sizes)
 
 
 CASES = [
@@ -126,19 +126,6 @@ def inputs(case, dtype=torch.float64, seed=0):
     return arguments, cotangents
 
 
-def with_layout(x, layout):
-    """The values of `x (B, T, F)` in another memory."""
-    if layout == "time_first":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "sliced":
-        buffer = x.new_full((x.shape[0] + 1, x.shape[1] + 3, 2 * x.shape[2] + 1), float("nan"))
-        out = buffer[1:, 2:-1, 1::2]
-        out.copy_(x)
-        assert not out.is_contiguous()
-        return out
-    return x
-
-
 def run(function, case, dtype=torch.float64, x_dtype=None, **kwargs):
     """Results and gradients of every argument, by name."""
     arguments, cotangents = inputs(case, dtype)
@@ -182,23 +169,6 @@ def dense_scan(x_proj, factors, h_0, c_0, *, reset, lengths):
         last_h.append(h)
         last_c.append(c)
     return torch.stack(outputs), (torch.stack(last_h), torch.stack(last_c))
-
-
-def assert_close(actual, expected, limit):
-    assert actual.keys() == expected.keys()
-    for name, want in expected.items():
-        got = actual[name]
-        assert got.shape == want.shape, name
-        assert got.isfinite().all(), f"{name} is not finite"
-        error = ((got.double() - want.double()).abs().max() / want.abs().max().clamp(min=1)).item()
-        assert error <= limit, f"{name}: {error:.2e} > {limit:.0e}"
-
-
-def relative_errors(actual, expected):
-    return {
-        k: ((actual[k].double() - v).norm() / v.norm().clamp(min=1e-300)).item()
-        for k, v in expected.items()
-    }
 
 
 # The chain
@@ -304,7 +274,7 @@ def test_a_reset_cuts_the_past():
         assert torch.equal(after[1], before[1])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_beyond_a_length_is_not_used(backend):
     """Not even where it is NaN, and resets there cut nothing."""
     if backend == "triton":
@@ -382,7 +352,7 @@ def test_float32_against_float64():
     """Relative RMS. A step sums P + Q products with unit roundoff 6e-8, and gates keep a rounding
     from growing: 20 steps stay below 1e-6, gradients, which pass twice, below 3e-6."""
     case = Case(square(8, 6), H=2, T=20, B=5, reset=True, lengths=True)
-    errors = relative_errors(run(kru_lstm_scan, case, torch.float32), run(kru_lstm_scan, case))
+    errors = rms_errors(run(kru_lstm_scan, case, torch.float32), run(kru_lstm_scan, case))
     assert max(errors[k] for k in ("h", "h_n", "c_n")) < 1e-6, errors
     assert max(errors.values()) < 3e-6, errors
     assert errors["h"] > 1e-9, "this was not float32"
@@ -400,19 +370,20 @@ def test_half_input_has_a_float32_state(dtype):
     for got, want in zip(last, full_last):
         assert torch.equal(got, want)
     rounded = run(kru_lstm_scan, case, torch.float32, dtype)
-    errors = relative_errors(rounded, run(kru_lstm_scan, case))
+    errors = rms_errors(rounded, run(kru_lstm_scan, case))
     assert max(errors.values()) < 2e-2, errors
     assert rounded["d x_proj"].dtype == dtype
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_inputs_stay_finite(backend):
     case = Case(square(8, 8), T=3, scale=50.0, cotangents="h c_n")
     if backend == "triton":
         pytest.importorskip("triton")
     results = run(_on_device, case, torch.float32, backend=backend)
     assert all(v.isfinite().all() for v in results.values())
-    errors = relative_errors(results, run(dense_scan, case))
+    errors = rms_errors(results, run(dense_scan, case))
     assert errors["h"] < 1e-5, errors
 
 
@@ -447,23 +418,22 @@ def _on_device(x_proj, factors, h_0, c_0, *, reset, lengths, **kwargs):
     return h.cpu(), tuple(s.cpu() for s in last)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(square(2, 4, 8), T=4, reset=True),
-        Case(square(8, 8), B=5, T=3, reset=True, lengths=True),
-        Case(square(3, 11), B=1, T=2, states="none", cotangents="h"),
-        Case(square(16), B=2, T=3, lengths=True, cotangents="c_n"),
-        Case(square(4, 4), B=3, T=0),
-    ],
-    ids=str,
-)
+ON_KERNELS = [
+    Case(square(2, 4, 8), T=4, reset=True),
+    Case(square(8, 8), B=5, T=3, reset=True, lengths=True),
+    Case(square(3, 11), B=1, T=2, states="none", cotangents="h"),
+    Case(square(16), B=2, T=3, lengths=True, cotangents="c_n"),
+    Case(square(4, 4), B=3, T=0),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=GPU) for c in ON_KERNELS])
 def test_both_backends_give_the_same_numbers(case):
     """float32 h and c to 1e-5, gradients to 1e-4: products of bfloat16 pairs are exact to 2^-17."""
     pytest.importorskip("triton")
     got = run(_on_device, case, torch.float32, backend="triton")
     want = run(kru_lstm_scan, case)
-    errors = relative_errors(got, want)
+    errors = rms_errors(got, want)
     assert max(errors[k] for k in ("h", "h_n", "c_n")) < 1e-5, errors
     assert max(errors.values()) < 1e-4, errors
     again = run(kru_lstm_scan, case, torch.float32, backend="torch")
@@ -500,7 +470,8 @@ def test_auto_says_once_which_backend_runs_and_why(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "optional"), [("torch", True), ("torch", False), ("triton", True)]
+    ("backend", "optional"),
+    [("torch", True), ("torch", False), pytest.param("triton", True, marks=GPU)],
 )
 def test_opcheck(backend, optional):
     if backend == "triton":
@@ -606,11 +577,6 @@ def make(*args, seed=0, **kwargs):
     return lstm
 
 
-def randn(*shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def dense_twin(lstm):
     """The torch.nn.LSTM that computes the same, from the names and shapes of the state_dict."""
     twin = nn.LSTM(
@@ -647,12 +613,6 @@ MODULES = {
     "batch first": dict(batch_first=True, bidirectional=True),
 }
 modules = pytest.mark.parametrize("kwargs", MODULES.values(), ids=MODULES.keys())
-
-
-def assert_same(actual, expected, limit=1e-12):
-    for got, want in zip(actual, expected, strict=True):
-        assert got.shape == want.shape
-        assert (got - want).abs().max() <= limit
 
 
 def data_of(x):
@@ -807,7 +767,7 @@ def test_state_dict_round_trip_copy_and_pickle():
         assert torch.equal(twin(x)[0], expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_module_trains(backend):
     if backend == "triton":
         pytest.importorskip("triton")
