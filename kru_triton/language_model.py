@@ -353,9 +353,8 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
     unit = 2 * config.num_heads if config.model == "transformer" else 4
 
     def scaled(d_model: int) -> LanguageModelConfig:
-        hidden = max(1, round(ratio * d_model))
-        if config.model in ("kru", "krulstm"):
-            hidden = config.hidden_size
+        kept = config.model in ("kru", "krulstm")
+        hidden = config.hidden_size if kept else max(1, round(ratio * d_model))
         return dataclasses.replace(config, d_model=d_model, hidden_size=hidden)
 
     def parameters(d_model: int) -> int:

@@ -546,6 +546,21 @@ def test_compile_makes_one_graph_for_any_batch_and_length():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_the_parameters(dtype):
+    """Parameters rounded to 2^-9 (bfloat16) move the state by a few times that."""
+    lstm = make(3, 24, num_layers=2)
+    x = randn(4, 2, 3)
+    exact, _ = lstm(x)
+    output, last = lstm.to(dtype)(x.to(dtype))
+    assert output.dtype == dtype
+    assert last[0].dtype == last[1].dtype == torch.float32
+    assert (output - exact).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * exact.norm()
+    lstm(x.to(dtype), last)
+    (output.sum() + last[1].sum()).backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in lstm.parameters())
+
+
 def test_under_autocast():
     torch.manual_seed(0)
     lstm = KRULSTM(3, 24, num_layers=2)
