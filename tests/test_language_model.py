@@ -55,6 +55,42 @@ def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
 
 
 @every_model
+def test_recompute_changes_nothing_but_the_order_of_sums(model):
+    """Chunks of four of eleven steps, run again in the backward."""
+    tokens, results = tokens_of(), []
+    reset = torch.zeros(3, 11, dtype=torch.bool)
+    reset[0, [0, 4]] = reset[1, 10] = reset[2, 2] = True
+    for recompute in (0, 4):
+        lm = make(model, recompute=recompute)
+        _, state = lm(tokens_of(seed=1))
+        logits, out = lm(tokens, [s.detach() for s in state], reset)
+        loss = nnf.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        grads = torch.autograd.grad(loss, list(lm.parameters()))
+        results.append([logits, *grads, *(out if model != "transformer" else [])])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() < limit(model)
+
+
+def test_recompute_keeps_one_chunk_of_the_blocks():
+    """Bytes that autograd keeps beside the x and the states that each chunk begins with."""
+
+    def kept(recompute):
+        lm, sizes = make("kru", num_layers=3, recompute=recompute), {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits, _ = lm(tokens_of(time=200))
+        assert logits.requires_grad
+        return sum(sizes.values())
+
+    assert kept(10) < kept(0) / 5
+
+
+@every_model
 def test_the_state_matters(model):
     lm, tokens = make(model), tokens_of()
     _, state = lm(tokens)
