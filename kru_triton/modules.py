@@ -18,7 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from kru_triton.kronecker import factor_shapes, kron_dense
 from kru_triton.nonlinearity import check_nonlinearity
-from kru_triton.scan import BACKENDS, PRECISIONS, check_choice, kru_embedding_scan, kru_scan
+from kru_triton.scan import (
+    BACKENDS,
+    PRECISIONS,
+    _check_shape,
+    check_choice,
+    kru_embedding_scan,
+    kru_scan,
+)
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
@@ -201,10 +208,10 @@ class RecurrentLayers(_Recurrence):
             )
         data = input.data if packed else input
         unbatched_dim = 2 if embedding is None else 1
-        if not packed and data.dim() not in (unbatched_dim, unbatched_dim + 1):
+        if data.dim() not in (unbatched_dim, unbatched_dim + (not packed)):
             raise ValueError(
                 f"input: must have {unbatched_dim} (unbatched) or {unbatched_dim + 1} dimensions, "
-                f"got shape {tuple(input.shape)}"
+                f"got shape {tuple(data.shape)}"
             )
         if embedding is None:
             _check_features("input", data, self.input_size, self.weight_ih_l0)
@@ -521,6 +528,8 @@ def in_chunks(run, steps: int, x: Tensor, state, reset=None, lengths=None):
     """
     if not 0 < steps < x.shape[0]:
         return run(x, state, reset, lengths)
+    if reset is not None:
+        _check_shape("reset", reset, (x.shape[1], x.shape[0]), "(B, T)")
     outputs = []
     for i, piece in enumerate(x.split(steps)):
         start, count = i * steps, piece.shape[0]

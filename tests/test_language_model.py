@@ -303,6 +303,7 @@ def test_unitarity_penalty():
         (ValueError, "d_model: must be at least 1, got -3", dict(d_model=-3)),
         (ValueError, "num_layers: must be at least 1, got 0", dict(num_layers=0)),
         (ValueError, "context_length: must be at least 1, got 0", dict(context_length=0)),
+        (ValueError, "recompute: must be a number of steps, or 0 .* got -1", dict(recompute=-1)),
         (ValueError, "factors: the row counts multiply to 9", dict(factors=(3, 3))),
         (
             ValueError,

@@ -662,7 +662,12 @@ INPUT_ERRORS = {
 }
 TOKENS = torch.zeros(5, 3, dtype=torch.int64)
 TOKEN_ERRORS = {
-    "no embedding": (TypeError, "input: must be torch.float32 .* got torch.int64", (5, 4), None),
+    "no embedding": (
+        TypeError,
+        "input: must be torch.float32 .* got torch.int64",
+        torch.zeros(5, 4, dtype=torch.int64),
+        None,
+    ),
     "float": (
         TypeError,
         "input: must be int64 tokens with an embedding, got torch.float32",
@@ -673,6 +678,12 @@ TOKEN_ERRORS = {
         ValueError,
         r"input: must have 1 \(unbatched\) or 2 dimensions, got shape \(1, 5, 3\)",
         TOKENS[None],
+        torch.zeros(7, 4),
+    ),
+    "packed rank": (
+        ValueError,
+        r"input: must have 1 \(unbatched\) or 2 dimensions, got shape \(2, 3\)",
+        pack_sequence([TOKENS[:2]]),
         torch.zeros(7, 4),
     ),
     "outside": (ValueError, "tokens: must be from 0 to 6", TOKENS + 7, torch.zeros(7, 4)),
@@ -713,7 +724,6 @@ TOKEN_ERRORS = {
     ("kind", "match", "x", "embedding"), TOKEN_ERRORS.values(), ids=TOKEN_ERRORS.keys()
 )
 def test_errors_of_tokens(kind, match, x, embedding):
-    x = torch.zeros(x, dtype=torch.int64) if isinstance(x, tuple) else x
     with pytest.raises(kind, match=match):
         KRU(4, 12)(x, embedding=embedding)
 
@@ -767,8 +777,12 @@ def test_errors_of_unbatched_and_cell_states():
 def test_errors_of_reset(bidirectional):
     kru = KRU(4, 12, bidirectional=bidirectional)
     x = torch.zeros(5, 3, 4)
-    with pytest.raises(ValueError, match=r"reset: must have shape \(3, 5\) .* got \(5, 3\)"):
-        kru(x, reset=torch.zeros(5, 3, dtype=torch.bool))
+    for recompute in (0, 2):
+        kru.recompute = recompute
+        for shape in ((5, 3), (3, 6)):
+            match = rf"reset: must have shape \(3, 5\) .* got \({shape[0]}, {shape[1]}\)"
+            with pytest.raises(ValueError, match=match):
+                kru(x, reset=torch.zeros(shape, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"reset: must be a bool tensor, got torch\.float32"):
         kru(x, reset=torch.zeros(3, 5))
     for given in (x, x[:, 0]):
