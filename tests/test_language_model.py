@@ -55,6 +55,42 @@ def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
 
 
 @every_model
+def test_recompute_changes_nothing_but_the_order_of_sums(model):
+    """Chunks of four of eleven steps, run again in the backward."""
+    tokens, results = tokens_of(), []
+    reset = torch.zeros(3, 11, dtype=torch.bool)
+    reset[0, [0, 4]] = reset[1, 10] = reset[2, 2] = True
+    for recompute in (0, 4):
+        lm = make(model, recompute=recompute)
+        _, state = lm(tokens_of(seed=1))
+        logits, out = lm(tokens, [s.detach() for s in state], reset)
+        loss = nnf.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        grads = torch.autograd.grad(loss, list(lm.parameters()))
+        results.append([logits, *grads, *(out if model != "transformer" else [])])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() < limit(model)
+
+
+def test_recompute_keeps_one_chunk_of_the_blocks():
+    """Bytes that autograd keeps beside the x and the states that each chunk begins with."""
+
+    def kept(recompute):
+        lm, sizes = make("kru", num_layers=3, recompute=recompute), {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits, _ = lm(tokens_of(time=200))
+        assert logits.requires_grad
+        return sum(sizes.values())
+
+    assert kept(10) < kept(0) / 5
+
+
+@every_model
 def test_the_state_matters(model):
     lm, tokens = make(model), tokens_of()
     _, state = lm(tokens)
@@ -137,7 +173,7 @@ def test_parameter_groups(model):
         assert all(is_factor) or not any(is_factor)
         assert group["lr"] == (1e-4 if all(is_factor) else 1e-3)
     assert any(g["weight_decay"] for g in groups)
-    assert (model == "kru") == any(g["lr"] == 1e-4 for g in groups)
+    assert (model in ("kru", "krulstm")) == any(g["lr"] == 1e-4 for g in groups)
     torch.optim.AdamW(groups)
 
 
@@ -162,7 +198,7 @@ def test_presets_build(preset, model):
     assert lm.num_parameters > 0
     recurrent = lm.num_recurrent_parameters
     assert recurrent == 0 if model == "transformer" else 0 < recurrent < lm.num_parameters
-    if model == "kru":  # the paper's claim: a small part of all
+    if model in ("kru", "krulstm"):  # the paper's claim: a small part of all
         assert recurrent < 0.2 * lm.num_parameters
 
 
@@ -204,7 +240,7 @@ def test_state_sizes_are_constant(model):
     assert [tuple(s.shape) for s in state] == sizes[-1]
 
 
-@pytest.mark.parametrize("model", ["kru", "lstm", "transformer"])
+@pytest.mark.parametrize("model", ["kru", "krulstm", "lstm", "transformer"])
 def test_overfits_a_string(model):
     """200 bytes with repeats, so that a model without a state cannot reach the bound."""
     text = ("the quick brown fox jumps over the lazy dog; " * 4 + "a different ending, once")[:200]
@@ -245,7 +281,7 @@ def test_dropout_acts_in_training_only():
 def test_backend_report_is_one_line(model):
     report = make(model).backend_report()
     assert "\n" not in report
-    assert ("torch.nn" in report) == (model != "kru")
+    assert ("torch.nn" in report) == (model not in ("kru", "krulstm"))
 
 
 def test_unitarity_penalty():
@@ -267,6 +303,7 @@ def test_unitarity_penalty():
         (ValueError, "d_model: must be at least 1, got -3", dict(d_model=-3)),
         (ValueError, "num_layers: must be at least 1, got 0", dict(num_layers=0)),
         (ValueError, "context_length: must be at least 1, got 0", dict(context_length=0)),
+        (ValueError, "recompute: must be a number of steps, or 0 .* got -1", dict(recompute=-1)),
         (ValueError, "factors: the row counts multiply to 9", dict(factors=(3, 3))),
         (
             ValueError,
