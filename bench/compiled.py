@@ -21,11 +21,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kru_triton.kernels import lstm, scan, support, weight_grad
+from kru_triton.kernels import launch, lstm, scan, support, weight_grad, wide
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,10 +38,13 @@ KERNELS = {
     "forward": scan.scan_forward_kernel,
     "backward": scan.scan_backward_kernel,
     "weight_grad": weight_grad.weight_grad_kernel,
+    "wide_forward": wide.wide_forward_kernel,
+    "wide_backward": wide.wide_backward_kernel,
     "lstm_forward": lstm.lstm_forward_kernel,
     "lstm_backward": lstm.lstm_backward_kernel,
 }
 ITEMSIZE = {"bf16": 2, "fp32": 4}
+DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLAGS = ("h_0", "reset", "lengths", "tokens")
 
 
@@ -68,7 +72,9 @@ class Variant:
         return 2 if self.field == "complex" else 1
 
     @property
-    def tile(self) -> support.Tile:
+    def tile(self) -> support.Tile | support.Wide:
+        if self.kernel.startswith("wide"):
+            return support.Wide.of(self.P, self.Q)
         return support.Tile.of(self.P, self.Q, ITEMSIZE[self.dtype])
 
     def pointers(self) -> dict[str, str | None]:
@@ -82,15 +88,26 @@ class Variant:
             "p_alive": "i32" if flag["lengths"] and self.tile.rows > 1 else None,
             "p_steps": "i32" if flag["lengths"] else None,
         }
-        if self.kernel == "forward":
+        wide = {"p_k": "bf16", "p_s": "fp32", "p_z": "bf16"}
+        if self.kernel in ("forward", "wide_forward"):
             return {
                 "p_x": memory,
                 "p_tokens": "i32" if flag["tokens"] else None,
                 "p_h": memory,
-                "p_a": "fp32",
-                "p_b": "fp32",
+                **(wide if "wide" in self.kernel else {"p_a": "fp32", "p_b": "fp32"}),
                 "p_beta": "fp32" if beta else None,
                 "p_h_0": "fp32" if flag["h_0"] else None,
+                **words,
+            }
+        if self.kernel == "wide_backward":
+            return {
+                "p_dh": memory,
+                "p_dh_n": memory,
+                "p_h": "fp32" if again else memory,
+                "p_dx": memory,
+                "p_dh_0": "fp32" if flag["h_0"] else None,
+                **wide,
+                "p_beta": "fp32" if beta else None,
                 **words,
             }
         if self.kernel == "backward":
@@ -155,20 +172,22 @@ class Variant:
             constants, options, _ = support.weight_grad_options(
                 self.tile, itemsize=ITEMSIZE[self.dtype], **how
             )
+            if self.part not in ("da", "db"):
+                constants["SLICES"] = 1
             return {**constants, "STATES": 1}, options
         if self.kernel.startswith("lstm"):
             del how["parts"]
             return support.lstm_options(self.tile, backward="back" in self.kernel, **how)
-        if "tokens" in self.flags:
-            how["PREFETCH"] = 0
-        constants, options = support.compile_options(
-            self.tile,
-            nonlinearity=self.nonlinearity,
-            backward=self.kernel == "backward",
-            **how,
-        )
-        if self.kernel == "backward":
-            constants["FLOOR"] = 2.0**-8 if self.dtype == "bf16" else 2.0**-20
+        how["nonlinearity"] = self.nonlinearity
+        if self.kernel.startswith("wide"):
+            constants, options = support.wide_options(self.tile, **how)
+        else:
+            if "tokens" in self.flags:
+                how["PREFETCH"] = 0
+            backward = self.kernel == "backward"
+            constants, options = support.compile_options(self.tile, backward=backward, **how)
+        if "backward" in self.kernel:
+            constants["FLOOR"] = launch.floor_of(DTYPE[self.dtype])
         return constants, options
 
 
@@ -317,7 +336,7 @@ def measure(variant: Variant, arch: str) -> dict:
     """One row of the table."""
     kernel = build(variant, arch)
     counts = (nvidia_counts if TARGETS[arch].backend == "cuda" else amd_counts)(kernel)
-    constants, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
+    _, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
     return {
         "variant": variant.name,
         "kernel": variant.kernel,
@@ -329,7 +348,7 @@ def measure(variant: Variant, arch: str) -> dict:
         "arch": arch,
         "triton": triton.__version__,
         "warps": options["num_warps"],
-        "rows": variant.tile.rows * constants.get("R", 1),
+        "rows": variant.tile.rows,
         **counts,
     }
 

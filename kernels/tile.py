@@ -107,11 +107,13 @@ def dot(w, x, acc):
 
 @triton.jit
 def product(w, x, acc):
-    """acc + w x; a complex constant w is (re, im, -im)."""
-    if len(x) == 2:
+    """acc + w x; a complex constant w is (re, im, -im), or (re, im) and then x is negated."""
+    if len(w) == 3:
         re = dot(w[2], x[1], dot(w[0], x[0], acc[0]))
-        im = dot(w[1], x[0], dot(w[0], x[1], acc[1]))
-        return re, im
+        return re, dot(w[1], x[0], dot(w[0], x[1], acc[1]))
+    elif len(w) == 2:
+        re = dot(w[1], negated(x[1]), dot(w[0], x[0], acc[0]))
+        return re, dot(w[1], x[0], dot(w[0], x[1], acc[1]))
     else:
         return (dot(w[0], x[0], acc[0]),)
 
@@ -303,8 +305,14 @@ def inside(
 
 @triton.jit
 def pointers(p_tile, offset, VECTOR: tl.constexpr):
-    """Pointers of a tile; the hint, not the analysis, sets how much a thread loads at once."""
-    return tl.max_contiguous(p_tile + offset, [1, VECTOR])
+    """Pointers of a tile of which a thread holds VECTOR neighbours.
+
+    The hints, not the analysis, choose the layout. Where rows are not aligned to VECTOR elements
+    they claim too much, and the mask of the padded columns, constant over gcd(Q, VECTOR) of them,
+    keeps each single access as narrow as it has to be.
+    """
+    BYTES: tl.constexpr = VECTOR * p_tile.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(tl.max_contiguous(p_tile + offset, [1, VECTOR]), [1, BYTES])
 
 
 @triton.jit

@@ -309,7 +309,9 @@ def computed(case, inputs, flags, cotangents, **tuning):
         flags["lengths"] = None
     how = {"nonlinearity": case.act, "precision": case.precision}
     assert support.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
-    scans, grads = ({k: v for k, v in tuning.items() if (k == "R") == w} for w in (False, True))
+    scans, grads = (
+        {k: v for k, v in tuning.items() if (k == "SLICES") == w} for w in (False, True)
+    )
     h = scan.scan_forward(x_proj, **inputs, **flags, **how, **scans)
     if cotangents["dh"] is not None:
         dh = cotangents["dh"].transpose(0, 1)
@@ -490,7 +492,7 @@ def test_without_cotangents_the_gradient_is_zero():
 TUNINGS = [
     {"AHEAD": False, "BETA_IN_LOOP": True},
     {"ANCHORED": False, "num_warps": 2, "num_stages": 2, "maxnreg": 128},
-    {"R": 2},
+    {"SLICES": 1},
 ]
 
 
@@ -506,7 +508,7 @@ def test_tuning_changes_no_result(tuning):
 
 def test_tuning_by_an_unknown_name_is_refused():
     values = arguments_of_scan(Case(16, 16, T=2))
-    for name in ("P", "warps", "R"):
+    for name in ("P", "warps", "SLICES"):
         with pytest.raises(TypeError, match=f"tuning: '{name}' is no choice of this kernel"):
             scan.scan_forward(**values, **{name: 1})
 
