@@ -8,11 +8,15 @@ Each variant is compiled ahead of time with the constants and options its launch
 machine code is disassembled with the tools that triton ships, and the instructions of the time
 loop are counted: per step of one program, which holds `rows` batch rows of one head. The triton it
 runs on is the installed one. Counts are no times: they say what a step issues, not how long it
-waits.
+waits. The loop counted is the longest innermost one; the kernels of `wide` spend a step in several,
+and their figure is for one block of rows of the large factor. `access_bytes` is the widest access
+to global memory of one thread, `compile_seconds` the processor time that the compilation took (none
+where triton's cache had the kernel).
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -213,8 +217,16 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="modtanh"))
         table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="tanh"))
         table.append(Variant(kernel, 32, 32, field="real"))
-        for P, Q in [(16, 64), (64, 16), (4, 16), (2, 32), (3, 11), (24, 24)]:
+        for P, Q in [(16, 64), (64, 16), (4, 16), (2, 32), (3, 11), (5, 20), (24, 24)]:
             table.append(Variant(kernel, P, Q))
+        for P, Q in [(64, 1), (1, 64), (128, 8), (8, 128), (128, 32), (32, 128)]:
+            table.append(Variant(kernel, P, Q))
+        table.append(Variant(kernel, 128, 8, "fp32"))
+        for P, Q in [(256, 16), (16, 256), (512, 1), (2, 1024), (4096, 1)]:
+            table.append(Variant(f"wide_{kernel}", P, Q))
+        for P, Q in [(256, 16), (1, 512), (128, 32), (64, 64)]:
+            table.append(Variant(f"wide_{kernel}", P, Q, "fp32"))
+        table.append(Variant(f"wide_{kernel}", 8, 256, nonlinearity="modtanh", flags=FLAGS[:3]))
         for flags in [("h_0",), ("reset",), ("lengths",), FLAGS[:3]]:
             table.append(Variant(kernel, 16, 16, flags=flags))
         table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
@@ -285,6 +297,13 @@ def time_loop(code: list[str], label: str, instruction: str, branch: str) -> lis
     return opcodes[begin : end + 1]
 
 
+def access_bytes(opcode: str) -> int:
+    """Bytes of one thread's access to global memory, from the opcode of either vendor."""
+    sizes = {"128": 16, "dwordx4": 16, "dwordx3": 12, "64": 8, "dwordx2": 8}
+    sizes |= {"U16": 2, "S16": 2, "short": 2, "ushort": 2, "U8": 1, "S8": 1, "byte": 1, "ubyte": 1}
+    return next((sizes[word] for word in re.split("[._]", opcode) if word in sizes), 4)
+
+
 def nvidia_counts(kernel) -> dict:
     sass, usage = disassemble(kernel.asm["cubin"])
     lines = sass.splitlines()
@@ -301,6 +320,7 @@ def nvidia_counts(kernel) -> dict:
         "tensor_core": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
         "loads": count["LDG"],
         "stores": count["STG"],
+        "access_bytes": max(access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))),
         "shared_loads": count["LDS"] + count["LDSM"],
         "shared_stores": count["STS"] + count["STSM"],
     }
@@ -327,6 +347,11 @@ def amd_counts(kernel) -> dict:
         "tensor_core": starting("v_mfma"),
         "loads": starting("global_load", "buffer_load"),
         "stores": starting("global_store", "buffer_store"),
+        "access_bytes": max(
+            access_bytes(o)
+            for o in loop
+            if o.startswith(("global_", "buffer_load", "buffer_store"))
+        ),
         "shared_loads": starting("ds_read"),
         "shared_stores": starting("ds_write"),
     }
@@ -334,7 +359,9 @@ def amd_counts(kernel) -> dict:
 
 def measure(variant: Variant, arch: str) -> dict:
     """One row of the table."""
+    before = os.times()
     kernel = build(variant, arch)
+    seconds = sum(os.times()[:4]) - sum(before[:4])
     counts = (nvidia_counts if TARGETS[arch].backend == "cuda" else amd_counts)(kernel)
     _, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
     return {
@@ -350,6 +377,7 @@ def measure(variant: Variant, arch: str) -> dict:
         "warps": options["num_warps"],
         "rows": variant.tile.rows,
         **counts,
+        "compile_seconds": round(seconds, 2),
     }
 
 
@@ -385,6 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
         "shared_stores": "sts",
         "loads": "ldg",
         "stores": "stg",
+        "access_bytes": "bytes",
+        "compile_seconds": "cpu s",
     }
     print(f"triton {triton.__version__}")
     print(f"{'variant':44} {'arch':7} " + " ".join(f"{v:>6}" for v in shown.values()))

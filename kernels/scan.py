@@ -609,7 +609,7 @@ def scan_backward(
     dx_proj = allocate((T, B, F))
     dh_0 = None
     if h_0 is not None:
-        dh_0 = torch.zeros_like(h_0)
+        dh_0 = h_0.new_zeros(h_0.shape)
         if T == 0 and dh_n is not None:  # without a step, the last state is h_0
             dh_0 += dh_n
     if h.numel() == 0:

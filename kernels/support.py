@@ -186,7 +186,8 @@ def wide_options(
         "ACT": nonlinearity,
         "NVIDIA": nvidia,
     }
-    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    warps = 4 if columns * terms <= 32 else 8
+    options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
     return overridden(constants, options, tuning)
 
 

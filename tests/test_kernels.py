@@ -7,6 +7,7 @@ float32 sum.
 
 import ast
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ CASES = [
     *(Case(P, Q, T=3) for P, Q in [(3, 11), (5, 5), (12, 12), (11, 24), (17, 3)]),
     *(Case(P, Q, T=3, **BF16) for P, Q in [(8, 8), (8, 16), (16, 32), (32, 32), (3, 11)]),
     Case(3, 11, "modtanh", field="real", T=4),
+    Case(5, 20, layout="odd", T=3),
+    Case(5, 20, B=3, T=2, **BF16),
+    # one factor, and sides beyond 64
+    *(Case(P, Q, T=2) for P, Q in [(64, 1), (1, 128)]),
+    Case(128, 2, "tanh", T=2, B=9, reset=True, lengths=True),
+    Case(4, 128, slack=2, T=2, B=2, **BF16),
+    Case(256, 1, slack=2, T=2),
+    Case(4, 256, "modtanh", T=2, B=2, reset=True, lengths=True),
+    Case(256, 2, "relu", T=2, field="real", **BF16),
     # batch and time
     Case(16, 16, B=1, T=1),
     Case(16, 16, B=1, T=7),
@@ -125,16 +135,46 @@ CASES = [
 ]
 
 
+GUARD = 512  # elements on either side of every buffer
+
+
+def guarded(shape, dtype, device, value=float("nan")):
+    """A tensor of `value` inside of a larger one that is NaN throughout, and the larger one."""
+    size = math.prod(shape)
+    whole = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
+    tensor = whole[GUARD : GUARD + size].view(shape)
+    return tensor.fill_(value), whole
+
+
+def guarded_copy(x):
+    """x in a buffer of its own: what a kernel reads beyond it is NaN, and comes out as NaN."""
+    if x is None or not x.is_floating_point():
+        return x
+    return guarded(x.shape, x.dtype, x.device)[0].copy_(x)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What the kernels do not write stays NaN."""
-    new_empty = torch.Tensor.new_empty
+    """What the kernels do not write stays NaN, and so does all that lies around their buffers."""
+    buffers = []
 
-    def poisoned(self, *args, **kwargs):
-        tensor = new_empty(self, *args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def allocate(original, value):
+        def allocated(self, shape, *rest, **options):
+            dtype = options.get("dtype") or self.dtype
+            if not isinstance(shape, tuple | torch.Size) or not dtype.is_floating_point:
+                return original(self, shape, *rest, **options)  # the interpreter's, or of integers
+            tensor, whole = guarded(shape, dtype, self.device, value)
+            buffers.append((tensor, whole))
+            return tensor
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        return allocated
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate(torch.Tensor.new_empty, float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_zeros", allocate(torch.Tensor.new_zeros, 0.0))
+    yield buffers
+    for tensor, whole in buffers:
+        outside = whole.isnan().sum() - whole[GUARD : GUARD + tensor.numel()].isnan().sum()
+        assert outside == 2 * GUARD, f"written beyond a buffer of shape {tuple(tensor.shape)}"
 
 
 def activate(z, beta, act):
@@ -203,9 +243,9 @@ def arranged(x, layout):
     """The same values of (B, T, F) lying differently in memory."""
     B, T, F = x.shape
     if layout == "batch":
-        return x.contiguous()
+        return guarded_copy(x)
     if layout == "time":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
+        return guarded_copy(x.transpose(0, 1)).transpose(0, 1)
     extra = 16 if layout == "cut" else 3  # rows aligned to 16 bytes, or not
     buffer = torch.full((B + 1, T + 2, F + extra), float("nan"), dtype=x.dtype, device=x.device)
     view = buffer[1:, 1 : T + 1, :F]
@@ -297,7 +337,7 @@ def expected(case, inputs, flags, cotangents):
 
 def computed(case, inputs, flags, cotangents, **tuning):
     def move(x):
-        return None if x is None else x.to(DEVICE)
+        return None if x is None else guarded_copy(x.to(DEVICE))
 
     inputs = {k: move(v) for k, v in inputs.items()}
     flags = {k: move(v) for k, v in flags.items()}
@@ -339,6 +379,39 @@ def test_against_the_definition(case):
     if case.dtype == torch.bfloat16:  # rounded once more at the store
         limits = {k: max(v, LIMITS["bf16"][k]) for k, v in limits.items()}
     assert errors == {k: pytest.approx(0, abs=limits[k]) for k in errors}
+
+
+STREAMED_CASES = [
+    Case(32, 8, T=3, B=2, reset=True),
+    Case(8, 32, B=3, T=3, lengths=True, reset=True, H=2),
+    Case(24, 5, T=3, B=5, lengths=True, h_0=False),
+    Case(5, 24, "modtanh", T=3, B=5, lengths=True, reset=True),
+    Case(32, 1, "modtanh", T=3, h_0=False, field="real"),
+    Case(32, 16, "tanh", T=3, layout="odd", cotangent="h_n"),
+    Case(32, 4, T=3, layout="time", cotangent="h", **BF16),
+    Case(32, 32, "identity", T=2, B=1),
+]
+
+
+@pytest.mark.parametrize("case", STREAMED_CASES, ids=str)
+def test_streamed_factors(case, monkeypatch):
+    """The kernels for large factors, on small ones."""
+    monkeypatch.setattr(support, "MAX_HELD_SIDE", 16)
+    test_against_the_definition(case)
+
+
+def test_too_little_shared_memory_streams_the_factors(monkeypatch):
+    """Where a device cannot hold 64 x 64 in float32, and for which shapes it can."""
+    x_proj = torch.zeros(1, 1, 8192)
+    how = ("modrelu", "fp32")
+    assert not support.streams(*factors(64, 64), x_proj, *how)
+    assert not support.streams(*factors(128, 8), x_proj, *how)
+    assert support.streams(*factors(128, 32), x_proj, *how)
+    monkeypatch.setattr(support, "SHARED_INTERPRETED", 101376)  # sm_89, sm_120
+    assert support.streams(*factors(64, 64), x_proj, *how)
+    assert not support.streams(*factors(32, 64), x_proj, *how)
+    monkeypatch.setattr(support, "SHARED_INTERPRETED", 65536)
+    assert not support.streams(*factors(32, 32), x_proj, *how)
 
 
 def arguments_of_scan(case, **changed):
@@ -426,6 +499,7 @@ TOKEN_CASES = [
     Case(16, 16, "modtanh", T=4, lengths=True),
     Case(3, 11, "modtanh", B=5, T=3),
     Case(16, 16, T=1),
+    Case(128, 1, "tanh", T=2),
 ]
 
 
@@ -531,7 +605,8 @@ def factors(P, Q, parts=2, heads=1):
 REFUSED = {
     "float16": (torch.zeros(1, 1, 512).half(), *factors(16, 16), {}, "torch.float16"),
     "features": (torch.zeros(1, 1, 500), *factors(16, 16), {}, "500 features"),
-    "side": (torch.zeros(1, 1, 2 * 65 * 2), *factors(65, 2), {}, "65 x 65"),
+    "side": (torch.zeros(1, 1, 2 * 3 * 137), *factors(3, 137), {}, "137 x 137; beyond 64 x 64"),
+    "units": (torch.zeros(1, 1, 2 * 8192), *factors(128, 64), {}, "exceed the 4096"),
     "few units": (torch.zeros(1, 1, 8), *factors(2, 2), {}, "pack 64 batch rows"),
     "rectangular": (
         torch.zeros(1, 1, 512),
