@@ -7,6 +7,7 @@ float32 sum.
 
 import ast
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -561,6 +562,172 @@ def test_without_cotangents_the_gradient_is_zero():
     dx, dh_0 = scan.scan_backward(None, None, h=h, **values)
     assert not dx.any()
     assert not dh_0.any()
+
+
+# At real size on a device; without one the same code at toy size.
+REAL = (
+    {"B": 512, "T": 4096, "P": 32, "Q": 32}
+    if DEVICE == "cuda"
+    else {"B": 2, "T": 4, "P": 16, "Q": 16}
+)
+# Relative error of a state after t steps, each of which rounds two operands to bfloat16 (hi, or hi
+# and lo without lo·lo) where the definition, with the same rounded factors, rounds none. The errors
+# add up as a random walk under modReLU and are forgotten under tanh: c √t and c, with c measured in
+# an emulation of the rounding (16 x 16, 1000 steps; constant to 5 %), here times 1.3.
+ROUNDING = {
+    ("modrelu", "bf16"): lambda t: 1.3 * 1.7e-3 * math.sqrt(t),
+    ("modrelu", "fp32"): lambda t: 1.3 * 3.7e-6 * math.sqrt(t),
+    ("tanh", "bf16"): lambda t: 1.3 * 3.1e-3,
+    ("tanh", "fp32"): lambda t: 1.3 * 5.9e-6,
+}
+
+
+def complex_factor(w, precision):
+    """(2, 1, side, side) as the complex128 matrix that the kernel multiplies by."""
+    hi = w.bfloat16().double()
+    lo = (w - hi.float()).bfloat16().double() if precision == "fp32" else 0.0
+    return torch.complex(*(hi + lo)[:, 0])
+
+
+def complex_states(h, P, Q):
+    """(..., 2·N) as complex128 (..., P, Q)."""
+    h = h.double().unflatten(-1, (2, P, Q))
+    return torch.complex(h[..., 0, :, :], h[..., 1, :, :])
+
+
+def pulled_back(g, h, beta, act, floor):
+    """G = σ'(z)ᵀ g of modReLU or tanh, from h."""
+    if act == "tanh":
+        return torch.complex(g.real * (1 - h.real**2), g.imag * (1 - h.imag**2))
+    k = h.abs()
+    n = torch.sgn(h)
+    s = torch.where(k > 0, k / torch.maximum(k - beta, k * floor).clamp_min(1e-30), 0.0)
+    rho = (n.conj() * g).real
+    return s * g + (1 - s) * rho * n
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("act", ["modrelu", "tanh"])
+def test_long_sequences(act, precision):
+    """Three rows against float64 step by step, all weight gradients, two runs, a run in pieces."""
+    B, T, P, Q = REAL.values()
+    case = Case(P, Q, act, B=1, T=1, beta=0.02, slack=2)
+    values = arguments_of_scan(case)
+    a, b, beta = values["a"], values["b"], values["beta"]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    random = torch.Generator(DEVICE).manual_seed(0)
+    how = {"nonlinearity": act, "precision": precision}
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, device=DEVICE, dtype=dtype).mul_(0.5)
+
+    x_proj, h_0 = normal(B, T, 2 * P * Q), normal(B, 2 * P * Q).float()
+    h = scan.scan_forward(x_proj, a, b, beta, h_0, None, **how)
+    rows = torch.tensor([0, B // 2, B - 1], device=DEVICE)
+    fa, fb = complex_factor(a, precision), complex_factor(b, precision)
+    bias = 0.0 if beta is None else beta.double().view(P, Q)
+    state = complex_states(h_0[rows].to(dtype), P, Q)
+    u, states = complex_states(x_proj[rows], P, Q), complex_states(h[:, rows], P, Q)
+    for t in range(T):
+        state = activate(fa @ state @ fb.mT + u[:, t], bias, act)
+        if t + 1 in (T // 64, T // 8, T):
+            assert relative_error(states[t], state) < ROUNDING[act, precision](t + 1)
+
+    assert torch.equal(h, scan.scan_forward(x_proj, a, b, beta, h_0, None, **how))
+    first = scan.scan_forward(x_proj[:, : T // 2], a, b, beta, h_0, None, **how)
+    assert torch.equal(h[: T // 2], first)
+    second = scan.scan_forward(x_proj[:, T // 2 :], a, b, beta, first[-1].float(), None, **how)
+    assert torch.equal(h[T // 2 :], second)
+    del x_proj, u, first, second
+
+    dh = normal(T, B, 2 * P * Q)
+    backward = functools.partial(scan.scan_backward, dh, None, h, None, a, b, beta, h_0, None)
+    dx, dh_0 = backward(**how)
+    assert torch.equal(dx, backward(**how)[0])
+    floor = 2.0**-8 if precision == "bf16" else 2.0**-20
+    carried = torch.zeros_like(state)
+    want = torch.empty_like(states)
+    cotangents = complex_states(dh[:, rows], P, Q)
+    for t in reversed(range(T)):
+        want[t] = pulled_back(cotangents[t] + carried, states[t], bias, act, floor)
+        carried = fa.mH @ want[t] @ fb.conj()
+    limit = ROUNDING[act, precision](T) + (2.0**-9 if precision == "bf16" else 0)  # and its store
+    assert relative_error(complex_states(dx[:, rows], P, Q), want) < limit
+    limit += ROUNDING["modrelu", precision](1)  # the last product, to which no exact dh is added
+    assert relative_error(complex_states(dh_0[rows], P, Q), carried) < limit
+    del dh, want, cotangents
+
+    gradients = weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+    again = weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, again) if x is not None)
+    da, db, dbeta = torch.zeros_like(fa), torch.zeros_like(fb), 0.0
+    for t in range(T):
+        g = complex_states(dx[t], P, Q)
+        x = complex_states(h_0.to(dtype) if t == 0 else h[t - 1], P, Q)
+        da += torch.einsum("bpq,bsq->ps", g @ fb.conj(), x.conj())
+        db += torch.einsum("bpq,bpr->qr", fa.mH @ g, x.conj())
+        dbeta += (torch.sgn(complex_states(h[t], P, Q)).conj() * g).real.sum(0)
+    # a sum over all rows and steps of products whose two roundings average out
+    limit = 4e-3 if precision == "bf16" else 1e-5
+    assert relative_error(torch.complex(*gradients[0][:, 0].double()), da) < limit
+    assert relative_error(torch.complex(*gradients[1][:, 0].double()), db) < limit
+    if act == "modrelu":
+        assert relative_error(gradients[2].double(), dbeta.flatten()) < limit
+
+
+def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):
+    """Beyond in and out: nothing of the size of a sequence, forward and backward."""
+    B, T, P, Q = REAL.values()
+    values = arguments_of_scan(Case(P, Q, B=1, T=1, slack=2))
+    x_proj = torch.randn(B, T, 2 * P * Q, device=DEVICE).bfloat16()
+    how = {"nonlinearity": "modrelu", "precision": "bf16"}
+    a, b, beta = values["a"], values["b"], values["beta"]
+
+    def peak(function):
+        """Most bytes that the function held; without a device, all that it allocated."""
+        if DEVICE == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = function()
+            return result, torch.cuda.max_memory_allocated() - before
+        poisoned_memory.clear()
+        result = function()
+        return result, sum(tensor.nbytes for tensor, _ in poisoned_memory)
+
+    h, forward = peak(lambda: scan.scan_forward(x_proj, a, b, beta, None, None, **how))
+    small = 2**20 + 8 * GUARD
+    assert h.nbytes <= forward < h.nbytes + small
+    dh = x_proj.transpose(0, 1)
+    _, backward = peak(lambda: scan.scan_backward(dh, None, h, None, a, b, beta, None, None, **how))
+    assert h.nbytes <= backward < h.nbytes + small
+
+
+def test_launchers_in_a_cuda_graph(monkeypatch):
+    """Replayed on other inputs they give what a call gives; without a device, called again."""
+    monkeypatch.undo()  # the guards would be allocations of the graph
+    values = arguments_of_scan(Case(8, 8, B=5, T=2, slack=2, reset=True))
+    x_proj, h_0, how = values["x_proj"], values["h_0"], {"nonlinearity": "modrelu"}
+    a, b, beta, reset = values["a"], values["b"], values["beta"], values["reset"]
+
+    def run():
+        fixed = {**how, "precision": "fp32"}
+        h = scan.scan_forward(x_proj, a, b, beta, h_0, reset, **fixed)
+        dx, dh_0 = scan.scan_backward(h, None, h, None, a, b, beta, h_0, reset, **fixed)
+        return h, dx, dh_0, *weight_grad.weight_grad(dx, h, a, b, h_0, reset, **fixed)
+
+    captured = run()
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+    x_proj.mul_(-0.5)
+    reset.logical_not_()
+    if DEVICE == "cuda":
+        graph.replay()
+    else:
+        captured = run()
+    replayed = [x.clone() for x in captured]
+    assert all(torch.equal(x, y) for x, y in zip(replayed, run()))
 
 
 TUNINGS = [
