@@ -390,19 +390,14 @@ def scan_backward_kernel(
         if p_dh is not None:
             p_d_line = p_d - ahead * d_stride_t
     for i in tl.range(0, steps):
-        # everything of step t-1 is requested before the work of step t; the first step, which has
-        # no step before it, reads its own rows again
+        # with AHEAD, h of step t-1 is requested before the work of step t; the first step, which
+        # has no step before it, reads its own rows again
         first = i + 1 >= steps
         if not AHEAD:
             h = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
         p_state -= tl.where(first, 0, h_stride_t)
         if AHEAD:
             h_next = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
-        if p_dh is not None:
-            p_d -= tl.where(first, 0, d_stride_t)
-            d = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
-        else:
-            d = zeros(PE, QE, PARTS)
         if PREFETCH:
             further = i + 1 + PREFETCH < steps
             prefetch(lines(p_line, N, IM, PARTS))
@@ -469,6 +464,11 @@ def scan_backward_kernel(
             g = activate_adjoint(g, h, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
         store(p_out, o_h, mask, g, IM, PE, QE, V, V)
         p_out -= h_stride_t
+        if p_dh is not None:  # needed after the first of the two products, which hides the load
+            p_d -= tl.where(first, 0, d_stride_t)
+            d = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
+        else:
+            d = zeros(PE, QE, PARTS)
         if p_keep is not None:
             g = kron(
                 a_adjoint,

@@ -208,7 +208,7 @@ def weight_grad_options(
         "QP": tile.QP,
         "S1": tile.S1,
         "S2": tile.S2,
-        "SLICES": 4 if values >= 16384 else 1,
+        "SLICES": 4 if values >= 16384 else 2 if values >= 4096 else 1,
         "VECTOR": math.gcd(tile.Q, 16 // itemsize),
         "PARTS": parts,
         "SPLIT": split,
