@@ -24,6 +24,8 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 
 SCANS = ("forward", "backward")
 SPILLING = {
+    "forward-64x64-fp32",
+    "backward-64x64-fp32",
     "backward-32x32-fp32",
     "lstm_backward-32x32-bf16",
     "lstm_backward-16x16-fp32",
