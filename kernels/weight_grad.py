@@ -11,8 +11,8 @@ Memory plan. Time does not order this sum, so programs share out blocks of rows 
 steps, and a program walks its chunk upwards: the h_t that dβ needs is the X of the next step, so h
 and dx_proj are read once. The sums stay in registers, in float32, and each program stores a private
 partial sum; the partial sums are added on the host side. Nothing is atomic: results are bitwise
-repeatable. Where the sums of dA and dB exceed the registers, each takes a launch of its own, in which several
-programs may share the rows of a sum.
+repeatable. Where the sums of dA and dB exceed the registers, each takes a launch of its own, in
+which several programs may share the rows of a sum.
 
 Limits: factors of up to 64 x 64. With a larger one these are matrix products of a size that torch's
 own are made for, in float32 (`contracted`).
