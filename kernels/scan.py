@@ -22,7 +22,7 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
 Limits: 8 to 4096 units a head, factors of up to 64 x 64, zero-padded to powers of two, or powers of
 two up to 128; float32 or bfloat16 in memory (`support.why_not`). Larger powers of two, and factors
 that the device's shared memory cannot hold, go to the kernels of `wide` (`support.streams`). Rows
-and their planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned
+and planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned
 to that is copied first. Offsets are 64 bit. Results are bitwise repeatable: nothing is accumulated
 across programs.
 
