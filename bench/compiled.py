@@ -8,11 +8,15 @@ Each variant is compiled ahead of time with the constants and options its launch
 machine code is disassembled with the tools that triton ships, and the instructions of the time
 loop are counted: per step of one program, which holds `rows` batch rows of one head. The triton it
 runs on is the installed one. Counts are no times: they say what a step issues, not how long it
-waits.
+waits. The loop counted is the longest innermost one; the kernels of `wide` spend a step in several,
+and their figure is for one block of rows of the large factor. `access_bytes` is the widest access
+to global memory of one thread, `compile_seconds` the processor time that the compilation took (none
+where triton's cache had the kernel).
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,11 +25,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kru_triton.kernels import lstm, scan, support, weight_grad
+from kru_triton.kernels import launch, lstm, scan, support, weight_grad, wide
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,10 +42,13 @@ KERNELS = {
     "forward": scan.scan_forward_kernel,
     "backward": scan.scan_backward_kernel,
     "weight_grad": weight_grad.weight_grad_kernel,
+    "wide_forward": wide.wide_forward_kernel,
+    "wide_backward": wide.wide_backward_kernel,
     "lstm_forward": lstm.lstm_forward_kernel,
     "lstm_backward": lstm.lstm_backward_kernel,
 }
 ITEMSIZE = {"bf16": 2, "fp32": 4}
+DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FLAGS = ("h_0", "reset", "lengths", "tokens")
 
 
@@ -68,7 +76,9 @@ class Variant:
         return 2 if self.field == "complex" else 1
 
     @property
-    def tile(self) -> support.Tile:
+    def tile(self) -> support.Tile | support.Wide:
+        if self.kernel.startswith("wide"):
+            return support.Wide.of(self.P, self.Q)
         return support.Tile.of(self.P, self.Q, ITEMSIZE[self.dtype])
 
     def pointers(self) -> dict[str, str | None]:
@@ -82,15 +92,26 @@ class Variant:
             "p_alive": "i32" if flag["lengths"] and self.tile.rows > 1 else None,
             "p_steps": "i32" if flag["lengths"] else None,
         }
-        if self.kernel == "forward":
+        wide = {"p_k": "bf16", "p_s": "fp32", "p_z": "bf16"}
+        if self.kernel in ("forward", "wide_forward"):
             return {
                 "p_x": memory,
                 "p_tokens": "i32" if flag["tokens"] else None,
                 "p_h": memory,
-                "p_a": "fp32",
-                "p_b": "fp32",
+                **(wide if "wide" in self.kernel else {"p_a": "fp32", "p_b": "fp32"}),
                 "p_beta": "fp32" if beta else None,
                 "p_h_0": "fp32" if flag["h_0"] else None,
+                **words,
+            }
+        if self.kernel == "wide_backward":
+            return {
+                "p_dh": memory,
+                "p_dh_n": memory,
+                "p_h": "fp32" if again else memory,
+                "p_dx": memory,
+                "p_dh_0": "fp32" if flag["h_0"] else None,
+                **wide,
+                "p_beta": "fp32" if beta else None,
                 **words,
             }
         if self.kernel == "backward":
@@ -155,17 +176,22 @@ class Variant:
             constants, options, _ = support.weight_grad_options(
                 self.tile, itemsize=ITEMSIZE[self.dtype], **how
             )
+            if self.part not in ("da", "db"):
+                constants["SLICES"] = 1
             return {**constants, "STATES": 1}, options
         if self.kernel.startswith("lstm"):
             del how["parts"]
             return support.lstm_options(self.tile, backward="back" in self.kernel, **how)
-        constants, options = support.compile_options(
-            self.tile, nonlinearity=self.nonlinearity, **how
-        )
-        if "tokens" in self.flags:
-            constants["PREFETCH"] = 0
-        if self.kernel == "backward":
-            constants["FLOOR"] = 2.0**-8 if self.dtype == "bf16" else 2.0**-20
+        how["nonlinearity"] = self.nonlinearity
+        if self.kernel.startswith("wide"):
+            constants, options = support.wide_options(self.tile, **how)
+        else:
+            if "tokens" in self.flags:
+                how["PREFETCH"] = 0
+            backward = self.kernel == "backward"
+            constants, options = support.compile_options(self.tile, backward=backward, **how)
+        if "backward" in self.kernel:
+            constants["FLOOR"] = launch.floor_of(DTYPE[self.dtype])
         return constants, options
 
 
@@ -191,8 +217,16 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="modtanh"))
         table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="tanh"))
         table.append(Variant(kernel, 32, 32, field="real"))
-        for P, Q in [(16, 64), (64, 16), (4, 16), (2, 32), (3, 11), (24, 24)]:
+        for P, Q in [(16, 64), (64, 16), (4, 16), (2, 32), (3, 11), (5, 20), (24, 24)]:
             table.append(Variant(kernel, P, Q))
+        for P, Q in [(64, 1), (1, 64), (128, 8), (8, 128), (128, 32), (32, 128)]:
+            table.append(Variant(kernel, P, Q))
+        table.append(Variant(kernel, 128, 8, "fp32"))
+        for P, Q in [(256, 16), (16, 256), (512, 1), (2, 1024), (4096, 1)]:
+            table.append(Variant(f"wide_{kernel}", P, Q))
+        for P, Q in [(256, 16), (1, 512), (128, 32), (64, 64)]:
+            table.append(Variant(f"wide_{kernel}", P, Q, "fp32"))
+        table.append(Variant(f"wide_{kernel}", 8, 256, nonlinearity="modtanh", flags=FLAGS[:3]))
         for flags in [("h_0",), ("reset",), ("lengths",), FLAGS[:3]]:
             table.append(Variant(kernel, 16, 16, flags=flags))
         table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
@@ -263,6 +297,13 @@ def time_loop(code: list[str], label: str, instruction: str, branch: str) -> lis
     return opcodes[begin : end + 1]
 
 
+def access_bytes(opcode: str) -> int:
+    """Bytes of one thread's access to global memory, from the opcode of either vendor."""
+    sizes = {"128": 16, "dwordx4": 16, "dwordx3": 12, "64": 8, "dwordx2": 8}
+    sizes |= {"U16": 2, "S16": 2, "short": 2, "ushort": 2, "U8": 1, "S8": 1, "byte": 1, "ubyte": 1}
+    return next((sizes[word] for word in re.split("[._]", opcode) if word in sizes), 4)
+
+
 def nvidia_counts(kernel) -> dict:
     sass, usage = disassemble(kernel.asm["cubin"])
     lines = sass.splitlines()
@@ -279,6 +320,7 @@ def nvidia_counts(kernel) -> dict:
         "tensor_core": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
         "loads": count["LDG"],
         "stores": count["STG"],
+        "access_bytes": max(access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))),
         "shared_loads": count["LDS"] + count["LDSM"],
         "shared_stores": count["STS"] + count["STSM"],
     }
@@ -305,6 +347,11 @@ def amd_counts(kernel) -> dict:
         "tensor_core": starting("v_mfma"),
         "loads": starting("global_load", "buffer_load"),
         "stores": starting("global_store", "buffer_store"),
+        "access_bytes": max(
+            access_bytes(o)
+            for o in loop
+            if o.startswith(("global_", "buffer_load", "buffer_store"))
+        ),
         "shared_loads": starting("ds_read"),
         "shared_stores": starting("ds_write"),
     }
@@ -312,9 +359,11 @@ def amd_counts(kernel) -> dict:
 
 def measure(variant: Variant, arch: str) -> dict:
     """One row of the table."""
+    before = os.times()
     kernel = build(variant, arch)
+    seconds = sum(os.times()[:4]) - sum(before[:4])
     counts = (nvidia_counts if TARGETS[arch].backend == "cuda" else amd_counts)(kernel)
-    constants, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
+    _, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
     return {
         "variant": variant.name,
         "kernel": variant.kernel,
@@ -326,8 +375,9 @@ def measure(variant: Variant, arch: str) -> dict:
         "arch": arch,
         "triton": triton.__version__,
         "warps": options["num_warps"],
-        "rows": variant.tile.rows * constants.get("R", 1),
+        "rows": variant.tile.rows,
         **counts,
+        "compile_seconds": round(seconds, 2),
     }
 
 
@@ -363,6 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
         "shared_stores": "sts",
         "loads": "ldg",
         "stores": "stg",
+        "access_bytes": "bytes",
+        "compile_seconds": "cpu s",
     }
     print(f"triton {triton.__version__}")
     print(f"{'variant':44} {'arch':7} " + " ".join(f"{v:>6}" for v in shown.values()))

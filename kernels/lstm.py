@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .scan import aligned_rows, device_guard, group_flags, on_nvidia, row_words
+from .launch import aligned_rows, device_guard, group_flags, on_nvidia, row_words
 from .support import Tile, lstm_options
 from .tile import (
     add,

@@ -8,11 +8,28 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_SIDE = 64  # of a factor; beyond, the constants outgrow what a program can hold
+MAX_UNITS = 4096  # of a head
+MAX_PADDED_SIDE = 64  # of a factor that is no power of two
+MAX_HELD_SIDE = 128  # of a factor that a program holds; beyond, it is streamed (see `wide`)
 MAX_ROWS = 32  # batch rows of a program: one bit each in the words of reset flags
 TENSOR_CORE = 16  # least side of a tile
 SHARED_EVERYWHERE = 65536  # bytes of shared memory that any device grants a program
+SHARED_INTERPRETED = 232448  # of the device that the interpreter stands for
 MIN_TRITON = (3, 6)
+# Choices that never change a result beyond rounding, and that only a device can settle: keyword
+# arguments of `compile_options`, `weight_grad_options` and of the launchers of `scan` and
+# `weight_grad`
+TUNABLE = {
+    "ANCHORED": "factors in registers for the whole sequence, not in shared memory",
+    "AHEAD": "the next step's row in registers before the work of this one",
+    "PREFETCH": "steps by which a row is fetched into L2 before it is read; 0: not at all",
+    "BETA_IN_LOOP": "beta from L1 in every step, not in registers",
+    "BLOCK": "side of the blocks of a streamed factor",
+    "SLICES": "programs that share the rows of one weight gradient, where dA and dB are apart",
+    "num_warps": "warps of a program",
+    "num_stages": "depth of Triton's own pipelining",
+    "maxnreg": "most registers of a thread, None: ptxas decides",
+}
 NONLINEARITIES = ("modrelu", "modtanh", "tanh", "relu", "identity")
 
 
@@ -55,16 +72,57 @@ class Tile:
     @property
     def aligned(self) -> int:
         """Elements to which the start of every row must be aligned."""
-        return self.V if self.Q % self.V == 0 else 1
+        return math.gcd(self.Q, self.V)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """How states of shape (P, Q) lie in a program that streams its larger factor (see `wide`)."""
+
+    left: bool  # whether A is the larger factor
+    W: int
+    n: int
+    side: int
+    padded: int
+    rows: int
+    aligned: int = 1
+
+    @classmethod
+    def of(cls, P: int, Q: int) -> "Wide":
+        W, n = max(P, Q), min(P, Q)
+        padded = power_of_two(n)
+        return cls(P >= Q, W, n, max(64, power_of_two(W)), padded, max(1, TENSOR_CORE // padded))
+
+
+def overridden(constants: dict, options: dict, tuning: dict) -> tuple[dict, dict]:
+    """Constants and launch options with the choices of `tuning` in place of the default ones.
+
+    Raises:
+        TypeError: for a name in TUNABLE that this kernel does not have, or one that is not there.
+    """
+    for name in tuning:
+        if name not in TUNABLE or (name.isupper() and name not in constants):
+            can = [n for n in TUNABLE if n.islower() or n in constants]
+            raise TypeError(f"tuning: {name!r} is no choice of this kernel; it has {can}")
+    constants = {k: tuning.get(k, v) for k, v in constants.items()}
+    return constants, options | {k: v for k, v in tuning.items() if k.islower()}
 
 
 def compile_options(
-    tile: Tile, heads: int, parts: int, precision: str, nonlinearity: str, nvidia: bool
+    tile: Tile,
+    heads: int,
+    parts: int,
+    precision: str,
+    nonlinearity: str,
+    nvidia: bool,
+    backward: bool = False,
+    **tuning,
 ) -> tuple[dict, dict]:
     """Constants of a scan kernel that depend on shape, type and device alone, and launch options.
 
     Nothing here depends on B, T or strides: those never compile a kernel again. The choices are
-    those with the fewest instructions and no spills in compiled code (`bench/compiled.py`).
+    those with the fewest instructions and no spills in compiled code (`bench/compiled.py`); a
+    device may want others, which `tuning` puts in their place (names in TUNABLE).
     """
     values = tile.size * parts
     split = precision == "fp32"
@@ -99,11 +157,42 @@ def compile_options(
         options["num_warps"] = 8
     if nvidia and options["num_warps"] == 1:
         options["maxnreg"] = 255  # ptxas would stop at 128 or 168 and spill
-    return constants, options
+    return overridden(constants, options, tuning)
+
+
+def wide_options(
+    wide: Wide,
+    heads: int,
+    parts: int,
+    precision: str,
+    nonlinearity: str,
+    nvidia: bool,
+    **tuning,
+) -> tuple[dict, dict]:
+    """The same for the kernels of `wide`."""
+    columns, terms = wide.rows * wide.padded, 2 if precision == "fp32" else 1
+    constants = {
+        "H": heads,
+        "W": wide.W,
+        "SIDE": wide.side,
+        "N_SIDE": wide.n,
+        "PADDED": wide.padded,
+        "ROWS": wide.rows,
+        "STRIDE_W": wide.n if wide.left else 1,
+        "STRIDE_N": 1 if wide.left else wide.W,
+        "BLOCK": 64 if columns * terms <= 16 else 32,
+        "PARTS": parts,
+        "SPLIT": precision == "fp32",
+        "ACT": nonlinearity,
+        "NVIDIA": nvidia,
+    }
+    warps = 4 if columns * terms <= 32 else 8
+    options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
+    return overridden(constants, options, tuning)
 
 
 def weight_grad_options(
-    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool
+    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool, **tuning
 ) -> tuple[dict, dict, bool]:
     """The same for the weight-gradient kernel, and whether dA and dB fit one launch."""
     split = precision == "fp32"
@@ -119,7 +208,7 @@ def weight_grad_options(
         "QP": tile.QP,
         "S1": tile.S1,
         "S2": tile.S2,
-        "R": 2 if together and values == 2048 else 1,
+        "SLICES": 4 if values >= 16384 else 2 if values >= 4096 else 1,
         "VECTOR": math.gcd(tile.Q, 16 // itemsize),
         "PARTS": parts,
         "SPLIT": split,
@@ -129,7 +218,7 @@ def weight_grad_options(
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     if nvidia and warps == 1:
         options["maxnreg"] = 255
-    return constants, options, together
+    return *overridden(constants, options, tuning), together
 
 
 def lstm_options(
@@ -163,13 +252,38 @@ def lstm_options(
 
 
 def shared_bytes(tile: Tile, parts: int, precision: str, sets: int) -> int:
-    """Upper bound of a program's shared memory with so many pairs of factors; at least what every
-    device has."""
+    """Upper bound of a program's shared memory with so many pairs of factors."""
     terms = 2 if precision == "fp32" else 1
     planes = 3 if parts == 2 else 1  # re, im, -im
     sides = (tile.S1 * tile.PP) ** 2 + (tile.S2 * tile.QP) ** 2
     exchange = tile.size * 4 * terms + 4096  # between the warps of one program
-    return max(SHARED_EVERYWHERE, sides * planes * terms * 2 * sets + exchange)
+    return sides * planes * terms * 2 * sets + exchange
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that the device grants a program."""
+    if device.type != "cuda":
+        return SHARED_INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", SHARED_EVERYWHERE)
+
+
+def streams(a: torch.Tensor, b: torch.Tensor, x_proj: torch.Tensor, *how: str) -> bool:
+    """Whether the kernels of `wide` run these factors, not those that hold them in a program.
+
+    Args:
+        a, b: (parts, H, P, P) and (parts, H, Q, Q).
+        x_proj: gives type and device.
+        how: nonlinearity and precision.
+    """
+    nonlinearity, precision = how
+    P, Q = a.shape[-1], b.shape[-1]
+    if max(P, Q) > MAX_HELD_SIDE:
+        return True
+    tile = Tile.of(P, Q, x_proj.element_size())
+    sets = 2 if nonlinearity == "modtanh" else 1
+    needed = shared_bytes(tile, a.shape[0], precision, sets)
+    return needed > max(SHARED_EVERYWHERE, shared_limit(x_proj.device))
 
 
 def triton_version() -> tuple[int, ...] | None:
@@ -230,10 +344,11 @@ def why_not(
             return f"factor {name} is {w.dtype}; the kernels take torch.float32 factors"
         if w.dim() != 4 or w.shape[-1] != w.shape[-2]:
             return f"factor {name} has shape {tuple(w.shape)}, not (parts, heads, side, side)"
-        if w.shape[-1] > MAX_SIDE:
+        side = w.shape[-1]
+        if side > MAX_PADDED_SIDE and (lstm or side != power_of_two(side)):
             return (
-                f"factor {name} is {w.shape[-1]} x {w.shape[-1]}, beyond the {MAX_SIDE} x "
-                f"{MAX_SIDE} whose constants a program can hold"
+                f"factor {name} is {side} x {side}; beyond {MAX_PADDED_SIDE} x {MAX_PADDED_SIDE} "
+                f"the kernels take {'none' if lstm else 'powers of two alone'}"
             )
     if a.shape[:2] != b.shape[:2]:
         return f"the factors disagree in parts and heads: {tuple(a.shape)}, {tuple(b.shape)}"
@@ -245,19 +360,17 @@ def why_not(
         return (
             f"x_proj has {x_proj.shape[-1]} features, not {parts} x {heads} heads x {P}·{Q} units"
         )
+    if P * Q > MAX_UNITS:
+        return f"{P}·{Q} units a head exceed the {MAX_UNITS} that a program's step can take"
     tile = Tile.of(P, Q, x_proj.element_size())
     if tile.rows > MAX_ROWS:
         return f"{P}·{Q} units are too few: a program would have to pack {tile.rows} batch rows"
-    if x_proj.device.type == "cuda" and torch.version.hip is None:
-        # backward, an LSTM holds four pairs of factors and their adjoints, modtanh one and its own
-        sets = 8 if lstm else 2 if nonlinearity == "modtanh" else 1
-        needed = shared_bytes(tile, 1 if lstm else parts, precision, sets)
-        properties = torch.cuda.get_device_properties(x_proj.device)
-        limit = getattr(properties, "shared_memory_per_block_optin", SHARED_EVERYWHERE)
-        if needed > max(limit, SHARED_EVERYWHERE):
+    if lstm:  # backward, a program holds four pairs of factors and their adjoints
+        needed, limit = shared_bytes(tile, 1, precision, 8), shared_limit(x_proj.device)
+        if x_proj.device.type == "cuda" and needed > max(limit, SHARED_EVERYWHERE):
             return (
                 f"{P}·{Q} units in {precision} precision need {needed} bytes of shared memory and "
-                f"{properties.name} grants {limit}"
+                f"the device grants {limit}"
             )
     if heads > 65535:
         return f"{heads} heads exceed the 65535 programs of a grid's second dimension"

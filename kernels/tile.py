@@ -15,7 +15,8 @@ constant B:
     tile column    q' = (chunk, m: V/2, h: 4, l: 2)
 
 and `to_tile`, `from_tile` are register renames too. Loads are rank-2 tiles [(chunk, row), 4V] with
-`max_contiguous` V: the only form for which every supported Triton splits a warp 8 × 4.
+`max_contiguous` and `multiple_of` V: the only form for which every supported Triton splits a warp
+8 × 4. Padded tiles get the same hints, and masks that keep their accesses narrow enough.
 
 A complex value is a tuple (re, im) of planes, a real one is (re,). An mma operand holds for each
 plane a tuple (hi,) of bfloat16, or (hi, lo) with hi + lo ≈ float32: products of those, small terms
@@ -107,11 +108,13 @@ def dot(w, x, acc):
 
 @triton.jit
 def product(w, x, acc):
-    """acc + w x; a complex constant w is (re, im, -im)."""
-    if len(x) == 2:
+    """acc + w x; a complex constant w is (re, im, -im), or (re, im) and then x is negated."""
+    if len(w) == 3:
         re = dot(w[2], x[1], dot(w[0], x[0], acc[0]))
-        im = dot(w[1], x[0], dot(w[0], x[1], acc[1]))
-        return re, im
+        return re, dot(w[1], x[0], dot(w[0], x[1], acc[1]))
+    elif len(w) == 2:
+        re = dot(w[1], negated(x[1]), dot(w[0], x[0], acc[0]))
+        return re, dot(w[1], x[0], dot(w[0], x[1], acc[1]))
     else:
         return (dot(w[0], x[0], acc[0]),)
 
@@ -312,8 +315,14 @@ def inside(
 
 @triton.jit
 def pointers(p_tile, offset, VECTOR: tl.constexpr):
-    """Pointers of a tile; the hint, not the analysis, sets how much a thread loads at once."""
-    return tl.max_contiguous(p_tile + offset, [1, VECTOR])
+    """Pointers of a tile of which a thread holds VECTOR neighbours.
+
+    The hints, not the analysis, choose the layout. Where rows are not aligned to VECTOR elements
+    they claim too much, and the mask of the padded columns, constant over gcd(Q, VECTOR) of them,
+    keeps each single access as narrow as it has to be.
+    """
+    BYTES: tl.constexpr = VECTOR * p_tile.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(tl.max_contiguous(p_tile + offset, [1, VECTOR]), [1, BYTES])
 
 
 @triton.jit

@@ -11,11 +11,13 @@ Memory plan. Time does not order this sum, so programs share out blocks of rows 
 steps, and a program walks its chunk upwards: the h_t that dβ needs is the X of the next step, so h
 and dx_proj are read once. The sums stay in registers, in float32, and each program stores a private
 partial sum; the partial sums are added on the host side. Nothing is atomic: results are bitwise
-repeatable. Where the sums of dA and dB exceed the registers, each takes a launch of its own.
+repeatable. Where the sums of dA and dB exceed the registers, each takes a launch of its own, in
+which several programs may share the rows of a sum.
 
-Limits: those of the scan kernels (`support.why_not`).
+Limits: factors of up to 64 x 64. With a larger one these are matrix products of a size that torch's
+own are made for, in float32 (`contracted`).
 
-    B, T    batch rows, steps                    R       tiles stacked in a block
+    B, T    batch rows, steps                    SLICES  programs that share a sum's rows
     H       pairs of factors (heads)             S1, S2  states side by side in a tile, PP, QP
     P, Q    sides of the two factors                     their padded sides, PE, QE its own (`tile`)
     N       P·Q, units of one state              PARTS   2 complex, 1 real
@@ -26,10 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .scan import adjoint, device_guard, on_nvidia, row_words
-from .support import Tile, weight_grad_options
+from .launch import adjoint, device_guard, on_nvidia, packed, row_words
+from .support import MAX_PADDED_SIDE, Tile, weight_grad_options
 from .tile import (
     dot,
+    flip,
     load,
     load_factor,
     negated,
@@ -41,6 +44,8 @@ from .tile import (
     scale,
     zeros,
 )
+
+CHUNK = 2**24  # values of h that `contracted` takes at a time
 
 
 @triton.jit
@@ -64,33 +69,6 @@ def with_negated(x):
 
 
 @triton.jit
-def turn_terms(x, ORDER: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
-    if len(x) == 2:
-        return turn_plane(x[0], ORDER, R, M, K), turn_plane(x[1], ORDER, R, M, K)
-    else:
-        return (turn_plane(x[0], ORDER, R, M, K),)
-
-
-@triton.jit
-def turn_plane(x, ORDER: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
-    if ORDER == "side by side":  # (R·M, K) -> (M, R·K)
-        return tl.reshape(tl.permute(tl.reshape(x, (R, M, K)), (1, 0, 2)), (M, R * K))
-    elif ORDER == "transposed":  # (R·M, K) -> (R·K, M)
-        return tl.reshape(tl.permute(tl.reshape(x, (R, M, K)), (0, 2, 1)), (R * K, M))
-    else:  # "flipped": (M, R·K) -> (K, R·M)
-        return tl.reshape(tl.permute(tl.reshape(x, (M, R, K)), (2, 1, 0)), (K, R * M))
-
-
-@triton.jit
-def turn(x, ORDER: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
-    """An operand of R matrices, laid out for the next product."""
-    if len(x) == 2:
-        return turn_terms(x[0], ORDER, R, M, K), turn_terms(x[1], ORDER, R, M, K)
-    else:
-        return (turn_terms(x[0], ORDER, R, M, K),)
-
-
-@triton.jit
 def in_float32(x):
     if len(x) == 2:
         return x[0].to(tl.float32), x[1].to(tl.float32)
@@ -109,10 +87,25 @@ def phase_part(h, g, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def store_sum(p_sum, x, i_h, H: tl.constexpr, SIDE: tl.constexpr):
-    """Store one program's sum of shape (PARTS, H, SIDE, SIDE)."""
-    i = tl.arange(0, SIDE)
-    p_plane = p_sum + i_h * SIDE * SIDE + i[:, None] * SIDE + i[None, :]
+def units(
+    p,
+    q,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+):
+    """Batch row within the block, unit and truth (no padding) of elements (p, q) of a tile."""
+    i_row = q // QP * S1 + p // PP
+    return i_row, p % PP * Q + q % QP, (p % PP < P) & (q % QP < Q)
+
+
+@triton.jit
+def store_sum(p_sum, x, first, i_h, H: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Store ROWS rows of one program's sum of shape (PARTS, H, SIDE, SIDE), from `first` on."""
+    i = first + tl.arange(0, ROWS)
+    p_plane = p_sum + i_h * SIDE * SIDE + i[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
     tl.store(p_plane, x[0])
     if len(x) == 2:
         tl.store(p_plane + H * SIDE * SIDE, x[1])
@@ -128,7 +121,7 @@ def weight_grad_kernel(
     p_keep,  # (T, blocks) words of row bits or None
     p_da,  # (programs, PARTS, H, PE, PE)
     p_db,  # (programs, PARTS, H, QE, QE)
-    p_dbeta,  # (programs, H, R·S1·S2, N) or None
+    p_dbeta,  # (programs, H, S1·S2, N) or None
     B,
     T,
     blocks,
@@ -141,7 +134,7 @@ def weight_grad_kernel(
     QP: tl.constexpr,
     S1: tl.constexpr,
     S2: tl.constexpr,
-    R: tl.constexpr,
+    SLICES: tl.constexpr,
     VECTOR: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -150,7 +143,10 @@ def weight_grad_kernel(
     """dA += (G conj(B)) Xᴴ,  dB += (Aᴴ G)ᵀ conj(X),  dβ += Re(conj(h/|h|) G)."""
     PE: tl.constexpr = S1 * PP
     QE: tl.constexpr = S2 * QP
-    ROWS: tl.constexpr = R * S1 * S2
+    ROWS: tl.constexpr = S1 * S2
+    # with slices a program has one sum, and needs the rows or the columns of G for a slice of it
+    PG: tl.constexpr = PE // SLICES if p_da is not None else PE
+    QG: tl.constexpr = QE // SLICES if p_da is None else QE
     N: tl.constexpr = P * Q
     F: tl.constexpr = PARTS * H * N
     IM: tl.constexpr = H * N
@@ -158,20 +154,25 @@ def weight_grad_kernel(
     H_IM: tl.constexpr = STATES * N
     first_block = tl.program_id(0)
     i_chunk = tl.program_id(1)
-    i_h = tl.program_id(2)
+    i_h = tl.program_id(2) // SLICES
+    first_p = 0
+    first_q = 0
+    if PG < PE:
+        first_p = tl.program_id(2) % SLICES * PG
+    if QG < QE:
+        first_q = tl.program_id(2) % SLICES * QG
     i_program = (i_chunk * tl.num_programs(0) + first_block).to(tl.int64)
     a_adjoint = load_factor(p_a_adjoint, i_h, H, P, PP, S1, 2, False, PARTS, SPLIT, False)
     b = load_factor(p_b, i_h, H, Q, QP, S2, 2, False, PARTS, SPLIT, False)
-    row = tl.arange(0, R * PE)[:, None]
-    column = tl.arange(0, QE)[None, :]
-    i_s1 = row % PE // PP
-    i_s2 = row // PE * S2 + column // QP
-    i_row = i_s2 * S1 + i_s1
-    o_unit = row % PP * Q + column % QP
-    true_unit = (row % PP < P) & (column % QP < Q)
-    da = zeros(PE, PE, PARTS)
-    db = zeros(QE, QE, PARTS)
-    dbeta = tl.zeros((R * PE, QE), tl.float32)
+    p = tl.arange(0, PE)[:, None]
+    q = tl.arange(0, QE)[None, :]
+    i_row, o_unit, true_unit = units(p, q, P, Q, PP, QP, S1)
+    p_slice = first_p + tl.arange(0, PG)[:, None]
+    q_slice = first_q + tl.arange(0, QG)[None, :]
+    g_row, g_unit, g_true = units(p_slice, q_slice, P, Q, PP, QP, S1)
+    da = zeros(PG, PE, PARTS)
+    db = zeros(QG, QE, PARTS)
+    dbeta = tl.zeros((PE, QE), tl.float32)
     begin = i_chunk * chunk
     end = tl.minimum(begin + chunk, T)
     stride_t = B.to(tl.int64) * F
@@ -179,9 +180,9 @@ def weight_grad_kernel(
     i_b = first_block.to(tl.int64) * ROWS
     for _block in tl.range(first_block, blocks, tl.num_programs(0)):
         # rows past the batch read its last row, and G = 0
-        o_g = tl.minimum(i_row, B - 1 - i_b) * F + o_unit
+        o_g = tl.minimum(g_row, B - 1 - i_b) * F + g_unit
         o_h = tl.minimum(i_row, B - 1 - i_b) * H_F + o_unit
-        mask = true_unit & (i_row < B - i_b)
+        g_mask = g_true & (g_row < B - i_b)
         p_g = p_dx + (i_b * F + i_h * N + begin.to(tl.int64) * stride_t)
         start = i_b * H_F + i_h % STATES * N
         p_state = p_h + (start + begin.to(tl.int64) * h_stride_t)
@@ -190,35 +191,33 @@ def weight_grad_kernel(
         elif p_h_0 is not None:
             x = in_float32(load(p_h_0 + start, o_h, true_unit, H_IM, PARTS, VECTOR))
         else:
-            x = in_float32(zeros(R * PE, QE, PARTS))
+            x = in_float32(zeros(PE, QE, PARTS))
         if p_keep is not None:
             p_word = p_keep + i_b // ROWS + begin.to(tl.int64) * blocks
         for _t in tl.range(begin, end):
-            g = in_float32(load(p_g, o_g, mask, IM, PARTS, VECTOR))
+            g = in_float32(load(p_g, o_g, g_mask, IM, PARTS, VECTOR))
             h = in_float32(load(p_state, o_h, true_unit, H_IM, PARTS, VECTOR))
             p_g += stride_t
             p_state += h_stride_t
             if p_keep is not None:
-                x = scale(x, row_bits(tl.load(p_word), i_s1, i_s2, S1))
+                x = scale(x, row_bits(tl.load(p_word), i_row, 0, 1))
                 p_word += blocks
             x_in = operand(x, SPLIT)
             g_in = operand(g, SPLIT)
             if p_da is not None:
-                s = operand(times_conj(g_in, b, zeros(R * PE, QE, PARTS)), SPLIT)
-                s = turn(s, "side by side", R, PE, QE)
-                da = times_conj(s, with_negated(turn(x_in, "transposed", R, PE, QE)), da)
+                s = operand(times_conj(g_in, b, zeros(PG, QE, PARTS)), SPLIT)
+                da = times_conj(s, with_negated(flip(x_in, PE, QE)), da)
             if p_db is not None:
-                g_in = turn(g_in, "side by side", R, PE, QE)
-                m = operand(product(a_adjoint, g_in, zeros(PE, R * QE, PARTS)), SPLIT)
-                db = times_conj(turn(m, "flipped", R, PE, QE), with_negated(x_in), db)
+                m = operand(product(a_adjoint, g_in, zeros(PE, QG, PARTS)), SPLIT)
+                db = times_conj(flip(m, PE, QG), with_negated(x_in), db)
             if p_dbeta is not None:
                 dbeta += phase_part(h, g, NVIDIA)
             x = h
         i_b += tl.num_programs(0) * ROWS
     if p_da is not None:
-        store_sum(p_da + i_program * (PARTS * H * PE * PE), da, i_h, H, PE)
+        store_sum(p_da + i_program * (PARTS * H * PE * PE), da, first_p, i_h, H, PE, PG)
     if p_db is not None:
-        store_sum(p_db + i_program * (PARTS * H * QE * QE), db, i_h, H, QE)
+        store_sum(p_db + i_program * (PARTS * H * QE * QE), db, first_q, i_h, H, QE, QG)
     if p_dbeta is not None:
         p_sum = p_dbeta + (i_program * H + i_h) * (ROWS * N)
         tl.store(pointers(p_sum, i_row * N + o_unit, VECTOR), dbeta, mask=true_unit)
@@ -241,8 +240,49 @@ def diagonal_blocks(x, S, side):
     return x.diagonal(dim1=-4, dim2=-2).sum(-1)[..., :side, :side].contiguous()
 
 
+def joined(x):
+    """Planes (2, ...) as one complex tensor, (1, ...) as a real one."""
+    return torch.complex(x[0], x[1]) if x.shape[0] == 2 else x[0]
+
+
+def planes(x):
+    """What `joined` joined."""
+    return torch.stack((x.real, x.imag)) if x.is_complex() else x[None]
+
+
+def matrices(x, parts, heads, P, Q):
+    """States (T, B, parts·H·P·Q) as (T, B, H, P, Q), complex or real."""
+    return joined(x.float().unflatten(-1, (parts, heads, P, Q)).movedim(2, 0))
+
+
+def contracted(dx_proj, h, a, b, h_0, reset, wants_beta):
+    """The same gradients as matrix products of torch, a chunk of steps at a time."""
+    T, B, F = h.shape
+    parts, heads, P, _ = a.shape
+    shape = (parts, heads, P, b.shape[-1])
+    a, b = joined(a), joined(b)
+    da, db = torch.zeros_like(a), torch.zeros_like(b)
+    dbeta = h.new_zeros(shape[1:], dtype=torch.float32)
+    chunk = max(1, CHUNK // (B * F))
+    before = torch.zeros_like(h[:1]) if h_0 is None else h_0[None].to(h.dtype)
+    for t in range(0, T, chunk):
+        g = matrices(dx_proj[t : t + chunk], *shape)
+        x = torch.cat((before, h[t : t + chunk]))
+        before = x[-1:]
+        if wants_beta:
+            phase = matrices(x[1:], *shape).sgn()
+            dbeta += (phase.conj() * g).real.sum((0, 1))
+        x = x[:-1]
+        if reset is not None:
+            x.masked_fill_(reset[:, t : t + chunk].t()[..., None], 0)
+        x = matrices(x, *shape).conj()
+        da += torch.einsum("tbhpq,tbhsq->hps", g @ b.conj(), x)
+        db += torch.einsum("tbhpq,tbhpr->hqr", a.mH @ g, x)
+    return planes(da), planes(db), dbeta.flatten() if wants_beta else None
+
+
 def weight_grad(
-    dx_proj, h, a, b, h_0, reset, *, nonlinearity, precision
+    dx_proj, h, a, b, h_0, reset, *, nonlinearity, precision, **tuning
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of the factors, and of β for modReLU, from the two scans.
 
@@ -251,7 +291,7 @@ def weight_grad(
             beyond a row's length, so lengths do not matter here.
         h: (T, B, parts·S·N), as `scan.scan_forward` returned it. S is H, or divides it: factor k
             then acts on state k mod S (the gates of an LSTM).
-        a, b, reset, nonlinearity, precision: as for `scan.scan_forward`.
+        a, b, reset, nonlinearity, precision, tuning: as for `scan.scan_forward`.
         h_0: (B, parts·S·N) float32 or None.
 
     Returns:
@@ -267,11 +307,13 @@ def weight_grad(
     if h.numel() == 0:
         dbeta = a.new_zeros(heads * P * Q) if wants_beta else None
         return torch.zeros_like(a), torch.zeros_like(b), dbeta
+    if max(P, Q) > MAX_PADDED_SIDE:
+        return contracted(dx_proj, h, a, b, h_0, reset, wants_beta)
     constants, options, together = weight_grad_options(
-        tile, heads, parts, precision, h.element_size(), nvidia=on_nvidia()
+        tile, heads, parts, precision, h.element_size(), nvidia=on_nvidia(), **tuning
     )
     constants["STATES"] = h.shape[-1] // (parts * P * Q)
-    rows = constants["R"] * tile.rows
+    rows = tile.rows
     blocks = triton.cdiv(B, rows)
     programs, chunk = partition(blocks, T, heads, h.device, options["num_warps"])
     chunks = triton.cdiv(T, chunk)
@@ -279,19 +321,20 @@ def weight_grad(
     da = a.new_empty((programs * chunks, parts, heads, PE, PE))
     db = a.new_empty((programs * chunks, parts, heads, QE, QE))
     dbeta = a.new_empty((programs * chunks, heads, rows, P * Q)) if wants_beta else None
-    launches = [(da, db, dbeta)]
+    slices = constants.pop("SLICES")
+    launches = [(da, db, dbeta, 1)]
     if not together:  # their sums do not fit the registers of one program
-        launches = [(da, None, None), (None, db, None)]
-        launches += [(None, None, dbeta)] if wants_beta else []
+        launches = [(da, None, None, slices), (None, db, None, slices)]
+        launches += [(None, None, dbeta, 1)] if wants_beta else []
     keep = row_words(~reset, rows) if reset is not None else None
     with device_guard(h):
-        for p_da, p_db, p_dbeta in launches:
-            weight_grad_kernel[(programs, chunks, heads)](
-                p_dx=dx_proj,
-                p_h=h,
+        for p_da, p_db, p_dbeta, share in launches:
+            weight_grad_kernel[(programs, chunks, heads * share)](
+                p_dx=packed(dx_proj),
+                p_h=packed(h),
                 p_a_adjoint=adjoint(a),
-                p_b=b.contiguous(),
-                p_h_0=h_0.contiguous() if h_0 is not None else None,
+                p_b=packed(b),
+                p_h_0=packed(h_0),
                 p_keep=keep,
                 p_da=p_da,
                 p_db=p_db,
@@ -300,6 +343,7 @@ def weight_grad(
                 T=T,
                 blocks=blocks,
                 chunk=chunk,
+                SLICES=share,
                 **constants,
                 **options,
             )

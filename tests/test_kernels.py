@@ -7,6 +7,8 @@ float32 sum.
 
 import ast
 import dataclasses
+import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,15 @@ CASES = [
     *(Case(P, Q, T=3) for P, Q in [(3, 11), (5, 5), (12, 12), (11, 24), (17, 3)]),
     *(Case(P, Q, T=3, **BF16) for P, Q in [(8, 8), (8, 16), (16, 32), (32, 32), (3, 11)]),
     Case(3, 11, "modtanh", field="real", T=4),
+    Case(5, 20, layout="odd", T=3),
+    Case(5, 20, B=3, T=2, **BF16),
+    # one factor, and sides beyond 64
+    *(Case(P, Q, T=2) for P, Q in [(64, 1), (1, 128)]),
+    Case(128, 2, "tanh", T=2, B=9, reset=True, lengths=True),
+    Case(4, 128, slack=2, T=2, B=2, **BF16),
+    Case(256, 1, slack=2, T=2),
+    Case(4, 256, "modtanh", T=2, B=2, reset=True, lengths=True),
+    Case(256, 2, "relu", T=2, field="real", **BF16),
     # batch and time
     Case(16, 16, B=1, T=1),
     Case(16, 16, B=1, T=7),
@@ -125,16 +136,46 @@ CASES = [
 ]
 
 
+GUARD = 512  # elements on either side of every buffer
+
+
+def guarded(shape, dtype, device, value=float("nan")):
+    """A tensor of `value` inside of a larger one that is NaN throughout, and the larger one."""
+    size = math.prod(shape)
+    whole = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
+    tensor = whole[GUARD : GUARD + size].view(shape)
+    return tensor.fill_(value), whole
+
+
+def guarded_copy(x):
+    """x in a buffer of its own: what a kernel reads beyond it is NaN, and comes out as NaN."""
+    if x is None or not x.is_floating_point():
+        return x
+    return guarded(x.shape, x.dtype, x.device)[0].copy_(x)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What the kernels do not write stays NaN."""
-    new_empty = torch.Tensor.new_empty
+    """What the kernels do not write stays NaN, and so does all that lies around their buffers."""
+    buffers = []
 
-    def poisoned(self, *args, **kwargs):
-        tensor = new_empty(self, *args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def allocate(original, value):
+        def allocated(self, shape, *rest, **options):
+            dtype = options.get("dtype") or self.dtype
+            if not isinstance(shape, tuple | torch.Size) or not dtype.is_floating_point:
+                return original(self, shape, *rest, **options)  # the interpreter's, or of integers
+            tensor, whole = guarded(shape, dtype, self.device, value)
+            buffers.append((tensor, whole))
+            return tensor
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        return allocated
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate(torch.Tensor.new_empty, float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_zeros", allocate(torch.Tensor.new_zeros, 0.0))
+    yield buffers
+    for tensor, whole in buffers:
+        outside = whole.isnan().sum() - whole[GUARD : GUARD + tensor.numel()].isnan().sum()
+        assert outside == 2 * GUARD, f"written beyond a buffer of shape {tuple(tensor.shape)}"
 
 
 def activate(z, beta, act):
@@ -203,9 +244,9 @@ def arranged(x, layout):
     """The same values of (B, T, F) lying differently in memory."""
     B, T, F = x.shape
     if layout == "batch":
-        return x.contiguous()
+        return guarded_copy(x)
     if layout == "time":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
+        return guarded_copy(x.transpose(0, 1)).transpose(0, 1)
     extra = 16 if layout == "cut" else 3  # rows aligned to 16 bytes, or not
     buffer = torch.full((B + 1, T + 2, F + extra), float("nan"), dtype=x.dtype, device=x.device)
     view = buffer[1:, 1 : T + 1, :F]
@@ -295,9 +336,9 @@ def expected(case, inputs, flags, cotangents):
     return {"h": h.detach(), **gradients}
 
 
-def computed(case, inputs, flags, cotangents):
+def computed(case, inputs, flags, cotangents, **tuning):
     def move(x):
-        return None if x is None else x.to(DEVICE)
+        return None if x is None else guarded_copy(x.to(DEVICE))
 
     inputs = {k: move(v) for k, v in inputs.items()}
     flags = {k: move(v) for k, v in flags.items()}
@@ -309,13 +350,18 @@ def computed(case, inputs, flags, cotangents):
         flags["lengths"] = None
     how = {"nonlinearity": case.act, "precision": case.precision}
     assert support.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
-    h = scan.scan_forward(x_proj, **inputs, **flags, **how)
+    scans, grads = (
+        {k: v for k, v in tuning.items() if (k == "SLICES") == w} for w in (False, True)
+    )
+    h = scan.scan_forward(x_proj, **inputs, **flags, **how, **scans)
     if cotangents["dh"] is not None:
         dh = cotangents["dh"].transpose(0, 1)
         cotangents["dh"] = arranged(dh, case.layout).transpose(0, 1)
-    dx, dh_0 = scan.scan_backward(**cotangents, h=h, x_proj=x_proj, **inputs, **flags, **how)
+    dx, dh_0 = scan.scan_backward(
+        **cotangents, h=h, x_proj=x_proj, **inputs, **flags, **how, **scans
+    )
     del inputs["beta"], flags["lengths"]
-    da, db, dbeta = weight_grad.weight_grad(dx, h, **inputs, **flags, **how)
+    da, db, dbeta = weight_grad.weight_grad(dx, h, **inputs, **flags, **how, **grads)
     result = {"h": h, "dx": dx, "dh_0": dh_0, "da": da, "db": db, "dbeta": dbeta}
     return {k: v.double().cpu() for k, v in result.items() if v is not None}
 
@@ -334,6 +380,39 @@ def test_against_the_definition(case):
     if case.dtype == torch.bfloat16:  # rounded once more at the store
         limits = {k: max(v, LIMITS["bf16"][k]) for k, v in limits.items()}
     assert errors == {k: pytest.approx(0, abs=limits[k]) for k in errors}
+
+
+STREAMED_CASES = [
+    Case(32, 8, T=3, B=2, reset=True),
+    Case(8, 32, B=3, T=3, lengths=True, reset=True, H=2),
+    Case(24, 5, T=3, B=5, lengths=True, h_0=False),
+    Case(5, 24, "modtanh", T=3, B=5, lengths=True, reset=True),
+    Case(32, 1, "modtanh", T=3, h_0=False, field="real"),
+    Case(32, 16, "tanh", T=3, layout="odd", cotangent="h_n"),
+    Case(32, 4, T=3, layout="time", cotangent="h", **BF16),
+    Case(32, 32, "identity", T=2, B=1),
+]
+
+
+@pytest.mark.parametrize("case", STREAMED_CASES, ids=str)
+def test_streamed_factors(case, monkeypatch):
+    """The kernels for large factors, on small ones."""
+    monkeypatch.setattr(support, "MAX_HELD_SIDE", 16)
+    test_against_the_definition(case)
+
+
+def test_too_little_shared_memory_streams_the_factors(monkeypatch):
+    """Where a device cannot hold 64 x 64 in float32, and for which shapes it can."""
+    x_proj = torch.zeros(1, 1, 8192)
+    how = ("modrelu", "fp32")
+    assert not support.streams(*factors(64, 64), x_proj, *how)
+    assert not support.streams(*factors(128, 8), x_proj, *how)
+    assert support.streams(*factors(128, 32), x_proj, *how)
+    monkeypatch.setattr(support, "SHARED_INTERPRETED", 101376)  # sm_89, sm_120
+    assert support.streams(*factors(64, 64), x_proj, *how)
+    assert not support.streams(*factors(32, 64), x_proj, *how)
+    monkeypatch.setattr(support, "SHARED_INTERPRETED", 65536)
+    assert not support.streams(*factors(32, 32), x_proj, *how)
 
 
 def arguments_of_scan(case, **changed):
@@ -421,6 +500,7 @@ TOKEN_CASES = [
     Case(16, 16, "modtanh", T=4, lengths=True),
     Case(3, 11, "modtanh", B=5, T=3),
     Case(16, 16, T=1),
+    Case(128, 1, "tanh", T=2),
 ]
 
 
@@ -479,6 +559,196 @@ def test_without_cotangents_the_gradient_is_zero():
     assert not dh_0.any()
 
 
+# At real size on a device; without one the same code at toy size.
+REAL = (
+    {"B": 512, "T": 4096, "P": 32, "Q": 32}
+    if DEVICE == "cuda"
+    else {"B": 2, "T": 4, "P": 16, "Q": 16}
+)
+# Relative error of a state after t steps, each of which rounds two operands to bfloat16 (hi, or hi
+# and lo without lo·lo) where the definition, with the same rounded factors, rounds none. The errors
+# add up as a random walk under modReLU and are forgotten under tanh: c √t and c, with c measured in
+# an emulation of the rounding (16 x 16, 1000 steps; constant to 5 %), here times 1.3.
+ROUNDING = {
+    ("modrelu", "bf16"): lambda t: 1.3 * 1.7e-3 * math.sqrt(t),
+    ("modrelu", "fp32"): lambda t: 1.3 * 3.7e-6 * math.sqrt(t),
+    ("tanh", "bf16"): lambda t: 1.3 * 3.1e-3,
+    ("tanh", "fp32"): lambda t: 1.3 * 5.9e-6,
+}
+
+
+def complex_factor(w, precision):
+    """(2, 1, side, side) as the complex128 matrix that the kernel multiplies by."""
+    hi = w.bfloat16().double()
+    lo = (w - hi.float()).bfloat16().double() if precision == "fp32" else 0.0
+    return torch.complex(*(hi + lo)[:, 0])
+
+
+def complex_states(h, P, Q):
+    """(..., 2·N) as complex128 (..., P, Q)."""
+    h = h.double().unflatten(-1, (2, P, Q))
+    return torch.complex(h[..., 0, :, :], h[..., 1, :, :])
+
+
+def pulled_back(g, h, beta, act, floor):
+    """G = σ'(z)ᵀ g of modReLU or tanh, from h."""
+    if act == "tanh":
+        return torch.complex(g.real * (1 - h.real**2), g.imag * (1 - h.imag**2))
+    k = h.abs()
+    n = torch.sgn(h)
+    s = torch.where(k > 0, k / torch.maximum(k - beta, k * floor).clamp_min(1e-30), 0.0)
+    rho = (n.conj() * g).real
+    return s * g + (1 - s) * rho * n
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("act", ["modrelu", "tanh"])
+def test_long_sequences(act, precision):
+    """Three rows against float64 step by step, all weight gradients, two runs, a run in pieces."""
+    B, T, P, Q = REAL.values()
+    case = Case(P, Q, act, B=1, T=1, beta=0.02, slack=2)
+    values = arguments_of_scan(case)
+    a, b, beta = values["a"], values["b"], values["beta"]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    random = torch.Generator(DEVICE).manual_seed(0)
+    how = {"nonlinearity": act, "precision": precision}
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, device=DEVICE, dtype=dtype).mul_(0.5)
+
+    x_proj, h_0 = normal(B, T, 2 * P * Q), normal(B, 2 * P * Q).float()
+    h = scan.scan_forward(x_proj, a, b, beta, h_0, None, **how)
+    rows = torch.tensor([0, B // 2, B - 1], device=DEVICE)
+    fa, fb = complex_factor(a, precision), complex_factor(b, precision)
+    bias = 0.0 if beta is None else beta.double().view(P, Q)
+    state = complex_states(h_0[rows].to(dtype), P, Q)
+    u, states = complex_states(x_proj[rows], P, Q), complex_states(h[:, rows], P, Q)
+    for t in range(T):
+        state = activate(fa @ state @ fb.mT + u[:, t], bias, act)
+        if t + 1 in (T // 64, T // 8, T):
+            assert relative_error(states[t], state) < ROUNDING[act, precision](t + 1)
+
+    assert torch.equal(h, scan.scan_forward(x_proj, a, b, beta, h_0, None, **how))
+    first = scan.scan_forward(x_proj[:, : T // 2], a, b, beta, h_0, None, **how)
+    assert torch.equal(h[: T // 2], first)
+    second = scan.scan_forward(x_proj[:, T // 2 :], a, b, beta, first[-1].float(), None, **how)
+    assert torch.equal(h[T // 2 :], second)
+    del x_proj, u, first, second
+
+    dh = normal(T, B, 2 * P * Q)
+    backward = functools.partial(scan.scan_backward, dh, None, h, None, a, b, beta, h_0, None)
+    dx, dh_0 = backward(**how)
+    assert torch.equal(dx, backward(**how)[0])
+    floor = 2.0**-8 if precision == "bf16" else 2.0**-20
+    carried = torch.zeros_like(state)
+    want = torch.empty_like(states)
+    cotangents = complex_states(dh[:, rows], P, Q)
+    for t in reversed(range(T)):
+        want[t] = pulled_back(cotangents[t] + carried, states[t], bias, act, floor)
+        carried = fa.mH @ want[t] @ fb.conj()
+    limit = ROUNDING[act, precision](T) + (2.0**-9 if precision == "bf16" else 0)  # and its store
+    assert relative_error(complex_states(dx[:, rows], P, Q), want) < limit
+    limit += ROUNDING["modrelu", precision](1)  # the last product, to which no exact dh is added
+    assert relative_error(complex_states(dh_0[rows], P, Q), carried) < limit
+    del dh, want, cotangents
+
+    gradients = weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+    again = weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, again) if x is not None)
+    da, db, dbeta = torch.zeros_like(fa), torch.zeros_like(fb), 0.0
+    for t in range(T):
+        g = complex_states(dx[t], P, Q)
+        x = complex_states(h_0.to(dtype) if t == 0 else h[t - 1], P, Q)
+        da += torch.einsum("bpq,bsq->ps", g @ fb.conj(), x.conj())
+        db += torch.einsum("bpq,bpr->qr", fa.mH @ g, x.conj())
+        dbeta += (torch.sgn(complex_states(h[t], P, Q)).conj() * g).real.sum(0)
+    # a sum over all rows and steps of products whose two roundings average out
+    limit = 4e-3 if precision == "bf16" else 1e-5
+    assert relative_error(torch.complex(*gradients[0][:, 0].double()), da) < limit
+    assert relative_error(torch.complex(*gradients[1][:, 0].double()), db) < limit
+    if act == "modrelu":
+        assert relative_error(gradients[2].double(), dbeta.flatten()) < limit
+
+
+def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):
+    """Beyond in and out: nothing of the size of a sequence, forward and backward."""
+    B, T, P, Q = REAL.values()
+    values = arguments_of_scan(Case(P, Q, B=1, T=1, slack=2))
+    x_proj = torch.randn(B, T, 2 * P * Q, device=DEVICE).bfloat16()
+    how = {"nonlinearity": "modrelu", "precision": "bf16"}
+    a, b, beta = values["a"], values["b"], values["beta"]
+
+    def peak(function):
+        """Most bytes that the function held; without a device, all that it allocated."""
+        if DEVICE == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = function()
+            return result, torch.cuda.max_memory_allocated() - before
+        poisoned_memory.clear()
+        result = function()
+        return result, sum(tensor.nbytes for tensor, _ in poisoned_memory)
+
+    h, forward = peak(lambda: scan.scan_forward(x_proj, a, b, beta, None, None, **how))
+    small = 2**20 + 8 * GUARD
+    assert h.nbytes <= forward < h.nbytes + small
+    dh = x_proj.transpose(0, 1)
+    _, backward = peak(lambda: scan.scan_backward(dh, None, h, None, a, b, beta, None, None, **how))
+    assert h.nbytes <= backward < h.nbytes + small
+
+
+def test_launchers_in_a_cuda_graph(monkeypatch):
+    """Replayed on other inputs they give what a call gives; without a device, called again."""
+    monkeypatch.undo()  # the guards would be allocations of the graph
+    values = arguments_of_scan(Case(8, 8, B=5, T=2, slack=2, reset=True))
+    x_proj, h_0, how = values["x_proj"], values["h_0"], {"nonlinearity": "modrelu"}
+    a, b, beta, reset = values["a"], values["b"], values["beta"], values["reset"]
+
+    def run():
+        fixed = {**how, "precision": "fp32"}
+        h = scan.scan_forward(x_proj, a, b, beta, h_0, reset, **fixed)
+        dx, dh_0 = scan.scan_backward(h, None, h, None, a, b, beta, h_0, reset, **fixed)
+        return h, dx, dh_0, *weight_grad.weight_grad(dx, h, a, b, h_0, reset, **fixed)
+
+    captured = run()
+    if DEVICE == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+    x_proj.mul_(-0.5)
+    reset.logical_not_()
+    if DEVICE == "cuda":
+        graph.replay()
+    else:
+        captured = run()
+    replayed = [x.clone() for x in captured]
+    assert all(torch.equal(x, y) for x, y in zip(replayed, run()))
+
+
+TUNINGS = [
+    {"AHEAD": False, "BETA_IN_LOOP": True},
+    {"ANCHORED": False, "num_warps": 2, "num_stages": 2, "maxnreg": 128},
+    {"SLICES": 1},
+]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda t: "-".join(t))
+def test_tuning_changes_no_result(tuning):
+    case = Case(16, 16, B=3, T=5, reset=True)
+    arguments = make(case)
+    want = expected(case, *arguments)
+    got = computed(case, *arguments, **tuning)
+    for name, limit in LIMITS["fp32"].items():
+        assert relative_error(got[name], want[name]) < limit, name
+
+
+def test_tuning_by_an_unknown_name_is_refused():
+    values = arguments_of_scan(Case(16, 16, T=2))
+    for name in ("P", "warps", "SLICES"):
+        with pytest.raises(TypeError, match=f"tuning: '{name}' is no choice of this kernel"):
+            scan.scan_forward(**values, **{name: 1})
+
+
 def test_inputs_are_not_changed():
     case = Case(8, 8, B=5, lengths=True, reset=True)
     inputs, flags, cotangents = make(case)
@@ -497,7 +767,8 @@ def factors(P, Q, parts=2, heads=1):
 REFUSED = {
     "float16": (torch.zeros(1, 1, 512).half(), *factors(16, 16), {}, "torch.float16"),
     "features": (torch.zeros(1, 1, 500), *factors(16, 16), {}, "500 features"),
-    "side": (torch.zeros(1, 1, 2 * 65 * 2), *factors(65, 2), {}, "65 x 65"),
+    "side": (torch.zeros(1, 1, 2 * 3 * 137), *factors(3, 137), {}, "137 x 137; beyond 64 x 64"),
+    "units": (torch.zeros(1, 1, 2 * 8192), *factors(128, 64), {}, "exceed the 4096"),
     "few units": (torch.zeros(1, 1, 8), *factors(2, 2), {}, "pack 64 batch rows"),
     "rectangular": (
         torch.zeros(1, 1, 512),

@@ -1,0 +1,93 @@
+"""The five nonlinearities and their adjoints on values of a tile, and nothing that depends on it.
+
+    modReLU   h = relu(|z| + β) z/|z|            tanh, relu   of every part by itself
+    modtanh   h = tanh(|z|) z/|z|                identity
+
+Neither direction tests for zero or can give NaN: at z = 0, h = 0 and G is finite.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import reciprocal, rsqrt, scale, tanh
+
+
+@triton.jit
+def norm2(z):
+    # 1e-30 keeps the reciprocal root finite: no test for zero is needed, nor for denormals
+    if len(z) == 2:
+        return z[1] * z[1] + (z[0] * z[0] + 1e-30)
+    else:
+        return z[0] * z[0] + 1e-30
+
+
+@triton.jit
+def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr):
+    """h = σ(z)."""
+    if ACT == "modrelu":
+        return scale(z, tl.maximum(beta * rsqrt(norm2(z), NVIDIA) + 1.0, 0.0))
+    elif ACT == "modtanh":
+        m2 = norm2(z)
+        rm = rsqrt(m2, NVIDIA)
+        return scale(z, tanh(m2 * rm, FAST, NVIDIA) * rm)
+    elif ACT == "tanh":
+        if len(z) == 2:
+            return tanh(z[0], FAST, NVIDIA), tanh(z[1], FAST, NVIDIA)
+        else:
+            return (tanh(z[0], FAST, NVIDIA),)
+    elif ACT == "relu":
+        if len(z) == 2:
+            return tl.maximum(z[0], 0.0), tl.maximum(z[1], 0.0)
+        else:
+            return (tl.maximum(z[0], 0.0),)
+    else:
+        return z
+
+
+@triton.jit
+def activate_adjoint(
+    g, h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """G = σ'(z)ᵀ g from h (modtanh: from z); g and G stand for ∂L/∂Re + i ∂L/∂Im."""
+    if ACT == "modrelu":
+        # |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds what an inexact
+        # difference can amplify. Where h = 0 every factor is 0 and no test is needed.
+        k2 = h[0] * h[0]
+        if len(h) == 2:
+            k2 = h[1] * h[1] + k2
+        rk = rsqrt(tl.maximum(k2, 1e-30), NVIDIA)
+        k = k2 * rk
+        s = k * reciprocal(tl.maximum(k - beta, k * FLOOR + 1e-30), NVIDIA)
+        return radial(g, h, rk, s, 1.0)
+    elif ACT == "modtanh":
+        m2 = norm2(z)
+        rm = rsqrt(m2, NVIDIA)
+        k = tanh(m2 * rm, FAST, NVIDIA)
+        return radial(g, z, rm, k * rm, 1.0 - k * k)
+    elif ACT == "tanh":
+        if len(g) == 2:
+            return g[0] * (1.0 - h[0] * h[0]), g[1] * (1.0 - h[1] * h[1])
+        else:
+            return (g[0] * (1.0 - h[0] * h[0]),)
+    elif ACT == "relu":
+        if len(g) == 2:
+            return tl.where(h[0] > 0, g[0], 0.0), tl.where(h[1] > 0, g[1], 0.0)
+        else:
+            return (tl.where(h[0] > 0, g[0], 0.0),)
+    else:
+        return g
+
+
+@triton.jit
+def radial(g, v, inverse, across, along):
+    """across·g + (along - across) Re(conj(n) g) n, n = v·inverse: a map that keeps the phase."""
+    if len(g) == 2:
+        n_re = v[0] * inverse
+        n_im = v[1] * inverse
+        rho = n_re * g[0] + n_im * g[1]
+        c = along * rho - across * rho
+        return across * g[0] + c * n_re, across * g[1] + c * n_im
+    else:
+        n = v[0] * inverse
+        rho = n * g[0]
+        return (across * g[0] + (along * rho - across * rho) * n,)
