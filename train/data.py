@@ -23,12 +23,13 @@ import lzma
 import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kru_triton.train.config import UserError
+from kru_triton.train.config import Config, UserError
 
 HELD_OUT_BYTES = 0.05  # by file
 HELD_OUT_TAIL = 0.10  # of each file, where whole files do not fit
@@ -47,6 +48,40 @@ class ByteTokenizer:
 
     def decode(self, tokens: list[int]) -> bytes:
         return bytes(token for token in tokens if token < 256)
+
+    def describe(self) -> str:
+        return "bytes"
+
+
+@dataclass
+class Data:
+    """What a run reads, on one rank."""
+
+    tokenizer: ByteTokenizer
+    train: "Lanes"
+    valid: "Stream"
+    facts: dict  # what is known of "train" and "valid"
+    rivals: dict[str, float]  # bits per byte of gzip and xz on the validation text; rank 0 only
+
+
+def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> Data:
+    """Tokenizer, training batches of this rank and validation stream, as `config` says.
+
+    Rank 0 calls it before the other ranks do.
+    """
+    tokenizer = ByteTokenizer()
+    train, held_out = load_documents(config.data, config.valid)
+    valid = Stream(held_out, tokenizer)
+    if len(valid) <= config.segment_length:
+        raise UserError(
+            f"validation stream too short: {len(valid)} tokens, one segment has "
+            f"{config.segment_length}; give more text with --valid, or lower --segment-length"
+        )
+    sizes = config.batch_size, config.segment_length
+    lanes = Lanes(Stream(train, tokenizer), *sizes, config.seed, rank, world_size)
+    known = {"train": facts(train), "valid": facts(held_out)}
+    rivals = compressed_bits_per_byte(held_out) if rank == 0 else {}
+    return Data(tokenizer, lanes, valid, known, rivals)
 
 
 # Documents
@@ -170,6 +205,13 @@ def facts(documents: list[Document]) -> dict:
     return {"documents": len(documents), "bytes": count, "sha256": digest.hexdigest()}
 
 
+def describe(facts: dict) -> str:
+    """Facts for people."""
+    return (
+        f"{facts['documents']:,} documents, {facts['bytes']:,} bytes, sha256 {facts['sha256'][:16]}"
+    )
+
+
 def compressed_bits_per_byte(documents: list[Document]) -> dict[str, float]:
     """What `gzip -9` and `xz` make of the documents, one after another."""
     text = b"".join(text for _, text in documents)
@@ -205,20 +247,34 @@ class Lanes:
         documents of an epoch, permuted   |---- lane 0 ----|---- lane 1 ----|---- lane 2 ----|
         next()                             ==>              ==>              ==>
 
-    With L tokens and B lanes, lane k reads [k L // B, (k + 1) L // B) of epoch 0, then of epoch 1,
-    and so on: every token is a target exactly once per epoch. `reset` marks document starts and the
-    start of each part (a part may begin inside a document; what came before is in another lane).
-    All lanes have read equally many tokens at any time, so the whole position is that one number.
+    With L tokens and B lanes (of all ranks together), lane k reads [k L // B, (k + 1) L // B) of
+    epoch 0, then of epoch 1, and so on: every token is a target exactly once per epoch. `reset`
+    marks document starts and the start of each part (a part may begin inside a document; what came
+    before is in another lane). Rank r of W holds lanes [r B / W, (r + 1) B / W), so W may change
+    while B stays. All lanes have read equally many tokens at any time, so the whole position is
+    that one number.
     """
 
-    def __init__(self, stream: Stream, batch_size: int, segment_length: int, seed: int):
-        if len(stream) < 2 * batch_size:
+    waited = 0.0  # everything is in memory
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        segment_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_lanes = batch_size * world_size
+        if len(stream) < 2 * self.num_lanes:
             raise UserError(
-                f"{len(stream)} training tokens are too few for {batch_size} lanes; lower "
+                f"{len(stream)} training tokens are too few for {self.num_lanes} lanes; lower "
                 "--batch-size or add text"
             )
         self.stream, self.segment_length, self.seed = stream, segment_length, seed
-        self.cuts = [lane * len(stream) // batch_size for lane in range(batch_size + 1)]
+        lanes = range(rank * batch_size, (rank + 1) * batch_size + 1)
+        self.cuts = [lane * len(stream) // self.num_lanes for lane in lanes]
         self.position = 0  # tokens that each lane has read
         self.orders = {}  # epoch -> order of documents, and their starts in it; the last two
 
@@ -266,13 +322,21 @@ class Lanes:
 
     def epochs_read(self) -> float:
         """How many times the text has been read."""
-        return self.position / (self.cuts[1] - self.cuts[0])
+        return self.position * self.num_lanes / len(self.stream)
 
     def state(self) -> dict:
-        return {"position": self.position}
+        return {"position": self.position, "lanes": self.num_lanes}
 
     def load_state(self, state: dict) -> None:
+        if state["lanes"] != self.num_lanes:
+            raise ValueError(
+                f"its {state['lanes']} lanes are {self.num_lanes} now; keep processes times "
+                "--batch-size as it was"
+            )
         self.position = state["position"]
+
+    def close(self) -> None:
+        """Nothing to end: everything is in memory."""
 
 
 def validation_segments(
