@@ -91,7 +91,9 @@ class Config:
     """Stop after this many minutes of training, resumed legs together. 0: no limit. The learning
     rate anneals by the budget that is further spent."""
     batch_size: int = 32
-    """Parallel lanes, each reading its own part of the text."""
+    """Parallel lanes of each process, every lane reading its own part of the text."""
+    grad_accumulation: int = 1
+    """Run the lanes of a process in this many slices, one after another: less memory."""
     segment_length: int = 128
     """Tokens per lane and step; gradients reach back this far, the hidden state is carried on."""
     lr: float = 3e-3
@@ -149,6 +151,7 @@ IDENTITY_FREE = {
     *("checkpoint_every", "eval_every", "log_every"),
     *("prompt", "sample_tokens", "temperature", "top_p"),
     *("backend", "precision", "device", "compile"),
+    *("batch_size", "grad_accumulation", "processes"),  # the lanes of all processes must stay
 }
 
 
@@ -233,7 +236,7 @@ def validate(config: Config) -> None:
     """Ranges that the types do not say."""
     at_least = {
         1: "d_model num_layers hidden_size num_heads context_length batch_size segment_length "
-        "log_every keep",
+        "log_every keep grad_accumulation",
         0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
         "checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed",
     }
@@ -242,6 +245,11 @@ def validate(config: Config) -> None:
             value = getattr(config, name)
             if not (math.isfinite(value) and value >= least):
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if config.batch_size % config.grad_accumulation:
+        raise UserError(
+            f"--grad-accumulation must divide --batch-size ({config.batch_size} lanes), got "
+            f"{config.grad_accumulation}"
+        )
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
     if not config.lr_floor <= 1:

@@ -53,6 +53,10 @@ class ByteTokenizer:
         return "bytes"
 
 
+class DataError(UserError):
+    """Training data that cannot be read any more."""
+
+
 @dataclass
 class Data:
     """What a run reads, on one rank."""
