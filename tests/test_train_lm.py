@@ -48,9 +48,10 @@ def run(script, *arguments, code=0, **options):
 
 
 def metrics(run_dir):
-    """The rows of metrics.jsonl without the speed, which differs from run to run."""
+    """The rows of metrics.jsonl without the speeds, which differ from run to run."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "tok_s"} for row in rows]
+    speeds = ("tok_s", "data_wait")
+    return [{key: value for key, value in row.items() if key not in speeds} for row in rows]
 
 
 def run_in_process(monkeypatch, *arguments):
@@ -97,13 +98,15 @@ def finished(tmp_path_factory, long_flags):
 def test_a_finished_run_has_all_its_files_and_keys(finished):
     run_dir, _ = finished
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    always = {"step", "tokens", "train/loss_nats", "tok_s", "grad_norm", "unitarity", "lr"}
+    always = {"step", "tokens", "train/loss_nats", "tok_s", "data_wait", "grad_norm"}
+    always |= {"unitarity", "lr"}
     evaluated = always | {"val/loss_nats", "val/bpb"}
     assert [row["step"] for row in rows] == sorted({*range(7, 421, 7), 100, 200, 300, 400, 420})
     for row in rows:
         assert set(row) == (evaluated if row["step"] in (100, 200, 300, 400, 420) else always)
         assert row["tokens"] == row["step"] * 4 * 32
         assert all(math.isfinite(value) for value in row.values())
+        assert 0 <= row["data_wait"] < 1
 
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["val/bpb"] == rows[-1]["val/bpb"]
@@ -236,7 +239,7 @@ def test_resuming_on_stdlib_data_changes_no_digit(tmp_path, corpus, monkeypatch)
 
 def test_a_second_signal_ends_the_process_at_once():
     code = (
-        "import os, signal, time; from kru_triton.train.lm import Stop; stop = Stop()\n"
+        "import os, signal, time; from kru_triton.train.processes import Stop; stop = Stop()\n"
         "os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
