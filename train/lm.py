@@ -251,6 +251,7 @@ def train(config: Config) -> int:
         "model_config": dataclasses.asdict(architecture),
         "train_sha256": facts["train"]["sha256"],
         "valid_sha256": facts["valid"]["sha256"],
+        "tokenizer_sha256": tokenizer.sha256,
         "wandb_id": new_run_id(),
     }
     settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
@@ -259,6 +260,7 @@ def train(config: Config) -> int:
     print(textwrap.fill(f"model {settings['model_config']}", 100, break_on_hyphens=False))
     print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
     print(f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads")
+    print(f"tokenizer: {tokenizer.describe()}")
     for name, fact in facts.items():
         print(f"{name}: {data.describe(fact)}")
     print(f"valid, bits per byte: gzip -9 {rivals['gzip']:.4f}, xz {rivals['xz']:.4f}")
@@ -429,6 +431,7 @@ def train(config: Config) -> int:
     finally:
         bar.close()
         wandb.finish()
+        lanes.close()
 
 
 def main() -> None:
