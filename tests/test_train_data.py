@@ -105,7 +105,7 @@ def test_bad_data_is_named(tmp_path):
         ("text:/no/such/*.txt", "", r"no file matches 'text:/no/such/\*\.txt'"),
         (f"text:{tmp_path}/empty.txt", "", "empty corpus: all 1 files have 0 bytes"),
         (f"text:{tmp_path}/bad.txt", "", r"bad\.txt is not UTF-8 text: byte 0xff at offset 11"),
-        ("parquet:x", "", "unknown data 'parquet:x'; known: stdlib, text:GLOB"),
+        ("csv:x", "", "unknown data 'csv:x'; known: stdlib, text:GLOB"),
         (
             f"text:{tmp_path}/good.txt",
             f"text:{tmp_path}/g*",

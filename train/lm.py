@@ -319,8 +319,9 @@ def train(config: Config, processes: Processes) -> int:
         "model_config": dataclasses.asdict(architecture),
         "processes": processes.count,
         "lanes": processes.count * config.batch_size,
-        "train_sha256": text.facts["train"].get("sha256"),
-        "valid_sha256": text.facts["valid"].get("sha256"),
+        "train_sha256": text.facts["train"]["sha256"],
+        "valid_sha256": text.facts["valid"]["sha256"],
+        "tokenizer_sha256": text.tokenizer.sha256,
         "wandb_id": new_run_id(),
     }
     settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
@@ -332,6 +333,7 @@ def train(config: Config, processes: Processes) -> int:
         f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads, "
         f"{processes.count} processes, {settings['lanes']} lanes"
     )
+    print(f"tokenizer: {text.tokenizer.describe()}")
     for name, fact in text.facts.items():
         print(f"{name}: {data.describe(fact)}")
     rivals = text.rivals
@@ -509,7 +511,7 @@ def train(config: Config, processes: Processes) -> int:
             "checkpoint_s": writer.seconds,
             "checkpoint_blocked_s": writer.blocked,
             "processes": processes.count,
-            "data": text.facts,
+            "data": {**text.facts, "read": text.train.counts()},
             "backend": model.backend_report(),
             "versions": versions(),
             "commit": commit(),
