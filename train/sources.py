@@ -16,7 +16,7 @@ shard can be cut into pieces that different readers read, each line or row by ex
 
 **Faults.** Shards have the size that was found when the run began, or reading fails: a reply or a
 file that is short, even one cut at a line end, is an error, not an end. Anything that goes wrong
-with a remote shard is tried again from the document that was to come, `RETRIES` times in a row with
+with a remote shard, a request or what comes of it, is tried again, `RETRIES` times in a row with
 growing pauses; then, and at once for local files, `DataError` names the shard.
 """
 
@@ -225,13 +225,14 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
     name, config, split = match[1], match[2], match[3] or "train"
     check_hub(f"hub:{where}")
     import datasets
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         builder = datasets.load_dataset_builder(name, config)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        advice = "is its name right? A gated or private one needs HF_TOKEN"
+    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError) as error:
+        advice = "is the name right? A gated or private one needs HF_TOKEN"
         raise UserError(f"hub:{where}: {describe_error(error)} ({advice})") from error
-    except (ValueError, RuntimeError, OSError) as error:  # unknown config, code, no data files
+    except Exception as error:  # an unknown config, code, no data files, an odd server: many kinds
         raise UserError(f"hub:{where}: {describe_error(error, 3)}") from error
     splits = builder.config.data_files or {}
     if split not in splits:
@@ -252,10 +253,11 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
 
 def check_hub(what: str) -> None:
     """Raise UserError at once where the Hub cannot be reached."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         raise UserError(f"{what}: HF_HUB_OFFLINE is set; use local files, as in json:GLOB")
-    check_host(f"{what} (the Hub)", urllib.parse.urlsplit(endpoint))
+    check_host(f"{what} (the Hub)", urllib.parse.urlsplit(constants.ENDPOINT))
 
 
 def check_host(what: str, url: urllib.parse.SplitResult) -> None:
@@ -319,8 +321,8 @@ class RangeFile(io.RawIOBase):
     def __init__(self, shard: Shard):
         protocol = shard.url.partition("//")[0] + "//" if shard.remote else "/"
         self.files, self.options = file_system(protocol)
-        self.url, self.position, self.whole = shard.url, 0, None
-        self.size = shard.size
+        self.shard, self.url, self.size = shard, shard.url, shard.size
+        self.position, self.whole = 0, None
         if self.size is None:
             self.whole = self.files.cat_file(self.url, **self.options)
             self.size = len(self.whole)
@@ -352,18 +354,22 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
     def fetch(self, begin: int, count: int) -> bytes:
-        if self.whole is not None:
-            return self.whole[begin : begin + count]
-        data = self.files.cat_file(self.url, begin, begin + count, **self.options)
-        if len(data) == self.size > count:
-            self.whole = data
-            return self.fetch(begin, count)
-        if len(data) != count:
-            raise OSError(
-                f"{len(data)} bytes at {begin} where {count} should be; the size was "
-                f"{self.size} when the run began"
-            )
-        return data
+        failures = 0
+        while self.whole is None:
+            try:
+                data = self.files.cat_file(self.url, begin, begin + count, **self.options)
+                if len(data) == self.size > count:
+                    self.whole = data
+                    break
+                if len(data) == count:
+                    return data
+                raise OSError(
+                    f"{len(data)} bytes at {begin} where {count} should be; the size was "
+                    f"{self.size} when the run began"
+                )
+            except Exception as error:  # of many kinds below fsspec; see `wait`
+                failures = wait(self.shard, error, failures)
+        return self.whole[begin : begin + count]
 
 
 def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -383,17 +389,26 @@ def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterat
             return
         except UserError:
             raise
-        except Exception as error:  # whatever the layers below raise: it is not lost, see below
-            if not shard.remote or failures == RETRIES:
-                times = f" ({failures + 1} times)" if failures else ""
-                raise DataError(shard.url, f"{describe_error(error)}{times}") from error
-            seconds = pause(failures)
-            failures += 1
-            print(
-                f"warning: {shard.url}: {describe_error(error)}; again in {seconds:.0f} s",
-                file=sys.stderr,
-            )
-            time.sleep(seconds)
+        except Exception as error:  # what the parsers say of wrong bytes; see `wait`
+            failures = wait(shard, error, failures)
+
+
+def wait(shard: Shard, error: Exception, failures: int) -> int:
+    """Say what has gone wrong and pause, the longer the more often in a row; one failure more.
+
+    Raises:
+        DataError: it was once too often, or the shard is local and will not get better.
+    """
+    if not shard.remote or failures == RETRIES:
+        times = f" ({failures + 1} times)" if failures else ""
+        raise DataError(shard.url, f"{describe_error(error)}{times}") from error
+    seconds = pause(failures)
+    print(
+        f"warning: {shard.url}: {describe_error(error)}; again in {seconds:.0f} s",
+        file=sys.stderr,
+    )
+    time.sleep(seconds)
+    return failures + 1
 
 
 def pause(failures: int) -> float:
@@ -479,7 +494,7 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
     import pyarrow
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(RangeFile(shard))
+    file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
     schema = file.schema_arrow
     if field not in schema.names:
         missing_field(shard, field, ", ".join(f"{f.name} ({f.type})" for f in schema))
