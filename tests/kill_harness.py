@@ -30,7 +30,8 @@ from kru_triton.train import checkpoints, lm
 TINY = (
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
     "--backend torch --device cpu --dtype float32 --batch-size 4 --segment-length 32 --lr 1e-2 "
-    "--dropout 0.1 --wandb disabled --sample-tokens 10 --log-every 3 --warmup 10 --checkpoint-every 5"
+    "--dropout 0.1 --wandb disabled --sample-tokens 10 --log-every 3 --warmup 10 "
+    "--checkpoint-every 5"
 )
 SPEEDS = ("tok_s", "data_wait")
 
