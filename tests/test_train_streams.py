@@ -1,8 +1,12 @@
 """Streams: each document once, the same batches after any stop, faults, the Hub, tokenizers."""
 
+import dataclasses
 import gzip
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +20,16 @@ import torch
 from pyarrow import parquet
 from servers import FileServer, HubServer, serve
 
-from kru_triton.train import data, sources, streams, tokenizer
+from kru_triton.train import data, sample, sources, streams, tokenizer
 from kru_triton.train.config import Config, UserError, parse
 
+TRAIN = Path(__file__).parents[1] / "train"
 BYTES = tokenizer.ByteTokenizer()
+TINY = shlex.split(
+    "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --lr 1e-2 "
+    "--dtype float32 --batch-size 3 --segment-length 32 --device cpu --wandb disabled "
+    "--sample-tokens 5 --log-every 1 --warmup 2 --shuffle-buffer 16"
+)
 
 
 def make_texts(count, seed=0):
@@ -679,7 +689,7 @@ def test_a_server_without_sizes_and_ranges_is_read_whole(tmp_path, quick_retries
     with serve(FileServer(tmp_path, lambda *_: "no-range")) as server:
         plan = make_plan(f"json:{server.url}/0.jsonl")
         unknown = plan.sources[0].with_shards(
-            sources.Shard(shard.url, shard.kind, None) for shard in plan.sources[0].shards
+            dataclasses.replace(shard, size=None) for shard in plan.sources[0].shards
         )
         for source in (plan.sources[0], unknown):
             plan = streams.Plan((source,), BYTES, 0, 0, 1, 16, False)
@@ -698,3 +708,51 @@ def test_several_data_flags_and_a_toml_list(tmp_path):
     (tmp_path / "c.toml").write_text("data = []\n")
     with pytest.raises(UserError, match="--data must name at least one source"):
         parse(["--config", str(tmp_path / "c.toml")])
+
+
+def test_a_run_on_a_stream_with_bpe_goes_on_exactly_and_is_sampled(tmp_path):
+    spec = write_shards(tmp_path / "data", make_texts(1500), 3, "parquet")
+    flags = [*TINY, "--data", f"2:{spec}", "--data", "stdlib", "--tokenizer", "bpe:50"]
+    flags += ["--valid", f"parquet:{tmp_path}/data/1.parquet", "--valid-bytes", "3000"]
+
+    def train(run_dir, *more):
+        command = [sys.executable, str(TRAIN / "lm.py"), *flags, "--run-dir", str(run_dir), *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        return done.stdout, [json.loads(line)["train/loss_nats"] for line in lines]
+
+    out, whole = train(tmp_path / "whole", "--steps", "300", "--checkpoint-every", "290")
+    assert re.search(r"train: \d+ shards of 2:parquet:.*, stdlib, streamed, ", out)
+    assert "tokenizer: 307 tokens, sha256 " in out
+    for path in (tmp_path / "whole/checkpoints").iterdir():
+        if path.name != "step-290":  # as if it had been killed after it
+            shutil.rmtree(path)
+    out, resumed = train(tmp_path / "whole", "--steps", "300", "--workers", "1")
+    assert "step 290" in out
+    assert resumed == whole
+
+    model, own, _ = sample.load_model(str(tmp_path / "whole"), "cpu", "torch")
+    assert (own.vocab_size, own.bos) == (307, 306)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample.generate(
+        model, own, b"the unit", 20, temperature=1.0, top_p=1.0, generator=generator
+    )
+    assert b"".join(own.decode_each(drawn))
+    (tmp_path / "whole/tokenizer.json").write_text(
+        tokenizer.train_bpe(20, [text.encode() for text in make_texts(50)]).json
+    )
+    with pytest.raises(UserError, match=r"the tokenizer of .* has 277 tokens, the model of .* 307"):
+        sample.load_model(str(tmp_path / "whole"), "cpu", "torch")
+
+
+def test_bench_data_quick(tmp_path):
+    command = [sys.executable, "bench/data.py", "--quick", "--out", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, cwd=TRAIN.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    cases = {(row["source"], row["tokenizer"]) for row in rows}
+    assert cases == {(s, t) for s in ("memory", "json", "parquet") for t in ("bytes", "bpe")}
+    for row in rows:
+        assert 0 < row["mb_s"][0] <= row["mb_s"][1] <= row["mb_s"][2]
+        assert row["commit"] is None or row["commit"].removesuffix("-dirty").isalnum()

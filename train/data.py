@@ -49,6 +49,7 @@ from kru_triton.train.sources import (
     is_url,
     matching_files,
     read,
+    relative_names,
     stdlib_files,
 )
 from kru_triton.train.streams import HELD_OUT_SHARE, PANEL, Plan, StreamBatches, is_held_out, join
@@ -266,8 +267,7 @@ def read_documents(spec: str, limit: int = 1 << 62) -> list[Document]:
         texts = [read_text(file) for file in files]
         if not any(texts):
             raise UserError(f"{spec!r} is an empty corpus: all {len(files)} files have 0 bytes")
-        folder = os.path.commonpath([os.path.dirname(file) for file in files])
-        return [(os.path.relpath(file, folder), text) for file, text in zip(files, texts)]
+        return list(zip(relative_names(files), texts))
     return list(first_bytes(source_documents(find_source(spec)), limit))
 
 

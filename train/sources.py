@@ -75,15 +75,11 @@ class Shard:
     url: str
     kind: str  # "json", "parquet" or "text"
     size: int | None  # bytes; None where the server does not say
+    name: str  # the URL; of local files, which may be moved, the path below their common folder
 
     @property
     def remote(self) -> bool:
         return "://" in self.url
-
-    @property
-    def name(self) -> str:
-        """The URL, or the name of a local file, which may lie elsewhere when a run goes on."""
-        return self.url if self.remote else os.path.basename(self.url)
 
     @property
     def compression(self) -> str | None:
@@ -137,7 +133,7 @@ def find_source(spec: str) -> Source:
     weight, rest = split_weight(spec)
     kind, _, where = rest.partition(":")
     if rest == "stdlib":
-        return Source(spec, weight, "", tuple(local_shard(p, "text") for p in stdlib_files()))
+        return Source(spec, weight, "", local_shards(stdlib_files(), "text"))
     if kind == "text" and where:
         return Source(spec, weight, "", find_shards(where, "text"))
     if kind in ("json", "parquet") and where:
@@ -164,7 +160,7 @@ def is_url(where: str) -> bool:
 def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
     """The files of a local or http(s) GLOB, sorted."""
     if not is_url(where):
-        return tuple(local_shard(path, kind) for path in matching_files(f"{kind}:{where}"))
+        return local_shards(matching_files(f"{kind}:{where}"), kind)
     import aiohttp
 
     check_host(where, urllib.parse.urlsplit(where))
@@ -179,7 +175,7 @@ def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
         reason = getattr(error.__cause__, "status", None)
         reason = f"HTTP {reason}" if reason else describe_error(error.__cause__ or error)
         raise UserError(f"cannot read {where}: {reason}") from error
-    return tuple(Shard(url, kind, size) for url, size in zip(urls, sizes))
+    return tuple(Shard(url, kind, size, url) for url, size in zip(urls, sizes))
 
 
 def matching_files(spec: str) -> list[str]:
@@ -191,8 +187,15 @@ def matching_files(spec: str) -> list[str]:
     return files
 
 
-def local_shard(path: str, kind: str) -> Shard:
-    return Shard(path, kind, os.stat(path).st_size)
+def local_shards(paths: list[str], kind: str) -> tuple[Shard, ...]:
+    names = relative_names(paths)
+    return tuple(Shard(p, kind, os.stat(p).st_size, name) for p, name in zip(paths, names))
+
+
+def relative_names(paths: list[str]) -> list[str]:
+    """Paths below their common folder."""
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, folder) for path in paths]
 
 
 def stdlib_files() -> list[str]:
@@ -247,7 +250,8 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
                 f"hub:{where}: {os.path.basename(url)} is not of a kind that is read here "
                 f"({', '.join(KINDS)}, plain or {', '.join(COMPRESSED)})"
             )
-        shards.append(Shard(url, kind, patiently(lambda url=url: files.info(url))["size"]))
+        size = patiently(lambda url=url: files.info(url))["size"]
+        shards.append(Shard(url, kind, size, url))
     return tuple(shards)
 
 
