@@ -30,7 +30,8 @@ TINY = shlex.split(
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """A user's: Triton's interpreter, slow as it is, is for the tests of the kernels."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
 def start(script, *arguments, **options):
