@@ -527,15 +527,15 @@ def test_wandb_offline_holds_numbers_sample_and_spectrum(tmp_path, corpus):
 
 
 def test_samples_stream_to_the_terminal(finished):
-    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 4000)
+    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 2000)
     first = process.stdout.read(10)
     assert process.poll() is None  # it is still writing
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=120)
     assert process.returncode == 0
     text = first + rest
     assert text.startswith(b"the ")
     assert b"parameters" in err
-    assert len(text.decode()) <= len("the ") + 4000 + 1
+    assert len(text.decode()) <= len("the ") + 2000 + 1
 
 
 def test_samples_are_repeatable_and_follow_the_seed(finished):
