@@ -130,6 +130,18 @@ def test_ranks_read_each_document_once_per_epoch(tmp_path, kind, shards, world_s
         assert np.median(distance) > 16  # shuffled, across shards or pieces
 
 
+def test_more_ranks_than_text_files_read_each_once_per_epoch(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"file {number}")
+    epochs = [[] for _ in range(4)]
+    for rank in range(5):
+        plan = make_plan(f"text:{tmp_path}/*.txt", rank=rank, world_size=5)
+        for epoch, read in zip(epochs, read_epochs(plan, 4)):
+            epoch += read
+    for epoch in epochs:
+        assert sorted(epoch) == ["file 0", "file 1", "file 2"]
+
+
 def test_lines_cut_anywhere_belong_to_one_piece(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"text": "ab"}\n\n{"text": "c"}\n  {"text": ""}\n{"text":"d"}'
@@ -550,7 +562,7 @@ def test_a_tokenizer_file_keeps_its_own_bos_and_never_makes_it_of_text(tmp_path)
     foreign_tokenizer(tmp_path / "other.json", tokens=())
     other = tokenizer.read_tokenizer(str(tmp_path / "other.json"))
     assert other.bos == other.vocab_size - 1
-    assert not tokenizer.check_lossless(other, [b"Unit"])
+    assert not tokenizer.is_lossless(other, [b"Unit"])
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ from kru_triton.train.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
     bpe_merges,
-    check_lossless,
+    is_lossless,
     read_tokenizer,
     train_bpe,
 )
@@ -121,8 +121,13 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
         found["held_out"] = [(name, text.decode("utf-8", "replace")) for name, text in held_out]
     tokenizer = make_tokenizer(config, run_dir, saved, sample)
     found["tokenizer_sha256"] = tokenizer.sha256
-    if not saved and not (in_memory and tokenizer.sha256 == ""):
+    if rank == 0 and not saved and not (in_memory and tokenizer.sha256 == ""):
         remember(config, run_dir, found, tokenizer)
+    if rank == 0 and tokenizer.sha256 and not is_lossless(tokenizer, [t for _, t in held_out]):
+        print(
+            f"warning: --tokenizer {config.tokenizer} does not give texts back as they were: "
+            "bits per byte come out too low"
+        )
 
     valid = Stream(held_out, tokenizer)
     if len(valid) <= config.segment_length:
@@ -145,15 +150,7 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
             hold_out_some,
         )
         batches = StreamBatches(plan, *sizes, config.workers)
-    rivals = {}
-    if rank == 0:
-        rivals = compressed_bits_per_byte(held_out)
-        texts = [text for _, text in held_out]
-        if not check_lossless(tokenizer, texts):
-            print(
-                f"warning: --tokenizer {config.tokenizer} does not give texts back as they were: "
-                "bits per byte would come out too low"
-            )
+    rivals = compressed_bits_per_byte(held_out) if rank == 0 else {}
     return Data(tokenizer, batches, valid, {"train": known, "valid": facts(held_out)}, rivals)
 
 

@@ -474,9 +474,10 @@ def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[by
         )
     text = value.get(field)
     if text is None:
-        if field not in value:
-            known = ", ".join(f"{key} ({type(v).__name__})" for key, v in value.items())
-            return (None, False) if offset else missing_field(shard, field, known)
+        if field not in value and offset == 0:
+            raise missing_field(
+                shard, field, (f"{k} ({type(v).__name__})" for k, v in value.items())
+            )
         return None, False
     if not isinstance(text, str):
         raise UserError(
@@ -489,8 +490,9 @@ def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[by
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
 
 
-def missing_field(shard: Shard, field: str, known: str):
-    raise UserError(f"{shard.url} has no field {field!r}; it has {known}; name one with #field")
+def missing_field(shard: Shard, field: str, known: Iterable[str]) -> UserError:
+    there = ", ".join(known)
+    return UserError(f"{shard.url} has no field {field!r}; it has {there}; name one with #field")
 
 
 def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -501,7 +503,7 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
     file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
     schema = file.schema_arrow
     if field not in schema.names:
-        missing_field(shard, field, ", ".join(f"{f.name} ({f.type})" for f in schema))
+        raise missing_field(shard, field, (f"{column.name} ({column.type})" for column in schema))
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise UserError(
