@@ -404,7 +404,11 @@ class StreamBatches:
         """Inputs, targets (int64) and reset (bool), each (batch_size, segment_length)."""
         began = time.perf_counter()
         if self.workers is None:
-            self.start()
+            try:
+                self.start()
+            except DataError:
+                self.close()
+                raise
         if self.segment == self.segments:
             self.panel, self.segment = self.ahead.result(), 0
             self.position = self.panel.before
@@ -419,13 +423,12 @@ class StreamBatches:
 
     def start(self) -> None:
         """Begin to read at `self.position`."""
-        self.workers = Workers(self.plan, self.num_workers)
+        self.workers, self.filler = Workers(self.plan, self.num_workers), Background()
         self.sources = [
             Documents(self.plan, source, self.workers, state)
             for source, state in enumerate(self.position["sources"])
         ]
         self.lanes = self.reopen(self.position["lanes"])
-        self.filler = Background()
         self.panel = self.fill()
         self.position = self.panel.before
         self.ahead = self.filler.submit(self.fill)
