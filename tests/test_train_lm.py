@@ -24,13 +24,14 @@ from kru_triton.train.config import Config, UserError
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
-    "--lr 1e-2 --dtype float32 --batch-size 4 --segment-length 32 --device cpu --dropout 0.1 "
-    "--wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
+    "--backend torch --device cpu --dtype float32 --batch-size 4 --segment-length 32 --lr 1e-2 "
+    "--dropout 0.1 --wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
 )
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """A user's: Triton's interpreter, slow as it is, is for the tests of the kernels."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
 def start(script, *arguments, **options):
@@ -48,9 +49,10 @@ def run(script, *arguments, code=0, **options):
 
 
 def metrics(run_dir):
-    """The rows of metrics.jsonl without the speed, which differs from run to run."""
+    """The rows of metrics.jsonl without the speeds, which differ from run to run."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "tok_s"} for row in rows]
+    speeds = ("tok_s", "data_wait")
+    return [{key: value for key, value in row.items() if key not in speeds} for row in rows]
 
 
 def run_in_process(monkeypatch, *arguments):
@@ -97,13 +99,15 @@ def finished(tmp_path_factory, long_flags):
 def test_a_finished_run_has_all_its_files_and_keys(finished):
     run_dir, _ = finished
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    always = {"step", "tokens", "train/loss_nats", "tok_s", "grad_norm", "unitarity", "lr"}
+    always = {"step", "tokens", "train/loss_nats", "tok_s", "data_wait", "grad_norm"}
+    always |= {"unitarity", "lr"}
     evaluated = always | {"val/loss_nats", "val/bpb"}
     assert [row["step"] for row in rows] == sorted({*range(7, 421, 7), 100, 200, 300, 400, 420})
     for row in rows:
         assert set(row) == (evaluated if row["step"] in (100, 200, 300, 400, 420) else always)
         assert row["tokens"] == row["step"] * 4 * 32
         assert all(math.isfinite(value) for value in row.values())
+        assert 0 <= row["data_wait"] < 1
 
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["val/bpb"] == rows[-1]["val/bpb"]
@@ -197,7 +201,7 @@ def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path, long_flags, finishe
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     out, _ = run("lm.py", *long_flags, "--run-dir", tmp_path / "run", "--resume", "must")
-    assert re.search(r"resumed from .*step-3\d0: step 3\d0", out)
+    assert re.search(r"resumed from .*step-(\d+): step \1,", out)
     same_end(tmp_path / "run", finished)
 
 
@@ -236,7 +240,7 @@ def test_resuming_on_stdlib_data_changes_no_digit(tmp_path, corpus, monkeypatch)
 
 def test_a_second_signal_ends_the_process_at_once():
     code = (
-        "import os, signal, time; from kru_triton.train.lm import Stop; stop = Stop()\n"
+        "import os, signal, time; from kru_triton.train.processes import Stop; stop = Stop()\n"
         "os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
@@ -266,6 +270,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path, long_flags):
     flags = [*long_flags, "--run-dir", tmp_path / "run"]
     process = start("lm.py", *flags)
     wait_for_row(process, tmp_path / "run", 56)
+    while not checkpoints.list_steps(tmp_path / "run"):  # it is written in the background
+        assert process.poll() is None, process.communicate()
     process.kill()
     process.communicate()
     kept = checkpoints.list_steps(tmp_path / "run")
@@ -350,6 +356,40 @@ def test_resume_must_and_never(tmp_path, corpus, monkeypatch, capsys):
     assert checkpoints.load_latest(tmp_path / "run" / "old-1")[0].trainer["step"] == 3
 
 
+def test_data_that_ends_stops_with_a_checkpoint_that_loses_nothing(
+    tmp_path, corpus, monkeypatch, capsys
+):
+    flags = [*TINY, *corpus, "--steps", 20]
+    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "whole") == 0
+    real, calls = data.Lanes.next, []
+
+    def broken(self):
+        calls.append(1)
+        if len(calls) == 12:
+            raise data.DataError("shard-7", "the server is gone")
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Lanes, "next", broken)
+        capsys.readouterr()
+        assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    step = tmp_path / "run" / "checkpoints" / "step-11"
+    assert re.search(rf"error: .*shard-7.*the server is gone.* after step 11, .* is {step}", err)
+    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run") == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_clock_that_is_set_back_changes_no_budget(tmp_path, corpus, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: next(hours) * 3600.0)
+    began = time.perf_counter()
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--minutes", 0.02]
+    assert run_in_process(monkeypatch, *flags) == 0
+    assert time.perf_counter() - began > 1.2
+    assert 1.2 <= json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] < 30
+
+
 def test_minutes_anneal_the_learning_rate_to_the_floor(tmp_path, corpus, monkeypatch):
     began = time.perf_counter()
     flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--minutes", 0.03, "--log-every", 1]
@@ -411,6 +451,7 @@ def test_bad_arguments_and_data_end_with_code_2_and_a_message(
         ([*corpus, "--match-params", "10"], "match_params"),
         ([*corpus, "--run-dir", tmp_path / "file" / "run"], "--run-dir"),
         ([*corpus, "--batch-size", "100000"], "too few for 100000 lanes"),
+        ([*corpus, "--grad-accumulation", "3"], "must divide --batch-size (4 lanes), got 3"),
     ]
     for flags, message in cases:
         code = run_in_process(
@@ -488,15 +529,15 @@ def test_wandb_offline_holds_numbers_sample_and_spectrum(tmp_path, corpus):
 
 
 def test_samples_stream_to_the_terminal(finished):
-    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 4000)
+    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 2000)
     first = process.stdout.read(10)
     assert process.poll() is None  # it is still writing
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=120)
     assert process.returncode == 0
     text = first + rest
     assert text.startswith(b"the ")
     assert b"parameters" in err
-    assert len(text.decode()) <= len("the ") + 4000 + 1
+    assert len(text.decode()) <= len("the ") + 2000 + 1
 
 
 def test_samples_are_repeatable_and_follow_the_seed(finished):

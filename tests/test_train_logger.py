@@ -92,6 +92,7 @@ def broken_wandb(failing):
     )
     module = types.ModuleType("wandb")
     module.Settings, module.init, module.Html = call("Settings"), call("init", run), call("Html")
+    module.teardown = call("teardown")
     return module, calls
 
 
@@ -117,7 +118,7 @@ def test_a_failing_call_turns_wandb_off_with_one_line(failing, tmp_path, monkeyp
         assert lines == [
             "wandb: off (ConnectionResetError: the service is gone); metrics.jsonl goes on"
         ]
-        assert calls[-1] == failing  # nothing was called after it
+        assert calls[-2:] == [failing, "teardown"]  # nothing else was called after it
 
 
 def test_a_figure_that_fails_costs_only_the_figures(tmp_path, monkeypatch, capsys):
@@ -126,13 +127,16 @@ def test_a_figure_that_fails_costs_only_the_figures(tmp_path, monkeypatch, capsy
     wandb = Wandb("offline", tmp_path, "id", {})
     for step in range(2):
         wandb.log({"step": step}, draw=lambda: 1 / 0)
+    assert wandb.finish()
     assert calls.count("log") == 2
     assert capsys.readouterr().out.count("no spectrum figures: division by zero") == 1
 
 
 def test_wandb_missing_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
-    Wandb("auto", tmp_path, "id", {}).log({"step": 1})
+    wandb = Wandb("auto", tmp_path, "id", {})
+    wandb.log({"step": 1})
+    assert not wandb.finish()
     assert "wandb: not installed, off" in capsys.readouterr().out
 
 

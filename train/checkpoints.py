@@ -3,18 +3,28 @@
     RUN_DIR/checkpoints/step-1000/
         model.safetensors
         optimizer.safetensors
-        rank-0.safetensors     carried states, RNG, losses that are not logged yet
-        trainer.json           step, tokens, seconds, data position, model configuration
+        trainer.json           step, tokens, seconds, model configuration, number of processes
+        rank-0.safetensors     of process 0: carried states, RNG, losses that are not logged yet
+        rank-0.json            of process 0: data position
         manifest.json          size and SHA-256 of each file above
 
-A checkpoint is written to a hidden temporary folder, flushed to the disk, and renamed. So a folder
-`step-N` is complete, or it was damaged later; the manifest tells.
+With several processes each writes its own `rank-R` files (so they must share the run directory),
+the first one writes the rest. A checkpoint is written to a hidden temporary folder, flushed to the
+disk, and renamed. So a folder `step-N` is complete, or it was damaged later; the manifest tells:
+
+    python train/checkpoints.py RUN_DIR     lists and verifies; exit code 1 where one is corrupt
 """
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +32,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-FORMAT = 1
+from kru_triton.train.config import UserError
+from kru_triton.train.processes import Processes
+
+FORMAT = 2
 Tensors = dict[str, torch.Tensor]
 
 
@@ -34,7 +47,11 @@ class CorruptError(Exception):
 class Checkpoint:
     path: Path
     tensors: dict[str, Tensors]  # file stem -> name -> tensor
-    trainer: dict
+    documents: dict[str, dict]  # file stem -> content of a JSON file
+
+    @property
+    def trainer(self) -> dict:
+        return self.documents["trainer"]
 
 
 def list_steps(run_dir: Path) -> list[int]:
@@ -47,55 +64,230 @@ def folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step}"
 
 
-def save(run_dir: Path, step: int, tensors: dict[str, Tensors], trainer: dict, keep: int) -> Path:
-    """Write `step-N`, then remove all but the last `keep`.
+# Write
 
-    On OSError (a full disk) the older checkpoints are as they were.
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: dict[str, Tensors],
+    documents: dict[str, dict],
+    keep: int,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    before: Callable[[], None] = lambda: None,
+) -> int:
+    """Write `step-N`, then remove all but the last `keep`. Returns its bytes.
+
+    Called by all processes, each with the tensors and JSON documents that are its own. On OSError
+    (a full disk), on any of them, all raise and the older checkpoints are as they were. `before`
+    is called first.
     """
     target = folder(run_dir, step)
     temporary = target.with_name(f".tmp-{target.name}")
-    for stale in target.parent.glob(".tmp-*"):  # of a run that was killed while it wrote
-        shutil.rmtree(stale, ignore_errors=True)
+    files, error = {}, None
     try:
-        temporary.mkdir(parents=True)
-        manifest = {}
+        before()
+        temporary.mkdir(parents=True, exist_ok=True)
         for stem, group in tensors.items():
             group = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
-            manifest[f"{stem}.safetensors"] = safetensors.torch.save(group)
-        manifest["trainer.json"] = json.dumps({"format": FORMAT, **trainer}, indent=1).encode()
-        for name, content in manifest.items():
-            write_synced(temporary / name, content)
-            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync_folder(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        sync_folder(target.parent)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in list_steps(run_dir)[:-keep]:
-        shutil.rmtree(folder(run_dir, old), ignore_errors=True)
-    return target
+            name = f"{stem}.safetensors"
+            files[name] = write_counted(temporary / name, safetensors.torch.save(group))
+        for stem, document in documents.items():
+            content = json.dumps({"format": FORMAT, **document}, indent=1).encode()
+            files[f"{stem}.json"] = write_counted(temporary / f"{stem}.json", content)
+    except OSError as caught:
+        error = caught
+    written = processes.gather((files, error))
+    files = {name: entry for part, _ in written for name, entry in part.items()}
+    errors = [error for _, error in written if error]
+    if processes.rank == 0:
+        try:
+            if not errors:
+                write_synced(temporary / "manifest.json", json.dumps(files, indent=1).encode())
+                sync_folder(temporary)
+                temporary.rename(target)
+                sync_folder(target.parent)
+        except OSError as caught:
+            errors = [caught]
+        if errors:
+            shutil.rmtree(temporary, ignore_errors=True)
+    errors = processes.gather(errors)[0]
+    if errors:
+        raise errors[0]
+    if processes.rank == 0:
+        for old in list_steps(run_dir)[:-keep]:
+            remove(folder(run_dir, old))
+    return sum(entry["bytes"] for entry in files.values())
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises CorruptError, naming the file that is wrong."""
-    tensors, trainer = {}, None
-    try:
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    hidden = path.with_name(f".tmp-old-{path.name}")
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """What a killed run was about to write or to delete."""
+    for stale in (run_dir / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while the training goes on.
+
+    `save` copies the tensors and returns. All processes call it, and `wait`, at the same steps.
+
+    Args:
+        say: prints a line: what was written, or a warning that it could not be.
+        saved_step: the newest checkpoint that is known to be good.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        processes: Processes,
+        say: Callable[[str], None],
+        saved_step: int | None,
+    ):
+        self.run_dir, self.keep, self.say = run_dir, keep, say
+        self.processes = processes.apart()
+        self.saved_step = saved_step
+        self.bytes, self.seconds = 0, 0.0  # of the last checkpoint; of all writes together
+        self.blocked = 0.0  # seconds that the training has waited for them
+        self.thread = self.error = None
+        if processes.rank == 0:
+            remove_unfinished(run_dir)
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensors],
+        documents: dict[str, dict],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the tensors and start to write them; waits for an earlier write that goes on yet."""
+        began = time.perf_counter()
+        self.wait()
+        copies = {
+            stem: {name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()}
+            for stem, group in tensors.items()
+        }
+        self.thread = threading.Thread(target=self.write, args=(step, copies, documents, before))
+        self.thread.start()
+        self.blocked += time.perf_counter() - began
+
+    def write(self, step: int, tensors: dict[str, Tensors], documents: dict, before) -> None:
+        began = time.perf_counter()
+        try:
+            arguments = (self.keep, self.processes, before)
+            self.bytes = save(self.run_dir, step, tensors, documents, *arguments)
+        except OSError as error:
+            last = "there is none yet"
+            if self.saved_step is not None:
+                last = f"step-{self.saved_step} stays"
+            self.say(f"warning: checkpoint of step {step} not written: {error.strerror}; {last}")
+        except BaseException as error:  # for `wait`, in the thread that trains
+            self.error = error
+        else:
+            self.saved_step = step
+            seconds = time.perf_counter() - began
+            self.seconds += seconds
+            self.say(f"checkpoint step-{step}: {self.bytes:,} bytes, {seconds:.2f} s")
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+# Read
+
+
+def verify(path: Path) -> dict:
+    """Check every file of a checkpoint against its manifest, which is returned.
+
+    Raises:
+        CorruptError: naming the file that is wrong.
+        UserError: it is good, and of another version of this program.
+    """
+    with reading(path):
         manifest = json.loads((path / "manifest.json").read_bytes())
         for name, expected in manifest.items():
+            with open(path / name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                compare(name, expected, file.tell(), digest)
+        if "trainer.json" not in manifest:
+            raise CorruptError("manifest.json does not list trainer.json")
+        found = json.loads((path / "trainer.json").read_bytes())["format"]
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, this version reads format {FORMAT}: go on with the "
+            "version that wrote it, choose another --run-dir, or set it aside with --resume never"
+        )
+    return manifest
+
+
+def load(path: Path, ranks: Collection[int] | None = None) -> Checkpoint:
+    """Read a checkpoint, verifying what is read.
+
+    Args:
+        ranks: the processes whose files are wanted; None: all.
+
+    Raises:
+        CorruptError: naming the file that is wrong.
+    """
+    checkpoint = Checkpoint(path, {}, {})
+    with reading(path):
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        for name, expected in manifest.items():
+            stem, kind = name.rsplit(".", 1)
+            if ranks is not None and stem.startswith("rank-") and int(stem[5:]) not in ranks:
+                continue
             content = (path / name).read_bytes()
-            if len(content) != expected["bytes"]:
-                raise CorruptError(
-                    f"{name} has {len(content)} bytes, {expected['bytes']} were written"
-                )
-            if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                raise CorruptError(f"{name} has another SHA-256 than was written")
-            if name.endswith(".safetensors"):
-                tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(content)
-            elif name == "trainer.json":
-                trainer = json.loads(content)
+            compare(name, expected, len(content), hashlib.sha256(content).hexdigest())
+            if kind == "safetensors":
+                checkpoint.tensors[stem] = safetensors.torch.load(content)
+            else:
+                checkpoint.documents[stem] = json.loads(content)
+    return checkpoint
+
+
+def latest(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest good checkpoint, and the newer ones that are not good, each with its reason."""
+    corrupt = []
+    for step in reversed(list_steps(run_dir)):
+        try:
+            verify(folder(run_dir, step))
+            return folder(run_dir, step), corrupt
+        except CorruptError as error:
+            corrupt.append((folder(run_dir, step), str(error)))
+    return None, corrupt
+
+
+def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """`latest`, with the checkpoint loaded: what all processes share."""
+    path, corrupt = latest(run_dir)
+    return path and load(path, ranks=()), corrupt
+
+
+def compare(name: str, expected: dict, count: int, digest: str) -> None:
+    if count != expected["bytes"]:
+        raise CorruptError(f"{name} has {count} bytes, {expected['bytes']} were written")
+    if digest != expected["sha256"]:
+        raise CorruptError(f"{name} has another SHA-256 than was written")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file in the block is a CorruptError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CorruptError(f"{Path(error.filename).name} is missing") from error
     except (
@@ -107,22 +299,15 @@ def load(path: Path) -> Checkpoint:
         safetensors.SafetensorError,
     ) as error:
         raise CorruptError(f"cannot be read ({error})") from error
-    if trainer is None:
-        raise CorruptError("manifest.json does not list trainer.json")
-    if trainer["format"] != FORMAT:
-        raise CorruptError(f"has format {trainer['format']}, this version reads {FORMAT}")
-    return Checkpoint(path, tensors, trainer)
 
 
-def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest good checkpoint, and the newer ones that are not good, each with its reason."""
-    corrupt = []
-    for step in reversed(list_steps(run_dir)):
-        try:
-            return load(folder(run_dir, step)), corrupt
-        except CorruptError as error:
-            corrupt.append((folder(run_dir, step), str(error)))
-    return None, corrupt
+# Files
+
+
+def write_counted(path: Path, content: bytes) -> dict:
+    """Write a file; its entry in the manifest."""
+    write_synced(path, content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -145,3 +330,29 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="List and verify the checkpoints of a run.")
+    parser.add_argument("run_dir", type=Path)
+    run_dir = parser.parse_args().run_dir
+    steps = list_steps(run_dir)
+    if not steps:
+        print(f"error: no checkpoint under {run_dir / 'checkpoints'}", file=sys.stderr)
+        sys.exit(2)
+    failed = False
+    for step in steps:
+        path = folder(run_dir, step)
+        try:
+            manifest = verify(path)
+        except (CorruptError, UserError) as error:
+            failed = True
+            print(f"{path.name}: CORRUPT: {error}" if isinstance(error, CorruptError) else error)
+        else:
+            count = sum(entry["bytes"] for entry in manifest.values())
+            print(f"{path.name}: good, {len(manifest)} files, {count:,} bytes")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

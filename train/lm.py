@@ -8,19 +8,20 @@
     python train/lm.py
     python train/lm.py --data 'text:books/**/*.txt' --minutes 10 --run-dir runs/books
     python train/lm.py --model lstm --match-params 300000 --steps 2000 --run-dir runs/lstm
+    torchrun --standalone --nproc_per_node 8 train/lm.py --preset base
 
 The same command again goes on from the last checkpoint. Exit codes: 0 done, or stopped by SIGTERM
-or SIGINT with a checkpoint written; 1 that checkpoint, or the summary, could not be written; 2 bad
-arguments or data; 3 non-finite loss.
+or SIGINT with a checkpoint written; 1 that checkpoint, or the summary, could not be written, or
+another process of the run has died; 2 bad arguments or data; 3 non-finite loss.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import time
@@ -30,14 +31,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from kru_triton import KRU
-from kru_triton.language_model import LanguageModel
+from kru_triton.language_model import LanguageModel, LanguageModelConfig
 from kru_triton.train import checkpoints, data
 from kru_triton.train.config import Config, UserError, model_config, parse
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
-from kru_triton.train.run_directory import commit, open_run, versions
+from kru_triton.train.processes import Processes, Stop, join, leave
+from kru_triton.train.run_directory import claim, commit, share, versions, write_settings
 from kru_triton.train.sample import generate, pick_device, pick_dtype
 
 EVALUATION_LANES = 32
@@ -47,39 +50,36 @@ class NonFiniteError(Exception):
     """The loss or the gradient is not a number any more."""
 
 
-class Stop:
-    """`requested` after the first SIGTERM or SIGINT; the second one ends the process at once."""
-
-    def __init__(self):
-        self.requested = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, _frame) -> None:
-        self.requested = signal.Signals(number).name
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-
-
 @dataclass
 class Position:
-    """Where a run is, besides model, optimizer, data and RNG."""
+    """Where a run is, besides model, optimizer and RNG."""
 
     step: int = 0
-    tokens: int = 0
+    tokens: int = 0  # targets that were counted, of all processes
     seconds: float = 0.0  # in the loop, all legs
+    data: dict = field(default_factory=dict)  # of this process, after the last step's batch
+    epochs: float = 0.0
     state: list[Tensor] = field(default_factory=list)  # carried from segment to segment
-    losses: list[Tensor] = field(default_factory=list)  # of the steps since the last row
-    norms: list[Tensor] = field(default_factory=list)  # gradient norms of the same steps
+    # of the steps since the last row of metrics.jsonl:
+    losses: list[Tensor] = field(default_factory=list)  # summed over this process' targets
+    counts: list[float] = field(default_factory=list)  # targets of all processes
+    norms: list[Tensor] = field(default_factory=list)  # of the gradient
 
-    def check_finite(self) -> None:
-        """Raise for the first step since the last row whose loss or gradient is not finite."""
-        first = self.step - len(self.losses) + 1
-        for step, (loss, norm) in enumerate(zip(self.losses, self.norms), first):
+    def mean_losses(self, processes: Processes) -> list[float]:
+        """Mean loss of each step since the last row, over all processes.
+
+        Raises:
+            NonFiniteError: for the first step whose loss or gradient is not finite.
+        """
+        sums = processes.sum(*map(float, self.losses)) if self.losses else []
+        means = [total / max(count, 1) for total, count in zip(sums, self.counts)]
+        first = self.step - len(means) + 1
+        for step, (loss, norm) in enumerate(zip(means, self.norms), first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteError(
                     f"non-finite loss at step {step} (loss {loss}, gradient norm {norm})"
                 )
+        return means
 
 
 def keep_freed_memory() -> None:
@@ -96,51 +96,67 @@ def keep_freed_memory() -> None:
 # Checkpoint: everything into flat tensors and JSON, and back
 
 
-def pack(position: Position, model, optimizer, lanes: data.Lanes) -> tuple[dict, dict]:
-    """Tensors by file, and the JSON part, for `checkpoints.save`."""
-    own = {f"state.{index}": tensor for index, tensor in enumerate(position.state)}
-    own["losses"] = torch.tensor(list(map(float, position.losses)), dtype=torch.float64)
-    own["norms"] = torch.tensor(list(map(float, position.norms)), dtype=torch.float64)
+def pack(at: Position, model, optimizer, processes: Processes) -> tuple[dict, dict]:
+    """Tensors and JSON documents by file, those of this process, for `checkpoints.Writer`."""
+    own = {f"state.{index}": tensor for index, tensor in enumerate(at.state)}
+    own["losses"] = torch.tensor(list(map(float, at.losses)), dtype=torch.float64)
     own["rng.cpu"] = torch.get_rng_state()
     device = next(model.parameters()).device
     if device.type == "cuda":
         own["rng.cuda"] = torch.cuda.get_rng_state(device)
-    moments = {
-        f"{name}:{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    trainer = {
-        "step": position.step,
-        "tokens": position.tokens,
-        "seconds": position.seconds,
-        "data": lanes.state(),
-        "model_config": dataclasses.asdict(model.config),
-        "versions": versions(),
-    }
-    return {"model": model.state_dict(), "optimizer": moments, "rank-0": own}, trainer
+    name = f"rank-{processes.rank}"
+    tensors, documents = {name: own}, {name: {"data": at.data}}
+    if processes.rank == 0:
+        tensors["model"] = model.state_dict()
+        tensors["optimizer"] = {
+            f"{name}:{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        documents["trainer"] = {
+            **{key: getattr(at, key) for key in ("step", "tokens", "seconds", "counts")},
+            "norms": list(map(float, at.norms)),
+            "processes": processes.count,
+            "model_config": dataclasses.asdict(model.config),
+            "versions": versions(),
+        }
+    return tensors, documents
 
 
-def unpack(checkpoint: checkpoints.Checkpoint, model, optimizer, lanes: data.Lanes) -> Position:
-    """Put a checkpoint back in place; the inverse of `pack`."""
+def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Position:
+    """Put a checkpoint back in place; the inverse of `pack`.
+
+    The lanes of all processes together are those of the checkpoint, whatever its number of
+    processes was: each process takes its part. (Not every source of data allows that; the random
+    numbers of dropout are others then.)
+    """
+    trainer = json.loads((path / "trainer.json").read_text())
+    same = trainer["processes"] == processes.count
+    checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
     parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.tensors["model"])
     for key, value in checkpoint.tensors["optimizer"].items():
         name, entry = key.rsplit(":", 1)
         optimizer.state[parameters[name]][entry] = value.to(device)
-    lanes.load_state(checkpoint.trainer["data"])
-    own = checkpoint.tensors["rank-0"]
-    torch.set_rng_state(own["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in own:
-        torch.cuda.set_rng_state(own["rng.cuda"], device)
-    count = sum(name.startswith("state.") for name in own)
-    return Position(
-        **{key: checkpoint.trainer[key] for key in ("step", "tokens", "seconds")},
-        state=[own[f"state.{index}"].to(device) for index in range(count)],
-        losses=list(own["losses"]),
-        norms=list(own["norms"]),
-    )
+
+    at = Position(**{key: trainer[key] for key in ("step", "tokens", "seconds", "counts", "norms")})
+    ranks = [processes.rank] if same else range(trainer["processes"])
+    own = [checkpoint.tensors[f"rank-{rank}"] for rank in ranks]
+    for index in range(sum(name.startswith("state.") for name in own[0])):
+        lanes = torch.cat([tensors[f"state.{index}"] for tensors in own])
+        part = lanes if same else lanes.chunk(processes.count)[processes.rank].clone()
+        at.state.append(part.to(device))
+    if same or processes.rank == 0:
+        at.losses = list(sum(tensors["losses"] for tensors in own))
+    else:
+        at.losses = [torch.zeros(())] * len(at.norms)
+    batches.load_state(checkpoint.documents[f"rank-{ranks[0]}"]["data"])
+    if same:
+        torch.set_rng_state(own[0]["rng.cpu"])
+        if device.type == "cuda" and "rng.cuda" in own[0]:
+            torch.cuda.set_rng_state(own[0]["rng.cuda"], device)
+    return at
 
 
 # Pieces of the loop
@@ -153,13 +169,61 @@ def learning_rate_factor(config: Config, step: int, progress: float) -> float:
     return warmup * (config.lr_floor + (1 - config.lr_floor) * cosine)
 
 
+def backward(
+    model: LanguageModel, forward, batch, state, config: Config, autocast
+) -> tuple[Tensor, list[Tensor]]:
+    """Add up the gradients of a batch, in `--grad-accumulation` slices of its lanes.
+
+    They are those of (sum of the losses of all targets) / batch.numel() + penalty; where not every
+    target is counted, those of the counted share of that.
+
+    Args:
+        forward: the model, or what wraps it for several processes or `--compile`.
+        batch: inputs, targets and reset, each (lanes, time); a target of -100 is not counted.
+
+    Returns:
+        The sum of the losses, and the state after the batch.
+    """
+    device = next(model.parameters()).device
+    states = [tensor.chunk(config.grad_accumulation) for tensor in state]
+    total, after = torch.zeros((), device=device), []
+    for index, part in enumerate(
+        zip(*(tensor.chunk(config.grad_accumulation) for tensor in batch))
+    ):
+        share = int((part[1] != -100).sum()) / batch[1].numel()
+        inputs, targets, reset = (tensor.to(device) for tensor in part)
+        sync = contextlib.nullcontext()
+        if isinstance(forward, DistributedDataParallel) and index < config.grad_accumulation - 1:
+            sync = forward.no_sync()
+        with sync:
+            with autocast:
+                own = [slices[index] for slices in states] or None
+                logits, own = forward(inputs, own, reset)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+            objective = loss / batch[1].numel()
+            if config.unitarity_weight:
+                objective += share * config.unitarity_weight * model.unitarity_penalty()
+            objective.backward()
+        total += loss.detach()
+        after.append([tensor.detach() for tensor in own])
+    return total, [torch.cat(parts) for parts in zip(*after)]
+
+
 @torch.no_grad()
-def evaluate(model: LanguageModel, stream: data.Stream, length: int, autocast) -> dict[str, float]:
-    """Loss and bits per byte over the whole validation stream, in segments, state carried."""
+def evaluate(
+    model: LanguageModel, stream: data.Stream, length: int, autocast, processes: Processes
+) -> dict[str, float]:
+    """Loss and bits per byte over the whole validation stream, in segments, state carried.
+
+    Each process reads some of the lanes.
+    """
     device = next(model.parameters()).device
     nats, count, state = torch.zeros((), dtype=torch.float64, device=device), 0, None
     model.eval()
     for batch in data.validation_segments(stream, EVALUATION_LANES, length):
+        batch = [tensor.tensor_split(processes.count)[processes.rank] for tensor in batch]
+        if not len(batch[0]):  # more processes than lanes
+            break
         inputs, targets, reset, counted = (tensor.to(device) for tensor in batch)
         with autocast:
             logits, state = model(inputs, state, reset)
@@ -167,10 +231,11 @@ def evaluate(model: LanguageModel, stream: data.Stream, length: int, autocast) -
         nats += (losses * counted.flatten()).sum(dtype=torch.float64)
         count += int(batch[3].sum())
     model.train()
-    bits_per_byte = nats.item() / math.log(2) / stream.num_bytes
+    nats, count = processes.sum(nats.item(), count)
+    bits_per_byte = nats / math.log(2) / stream.num_bytes
     if not math.isfinite(bits_per_byte):
         raise NonFiniteError("non-finite validation loss")
-    return {"val/loss_nats": nats.item() / count, "val/bpb": bits_per_byte}
+    return {"val/loss_nats": nats / count, "val/bpb": bits_per_byte}
 
 
 def write_sample(model: LanguageModel, tokenizer, config: Config, step: int) -> str:
@@ -217,49 +282,61 @@ def describe(row: dict) -> str:
     return text
 
 
-def train(config: Config) -> int:
-    """Run to the end of the budget, or to the first signal. Returns the exit code."""
+def prepare(config: Config, processes: Processes) -> int:
+    """Take the run directory, open the data, and train. Returns the exit code."""
     keep_freed_memory()
     stop = Stop()
     run_dir = Path(config.run_dir)
-    device = pick_device(config.device)
-    config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+    first = processes.rank == 0
+    # The first process before the others
+    with processes.together():
+        _lock, path = claim(run_dir, config.resume) if first else (None, None)
+    path = processes.gather(path)[0]
+    for turn in (first, not first):
+        with processes.together():
+            if turn:
+                share(run_dir, processes.rank)
+                text = data.build(config, run_dir, processes.rank, processes.count)
+    with contextlib.closing(text.train):
+        return train(config, processes, stop, text, path)
 
-    # Data
-    tokenizer = data.ByteTokenizer()
-    documents = dict(zip(("train", "valid"), data.load_documents(config.data, config.valid)))
-    facts = {name: data.facts(part) for name, part in documents.items()}
-    rivals = data.compressed_bits_per_byte(documents["valid"])
-    streams = {name: data.Stream(part, tokenizer) for name, part in documents.items()}
-    del documents
-    lanes = data.Lanes(streams["train"], config.batch_size, config.segment_length, config.seed)
-    if len(streams["valid"]) <= config.segment_length:
-        raise UserError(
-            f"validation stream too short: {len(streams['valid'])} tokens, one segment has "
-            f"{config.segment_length}; give more text with --valid, or lower --segment-length"
-        )
+
+def train(
+    config: Config, processes: Processes, stop: Stop, text: data.Data, path: Path | None
+) -> int:
+    """Run to the end of the budget, or to the first signal. Returns the exit code.
+
+    Args:
+        path: the checkpoint to go on from.
+    """
+    run_dir = Path(config.run_dir)
+    first = processes.rank == 0
 
     # Model
-    architecture = model_config(config, tokenizer.vocab_size)
-    torch.manual_seed(config.seed)
-    try:
-        model = LanguageModel(architecture).to(device)
-        with torch.no_grad():  # one token, so that what cannot run says so now
-            model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=device))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"model: {error}") from error
+    with processes.together():
+        device = pick_device(processes.device_name(config.device))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
+        architecture = model_config(config, text.tokenizer.vocab_size)
+        torch.manual_seed(config.seed)
+        model = build_model(architecture, device)
+    if not first:
+        torch.manual_seed(config.seed + processes.rank)  # dropout draws of its own
     groups = model.parameter_groups(config.lr, config.recurrent_lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    forward = torch.compile(model) if config.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     # What runs
     settings = {
         **dataclasses.asdict(config),
         "model_config": dataclasses.asdict(architecture),
-        "train_sha256": facts["train"]["sha256"],
-        "valid_sha256": facts["valid"]["sha256"],
+        "processes": processes.count,
+        "lanes": processes.count * config.batch_size,
+        "train_sha256": text.facts["train"]["sha256"],
+        "valid_sha256": text.facts["valid"]["sha256"],
+        "tokenizer_sha256": text.tokenizer.sha256,
         "wandb_id": new_run_id(),
     }
     settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
@@ -267,47 +344,64 @@ def train(config: Config) -> int:
     print(textwrap.fill(listed, 100, break_on_hyphens=False))
     print(textwrap.fill(f"model {settings['model_config']}", 100, break_on_hyphens=False))
     print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
-    print(f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads")
-    for name, fact in facts.items():
-        print(
-            f"{name}: {fact['documents']:,} documents, {fact['bytes']:,} bytes, "
-            f"sha256 {fact['sha256'][:16]}"
-        )
-    print(f"valid, bits per byte: gzip -9 {rivals['gzip']:.4f}, xz {rivals['xz']:.4f}")
+    print(
+        f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads, "
+        f"{processes.count} processes, {settings['lanes']} lanes"
+    )
+    print(f"tokenizer: {text.tokenizer.describe()}")
+    for name, fact in text.facts.items():
+        print(f"{name}: {data.describe(fact)}")
+    rivals = text.rivals
+    if first:
+        print(f"valid, bits per byte: gzip -9 {rivals['gzip']:.4f}, xz {rivals['xz']:.4f}")
     print(f"commit {commit()}, versions {versions()}")
 
     # Resume
-    checkpoint = open_run(run_dir, config.resume, settings)
-    at, saved_step = Position(), None
-    if checkpoint:
-        try:
-            at = unpack(checkpoint, model, optimizer, lanes)
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{checkpoint.path} is of another version: {error}") from error
-        saved_step = at.step
-        print(f"resumed from {checkpoint.path}: step {at.step}, {at.seconds:.0f} s")
-    metrics = Metrics(run_dir / "metrics.jsonl", at.step)
-    wandb = Wandb(config.wandb, run_dir, settings["wandb_id"], settings)
-
-    def save() -> bool:
-        """Write a checkpoint; False, with a warning, where the disk does not take it."""
-        at.check_finite()
-        at.seconds = time.perf_counter() - began
-        try:
-            metrics.sync()
-            checkpoints.save(run_dir, at.step, *pack(at, model, optimizer, lanes), config.keep)
-            return True
-        except OSError as error:
-            last = "there is none yet" if saved_step is None else f"step-{saved_step} stays"
-            say(f"warning: checkpoint of step {at.step} not written: {error.strerror}; {last}")
-            return False
+    at = Position()
+    with processes.together():
+        if first:
+            write_settings(run_dir, settings)
+    with processes.together():
+        if path:
+            try:
+                at = unpack(path, model, optimizer, text.train, processes)
+            except (KeyError, RuntimeError, ValueError, checkpoints.CorruptError) as error:
+                raise UserError(f"{path} cannot be gone on from: {error}") from error
+            print(f"resumed from {path}: step {at.step}, {at.seconds:.0f} s")
+    forward = processes.wrap(torch.compile(model) if config.compile else model, device)
+    metrics = Metrics(run_dir / "metrics.jsonl", at.step) if first else None
+    wandb = Wandb(config.wandb if first else "disabled", run_dir, settings["wandb_id"], settings)
 
     # Loop
     began = time.perf_counter() - at.seconds
+    waited, failure = 0.0, None
+
+    def fetch() -> tuple[Tensor, ...] | None:
+        """The next batch, the position before it noted; None where the source has given up."""
+        nonlocal waited, failure
+        start = time.perf_counter()
+        at.data, at.epochs = text.train.state(), text.train.epochs_read()
+        try:
+            return text.train.next()
+        except data.DataError as error:
+            failure = str(error)
+            return None
+        finally:
+            waited += time.perf_counter() - start
+
+    def clock() -> float:
+        return time.perf_counter() - began if first else 0.0
+
+    def agree(count: int) -> float:
+        """Sum a count over all processes, and note with them what ends the run."""
+        nonlocal stopping
+        events = bool(stop.requested), failure is not None
+        count, signals, failures, at.seconds = processes.sum(count, *events, clock())
+        stopping = bool(signals or failures)
+        return count
 
     def progress() -> float:
         """The share of the budget that is spent; 1 ends the run."""
-        at.seconds = time.perf_counter() - began
         by_steps = at.step / config.steps if config.steps else 0.0
         by_time = at.seconds / (60 * config.minutes) if config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
@@ -319,84 +413,104 @@ def train(config: Config) -> int:
             group["lr"] = peak * factor
         return factor
 
+    def save() -> None:
+        at.mean_losses(processes)
+        (at.seconds,) = processes.sum(clock())
+        parts = pack(at, model, optimizer, processes)
+        writer.save(at.step, *parts, *([metrics.sync] if first else []))
+
     parameters = list(model.parameters())
+    stopping, batch = False, fetch()
+    agree(0)
     done = progress()
     bar = tqdm(
         total=1.0,
         initial=done,
-        disable=not sys.stderr.isatty(),
+        disable=not (first and sys.stderr.isatty()),
         bar_format="{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
     )
     say = print if bar.disable else bar.write
+    writer = checkpoints.Writer(run_dir, config.keep, processes, say, at.step if path else None)
     factor = schedule()
     model.train()
-    marked, marked_tokens = time.perf_counter(), at.tokens  # of the last row, for the speed
+    marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0  # of the last row
     try:
-        while done < 1.0 and not stop.requested:
-            inputs, targets, reset = (tensor.to(device) for tensor in lanes.next())
-
+        while done < 1.0 and not stopping:
             optimizer.zero_grad()
-            with autocast:
-                logits, state = forward(inputs, at.state or None, reset)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-            objective = loss
-            if config.unitarity_weight:
-                objective = loss + config.unitarity_weight * model.unitarity_penalty()
-            objective.backward()
+            total, state = backward(model, forward, batch, at.state, config, autocast)
+            here = int((batch[1] != -100).sum())
+            capacity = batch[1].numel() * processes.count
+            batch = fetch()  # while a GPU is still busy
+            count = agree(here)
+            if 0 < count < capacity:
+                for parameter in parameters:
+                    parameter.grad *= capacity / count
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
             optimizer.step()
 
             at.step += 1
-            at.tokens += inputs.numel()
-            at.state = [tensor.detach() for tensor in state]
-            at.losses.append(loss.detach())
+            at.tokens += int(count)
+            at.state = state
+            at.losses.append(total)
+            at.counts.append(count)
             at.norms.append(norm)
             rate, done = config.lr * factor, progress()
             factor = schedule()
 
             evaluating = done >= 1.0 or (config.eval_every > 0 and at.step % config.eval_every == 0)
             if evaluating or at.step % config.log_every == 0:
-                losses, norms = list(map(float, at.losses)), list(map(float, at.norms))
-                at.check_finite()
-                at.losses, at.norms, sample = [], [], ""
+                losses, norms = at.mean_losses(processes), list(map(float, at.norms))
+                at.losses, at.counts, at.norms, sample = [], [], [], ""
+                seconds = time.perf_counter() - marked
                 row = {
                     "step": at.step,
                     "tokens": at.tokens,
                     "train/loss_nats": sum(losses) / len(losses),
-                    "tok_s": round((at.tokens - marked_tokens) / (time.perf_counter() - marked), 1),
+                    "tok_s": round((at.tokens - marked_tokens) / seconds, 1),
+                    "data_wait": round(waited / seconds, 4),
                     "grad_norm": sum(norms) / len(norms),
                     "unitarity": unitarity(model),
                     "lr": rate,
                 }
                 if evaluating:
-                    row |= evaluate(model, streams["valid"], config.segment_length, autocast)
-                    if config.sample_tokens:
-                        sample = write_sample(model, tokenizer, config, at.step)
-                metrics.write(row)
-                wandb.log(row, sample, (lambda: spectrum_figure(model)) if evaluating else None)
+                    row |= evaluate(model, text.valid, config.segment_length, autocast, processes)
+                    if first and config.sample_tokens:
+                        sample = write_sample(model, text.tokenizer, config, at.step)
+                if first:
+                    metrics.write(row)
+                    wandb.log(row, sample, (lambda: spectrum_figure(model)) if evaluating else None)
                 say(describe(row))
                 if sample:
                     say(textwrap.indent(sample, "    | ", lambda line: True))
                 bar.set_postfix_str(f"step {at.step}", refresh=False)
-                marked, marked_tokens = time.perf_counter(), at.tokens
+                marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0
             if config.checkpoint_every and at.step % config.checkpoint_every == 0 and done < 1.0:
                 pause = time.perf_counter()
-                saved_step = at.step if save() else saved_step
+                save()
                 marked += time.perf_counter() - pause
             bar.update(done - bar.n)
 
-        if saved_step != at.step:
-            saved_step = at.step if save() else saved_step
-        code = 0 if saved_step == at.step else 1
-        again = shlex.join(["python", *sys.argv])
+        writer.wait()
+        if writer.saved_step != at.step:
+            save()
+            writer.wait()
+        code = 0 if writer.saved_step == at.step else 1
+        failures = [message for message in processes.gather(failure) if message]
+        if failures and done < 1.0:
+            raise UserError(f"{failures[0]}; stopped after step {at.step}, {last_good(writer)}")
+        again = f"{processes.launcher()} {shlex.join(sys.argv)}"
         if done < 1.0:
-            say(f"stopped by {stop.requested} after step {at.step}; go on with: {again}")
+            reason = stop.requested or "a signal to another process"
+            say(f"stopped by {reason} after step {at.step}; go on with: {again}")
             return code
 
         # Result
-        result = metrics.rows[-1] if metrics.rows else {}
-        if result.get("step") != at.step or "val/bpb" not in result:  # the budget was lowered
-            result = evaluate(model, streams["valid"], config.segment_length, autocast)
+        result = metrics.rows[-1] if first and metrics.rows else {}
+        known = result.get("step") == at.step and "val/bpb" in result
+        if processes.sum(known) == [0.0]:  # the budget was lowered
+            result = evaluate(model, text.valid, config.segment_length, autocast, processes)
+        if not first:
+            return code
         summary = {
             "val/bpb": result["val/bpb"],
             "val/loss_nats": result["val/loss_nats"],
@@ -404,11 +518,15 @@ def train(config: Config) -> int:
             "xz_bpb": rivals["xz"],
             "steps": at.step,
             "tokens": at.tokens,
-            "epochs": lanes.epochs_read(),
+            "epochs": at.epochs,
             "parameters": model.num_parameters,
             "recurrent_parameters": model.num_recurrent_parameters,
             "seconds": at.seconds,
-            "data": facts,
+            "checkpoint_bytes": writer.bytes,
+            "checkpoint_s": writer.seconds,
+            "checkpoint_blocked_s": writer.blocked,
+            "processes": processes.count,
+            "data": {**text.facts, "read": text.train.counts()},
             "backend": model.backend_report(),
             "versions": versions(),
             "commit": commit(),
@@ -421,7 +539,7 @@ def train(config: Config) -> int:
             f"done: val/bpb {summary['val/bpb']:.4f}, gzip -9 {rivals['gzip']:.4f}, "
             f"xz {rivals['xz']:.4f}\n"
             f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent; "
-            f"{at.step:,} steps, {at.tokens:,} tokens, {lanes.epochs_read():.2f} epochs, "
+            f"{at.step:,} steps, {at.tokens:,} tokens, {at.epochs:.2f} epochs, "
             f"{at.seconds:.0f} s; everything in {run_dir}\n"
             f"sample: python {sampler} {shlex.quote(str(run_dir))} --prompt 'def '\n"
             f"train on: {again}  (with a larger --steps or --minutes)",
@@ -429,28 +547,64 @@ def train(config: Config) -> int:
         )
         return code
     except NonFiniteError as error:
-        last = "no checkpoint was written before it"
-        if saved_step is not None:
-            last = f"the last good checkpoint is {checkpoints.folder(run_dir, saved_step)}"
+        writer.wait()
         bar.close()
-        where = f"stopped after step {at.step}; {last}"
-        print(f"error: {error}; {where}; a lower --lr or --clip may help", file=sys.stderr)
+        where = f"stopped after step {at.step}; {last_good(writer)}"
+        if first:
+            print(f"error: {error}; {where}; a lower --lr or --clip may help", file=sys.stderr)
         return 3
     finally:
         bar.close()
         wandb.finish()
 
 
+def build_model(architecture: LanguageModelConfig, device: torch.device) -> LanguageModel:
+    try:
+        model = LanguageModel(architecture).to(device)
+        with torch.no_grad():  # one token, so that what cannot run says so now
+            model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=device))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"model: {error}") from error
+    return model
+
+
+def last_good(writer: checkpoints.Writer) -> str:
+    if writer.saved_step is None:
+        return "no checkpoint was written before it"
+    return f"the last good checkpoint is {checkpoints.folder(writer.run_dir, writer.saved_step)}"
+
+
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     try:
-        sys.exit(train(parse(description=__doc__)))
+        config = parse(description=__doc__)
+        processes = join(config.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if processes.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
+    try:
+        code = prepare(config, processes)
+        leave()
+    except UserError as error:  # all processes have this one
+        if processes.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
     except OSError as error:  # a full disk, where it is not a checkpoint or a row that is refused
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    except RuntimeError as error:
+        if not processes.have_gone(error):
+            raise
+        print(
+            f"error: process {processes.rank} ends, because another process of this run has gone; "
+            f"the same command goes on from the last checkpoint ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(1)  # threads may be waiting for that process
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Where a run's numbers go: `metrics.jsonl` is the record, Weights & Biases is best effort."""
 
+import contextlib
 import html
 import io
 import json
 import netrc
 import os
+import queue
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,36 +66,90 @@ def read_rows(path: Path) -> list[dict]:
 
 
 class Wandb:
-    """Weights & Biases, which may not stop a run: the first failure turns it off, in one line."""
+    """Weights & Biases, which may neither stop nor slow a run.
 
-    def __init__(self, mode: str, run_dir: Path, run_id: str, config: dict):
-        self.run = None
-        self.draws = True
+    Everything goes through a queue to a thread, so that no call waits for a network. The first
+    failure turns it off, in one line; `replay_wandb.py` makes the whole run of metrics.jsonl.
+
+    Args:
+        mode: "auto" (WANDB_MODE; else online with a key and a host that answers, else offline),
+            "online", "offline" or "disabled".
+        resume: go on with the run of this id where the server has it, instead of replacing it.
+    """
+
+    def __init__(self, mode: str, run_dir: Path, run_id: str, config: dict, resume: bool = True):
+        self.run, self.off, self.draws = None, True, True
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or "auto"
         if mode == "disabled":
             return
-        try:
-            import wandb
-        except ImportError:
-            print("wandb: not installed, off (metrics.jsonl is the record)")
-            return
-        self.wandb = wandb
-        self.guard(self.start, mode, run_dir, run_id, config)
+        self.off = False
+        self.calls = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        self.calls.put((self.start, mode, run_dir, run_id, config, resume))
 
-    def start(self, mode: str, run_dir: Path, run_id: str, config: dict) -> None:
+    def log(self, row: dict, sample: str = "", draw: Callable | None = None) -> None:
+        """A row of metrics.jsonl, a text sample, and the matplotlib figure that `draw` returns."""
+        if self.off:
+            return
+        picture = None
+        if draw and self.draws:
+            try:
+                figure = draw()
+                picture = None if figure is None else as_picture(figure)
+            except Exception as error:  # a picture is never worth a run
+                self.draws = False
+                print(f"wandb: no spectrum figures: {error}")
+        self.calls.put((self.send, row, sample, picture))
+
+    def summarize(self, summary: dict) -> None:
+        if not self.off:
+            self.calls.put((lambda: self.run.summary.update(summary),))
+
+    def finish(self, seconds: float = 30.0) -> bool:
+        """Wait until everything has been handed over, for so long. False where it was not."""
+        if self.off:
+            return False
+        self.calls.put((lambda: self.run.finish(),))
+        self.calls.put(None)
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            self.off = True
+            print(f"wandb: not done after {seconds:.0f} s, left; replay_wandb.py sends the rest")
+        return not self.off
+
+    # In the thread
+
+    def work(self) -> None:
+        """Make the calls in the queue, up to None or to the first that fails."""
+        while not self.off and (call := self.calls.get()):
+            try:
+                call[0](*call[1:])
+            except ImportError:
+                self.off = True
+                print("wandb: not installed, off (metrics.jsonl is the record)")
+            except Exception as error:  # whatever goes wrong in there must not stop the training
+                self.off = True
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                print(f"wandb: off ({reason}); metrics.jsonl goes on")
+                with contextlib.suppress(Exception):  # it may be this that is broken
+                    self.wandb.teardown()
+
+    def start(self, mode: str, run_dir: Path, run_id: str, config: dict, resume: bool) -> None:
+        import wandb
+
+        self.wandb = wandb
         reason = ""
         if mode == "auto":
-            reason = why_offline(self.wandb.Settings().base_url)
+            reason = why_offline(wandb.setup().settings.base_url)
             mode = "offline" if reason else "online"
-        settings = self.wandb.Settings(
-            console="off", silent=True, init_timeout=10, disable_git=True
-        )
-        self.run = self.wandb.init(
+        settings = wandb.Settings(console="off", silent=True, init_timeout=10, disable_git=True)
+        self.run = wandb.init(
             project="kru_triton",
-            name=run_dir.name,
+            name=run_dir.resolve().name,
             id=run_id,
-            resume="allow" if mode == "online" else None,
+            resume="allow" if resume and mode == "online" else None,
             mode=mode,
             dir=str(run_dir),
             config=config,
@@ -102,40 +159,13 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
         print(f"wandb: {mode}{f' ({reason})' if reason else ''}, files in {run_dir}/wandb")
 
-    def log(self, row: dict, sample: str = "", draw: Callable | None = None) -> None:
-        """A row of metrics.jsonl, a text sample, and the matplotlib figure that `draw` returns."""
-        if self.run:
-            self.guard(self.send, row, sample, draw)
-
-    def send(self, row: dict, sample: str, draw: Callable | None) -> None:
+    def send(self, row: dict, sample: str, picture) -> None:
         media = {}
         if sample:
             media["sample"] = self.wandb.Html(f"<pre>{html.escape(sample)}</pre>")
-        if draw and self.draws:
-            try:
-                figure = draw()
-                if figure is not None:
-                    media["spectrum"] = self.wandb.Image(as_picture(figure))
-            except Exception as error:  # a picture is never worth a run
-                self.draws = False
-                print(f"wandb: no spectrum figures: {error}")
+        if picture is not None:
+            media["spectrum"] = self.wandb.Image(picture)
         self.run.log({**row, **media})
-
-    def summarize(self, summary: dict) -> None:
-        if self.run:
-            self.guard(self.run.summary.update, summary)
-
-    def finish(self) -> None:
-        if self.run:
-            self.guard(self.run.finish)
-
-    def guard(self, call, *arguments) -> None:
-        try:
-            call(*arguments)
-        except Exception as error:  # whatever goes wrong in there must not stop the training
-            self.run = None
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            print(f"wandb: off ({reason}); metrics.jsonl goes on")
 
 
 def why_offline(base_url: str) -> str:

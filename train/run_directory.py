@@ -1,57 +1,116 @@
 """The run directory: whose it is, what to go on from, and what ran there.
 
 RUN_DIR/config.json holds the settings of the run. A later leg must have the same ones, up to those
-that do not change what is learned (`config.IDENTITY_FREE`).
+that do not change what is learned (`config.IDENTITY_FREE`). RUN_DIR/.lock is held while a run is
+going on; the system releases it when the process ends, however it ends.
 """
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 import subprocess
 from pathlib import Path
+from typing import TextIO
 
 from kru_triton.train import checkpoints
 from kru_triton.train.config import IDENTITY_FREE, UserError
 
-RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "wandb")
+RUN_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "tokenizer.json",
+    "checkpoints",
+    "wandb",
+)
 
 
-def open_run(run_dir: Path, resume: str, settings: dict) -> checkpoints.Checkpoint | None:
-    """Make the directory ready; return the checkpoint to go on from, or None to start at step 0.
+def claim(run_dir: Path, resume: str) -> tuple[TextIO, Path | None]:
+    """Take the directory for this run, before anything else is written there.
 
     Args:
         run_dir: created where it is missing.
         resume: "auto", "must" or "never".
-        settings: what config.json will hold. Its `wandb_id` is replaced by that of the run that
-            goes on.
+
+    Returns:
+        The lock, held while this file is open, and the checkpoint to go on from, or None.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint = None if resume == "never" else find_checkpoint(run_dir, settings)
-        if resume == "must" and checkpoint is None:
-            raise UserError(f"--resume must: no good checkpoint under {run_dir / 'checkpoints'}")
+        lock = take_lock(run_dir)
+        checkpoint = None
         if resume == "never":
             set_aside(run_dir)
-        checkpoints.write_atomic(run_dir / "config.json", json.dumps(settings, indent=1) + "\n")
+        else:
+            checkpoint = find_checkpoint(run_dir)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
-    return checkpoint
+    if resume == "must" and checkpoint is None:
+        raise UserError(f"--resume must: no good checkpoint under {run_dir / 'checkpoints'}")
+    return lock, checkpoint
 
 
-def find_checkpoint(run_dir: Path, settings: dict) -> checkpoints.Checkpoint | None:
-    """The newest good checkpoint of a run with these settings; corrupt ones are renamed."""
-    compare_settings(run_dir, settings)
-    checkpoint, corrupt = checkpoints.load_latest(run_dir)
+def take_lock(run_dir: Path) -> TextIO:
+    """The lock on the directory; UserError where another process has it."""
+    lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (open as long as the run goes on)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked data workers
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise UserError(
+            f"--run-dir {run_dir} is in use by {lock.read().strip() or 'another process'}; "
+            "wait for that run to end, or choose another --run-dir"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def share(run_dir: Path, rank: int) -> None:
+    """Check on a further process that it sees the directory of the first one, and may write."""
+    where = f"--run-dir {run_dir}"
+    if not (run_dir / ".lock").exists():
+        raise UserError(
+            f"{where} on {socket.gethostname()} is not the directory of process 0: all processes "
+            "need one that they share"
+        )
+    try:
+        checkpoints.write_atomic(run_dir / f".rank-{rank}", "here")
+        (run_dir / f".rank-{rank}").unlink()
+    except OSError as error:
+        raise UserError(f"{where} cannot be written: {error.strerror}") from error
+
+
+def find_checkpoint(run_dir: Path) -> Path | None:
+    """The newest good checkpoint; corrupt ones are renamed."""
+    checkpoint, corrupt = checkpoints.latest(run_dir)
     for path, reason in corrupt:
         aside = path.with_name(f"corrupt-{path.name}")
         print(f"warning: {path} is corrupt: {reason}; now named {aside.name}")
         path.rename(aside)
     if corrupt and checkpoint:
-        print(f"warning: falling back to {checkpoint.path}")
+        print(f"warning: falling back to {checkpoint}")
     if corrupt and not checkpoint:
         print("warning: no good checkpoint is left; starting at step 0")
         set_aside(run_dir)
     return checkpoint
+
+
+def write_settings(run_dir: Path, settings: dict) -> None:
+    """Write config.json, unless the directory is of a run with other settings.
+
+    Args:
+        settings: its `wandb_id` is replaced by that of the run that goes on.
+    """
+    compare_settings(run_dir, settings)
+    try:
+        checkpoints.write_atomic(run_dir / "config.json", json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
 
 
 def compare_settings(run_dir: Path, settings: dict) -> None:
