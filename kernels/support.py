@@ -1,5 +1,6 @@
 """What the kernels can run, in words; importable without triton."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -172,6 +173,7 @@ def shared_bytes(tile: Tile, parts: int, precision: str, sets: int) -> int:
     return max(SHARED_EVERYWHERE, sides * planes * terms * 2 * sets + exchange)
 
 
+@functools.cache
 def triton_version() -> tuple[int, ...] | None:
     """Version of the installed triton, None without one; triton itself is not imported."""
     if importlib.util.find_spec("triton") is None:
