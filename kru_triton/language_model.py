@@ -13,6 +13,7 @@ B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +95,22 @@ class LanguageModel(nn.Module):
         Returns:
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension.
         """
+        x, state = self.hidden(tokens, state, reset)
+        logits = nnf.linear(x.transpose(0, 1), self.embedding.weight)
+        return logits.transpose(0, 1), state
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        checkpoint: Callable | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads, `(B, T, D)`, and the state; arguments are those of `forward`.
+
+        `checkpoint(block, *args)` calls each block: `torch.utils.checkpoint.checkpoint` recomputes
+        it in the backward.
+        """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
         x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
@@ -101,13 +118,12 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             size = block.mixer.num_states
             own = None if state is None else state[taken : taken + size]
-            x, out = block(x, own, reset)
+            x, out = block(x, own, reset) if checkpoint is None else checkpoint(block, x, own, reset)
             new_state += out
             taken += size
         if state is not None and len(state) != taken:
             raise ValueError(f"state: expected {taken} tensors, got {len(state)}")
-        logits = nnf.linear(self.norm(x), self.embedding.weight)
-        return logits.transpose(0, 1), new_state
+        return self.norm(x).transpose(0, 1), new_state
 
     @property
     def num_parameters(self) -> int:
