@@ -118,7 +118,9 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             size = block.mixer.num_states
             own = None if state is None else state[taken : taken + size]
-            x, out = block(x, own, reset) if checkpoint is None else checkpoint(block, x, own, reset)
+            x, out = (
+                block(x, own, reset) if checkpoint is None else checkpoint(block, x, own, reset)
+            )
             new_state += out
             taken += size
         if state is not None and len(state) != taken:
