@@ -73,8 +73,8 @@ class KRUConfig(PreTrainedConfig):
     """
 
     model_type = "kru"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
-    attribute_map = {  # noqa: RUF012 (transformers reads a plain dict)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (Trainer wants a list)
+    attribute_map = {  # noqa: RUF012 (and a dict)
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
     }
@@ -446,6 +446,14 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_language_model(cls, model: LanguageModel, **kwargs) -> "KRUForCausalLM":
+        """`model` itself, with the face of transformers; kwargs go to `KRUConfig`."""
+        causal_lm = cls(KRUConfig(**dataclasses.asdict(model.config), **kwargs))
+        causal_lm.model.network = model
+        causal_lm.tie_weights()
+        return causal_lm.train(model.training)
+
+    @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
@@ -543,10 +551,10 @@ tags: [kru, recurrent, kronecker]
 
 # {config.model.upper()} language model
 
-{network.num_parameters:,} parameters, of which {network.num_recurrent_parameters:,} recurrent:
-{config.num_layers} residual blocks of width {config.d_model}, {config.hidden_size} recurrent units
-each; {config.vocab_size:,} tokens. Its state has a constant size, so a context has no fixed length
-and a token takes the same time however long it is.
+{network.num_parameters:,} parameters, of which {network.num_recurrent_parameters:,} recurrent.
+Layers: {config.num_layers}, width {config.d_model}, {config.hidden_size} recurrent units per layer.
+Vocabulary: {config.vocab_size:,} tokens. The state has a constant size: a context has no fixed
+length, and a token takes the same time however long it is.
 
 {facts}
 ```python
