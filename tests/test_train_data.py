@@ -105,7 +105,7 @@ def test_bad_data_is_named(tmp_path):
         ("text:/no/such/*.txt", "", r"no file matches 'text:/no/such/\*\.txt'"),
         (f"text:{tmp_path}/empty.txt", "", "empty corpus: all 1 files have 0 bytes"),
         (f"text:{tmp_path}/bad.txt", "", r"bad\.txt is not UTF-8 text: byte 0xff at offset 11"),
-        ("parquet:x", "", "unknown data 'parquet:x'; known: stdlib, text:GLOB"),
+        ("csv:x", "", "unknown data 'csv:x'; known: stdlib, text:GLOB"),
         (
             f"text:{tmp_path}/good.txt",
             f"text:{tmp_path}/g*",
@@ -180,6 +180,22 @@ def test_lanes_go_on_from_their_state():
         second.load_state(first.state())
         for expected in batches[stop:]:
             assert all(map(torch.equal, second.next(), expected))
+
+
+def test_lanes_of_two_ranks_are_the_lanes_of_one_with_twice_the_batch():
+    stream = data.Stream(random_documents([40, 7, 90, 3]), TOKENIZER)
+    whole = data.Lanes(stream, 6, 8, seed=1)
+    for _ in range(5):
+        whole.next()
+    ranks = [data.Lanes(stream, 3, 8, 1, rank, world_size=2) for rank in range(2)]
+    for lanes in ranks:
+        lanes.load_state(whole.state())  # another number of processes goes on exactly
+    for _ in range(40):
+        parts = zip(*(lanes.next() for lanes in ranks))
+        assert all(map(torch.equal, whole.next(), map(torch.cat, parts)))
+    assert ranks[0].state() == ranks[1].state() == whole.state()
+    with pytest.raises(ValueError, match="its 6 lanes are 3 now; keep processes times --batch-"):
+        data.Lanes(stream, 3, 8, seed=1).load_state(whole.state())
 
 
 def test_too_little_text_for_the_lanes_is_an_error():

@@ -41,12 +41,22 @@ class UserError(Exception):
 
 @dataclass
 class Config:
-    data: str = "stdlib"
-    """Training text: stdlib (source of this Python's own library) or text:GLOB (** = folders)."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ("stdlib",)
+    """Training text: stdlib (source of this Python's own library), text:GLOB (** = folders),
+    json:GLOB[#field], parquet:GLOB[#field] (files or http(s) URLs) or
+    hub:org/name[@config][/split][#field]. Given several times, the sources are mixed, as
+    WEIGHT:SPEC in these shares of tokens, else equally."""
     valid: str = ""
     """Validation text, spelled like --data. Empty: a fixed part of --data is held out."""
-    tokenizer: Literal["bytes"] = "bytes"
-    """bytes: 256 byte values and a start-of-document mark."""
+    valid_bytes: int = 2_000_000
+    """Validation text of a stream ends with the document that reaches this many bytes."""
+    tokenizer: str = "bytes"
+    """bytes: 256 byte values and a start-of-document mark. bpe:N: N merges, trained on the first
+    part of the data. Or the path of a tokenizer.json, or org/name on the Hub."""
+    shuffle_buffer: int = 1024
+    """Documents that a stream shuffles at a time."""
+    workers: int = 0
+    """Processes per process that read and tokenise a stream ahead. 0: a thread."""
 
     preset: Literal["tiny", "small", "base", "large"] = "small"
     """Named sizes and training settings; every other flag overrides its part of the preset."""
@@ -148,7 +158,7 @@ IDENTITY_FREE = {
     *("steps", "minutes", "preset", "config", "run_dir", "resume", "keep", "wandb"),
     *("checkpoint_every", "eval_every", "log_every"),
     *("prompt", "sample_tokens", "temperature", "top_p"),
-    *("backend", "precision", "device", "compile"),
+    *("backend", "precision", "device", "compile", "workers"),
 }
 
 
@@ -160,6 +170,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--config")
+    early.add_argument("--data", action="append")
     flags, _ = early.parse_known_args(argv)
     toml = read_toml(flags.config) if flags.config else {}
     preset = flags.preset or toml.get("preset") or Config.preset
@@ -168,6 +179,8 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     training = dict(zip(TRAINING_COLUMNS[:-1], TRAINING[preset]))
     values = {**model_settings(PRESETS[preset]), **training, **toml, "preset": preset}
     default = dataclasses.replace(Config(), **values)
+    if flags.data:
+        default.data = ()  # or tyro would append to it
     config = tyro.cli(Config, args=argv, default=default, description=description)
     if not config.steps and not config.minutes:
         config.steps = TRAINING[config.preset][-1]
@@ -214,10 +227,13 @@ def toml_value(path: str, key: str, value, hint):
         if value in get_args(hint):
             return value
         rule = f"one of {', '.join(map(repr, get_args(hint)))}"
-    elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
-        if isinstance(value, list) and all(type(item) is int for item in value):
+    elif isinstance(hint, types.GenericAlias):  # tuple[int, ...] or tuple[str, ...]
+        kind = get_args(hint)[0]
+        if kind is str and type(value) is str:
+            return (value,)
+        if isinstance(value, list) and all(type(item) is kind for item in value):
             return tuple(value)
-        rule = "a list of whole numbers"
+        rule = f"a list of {'whole numbers' if kind is int else 'strings'}"
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif type(value) is hint:
@@ -233,15 +249,17 @@ def validate(config: Config) -> None:
     """Ranges that the types do not say."""
     at_least = {
         1: "d_model num_layers hidden_size num_heads context_length batch_size segment_length "
-        "log_every keep",
+        "log_every keep valid_bytes shuffle_buffer",
         0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
-        "checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed",
+        "checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed workers",
     }
     for least, names in at_least.items():
         for name in names.split():
             value = getattr(config, name)
             if not (math.isfinite(value) and value >= least):
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not config.data:
+        raise UserError("--data must name at least one source")
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
     if not config.lr_floor <= 1:

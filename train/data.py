@@ -1,98 +1,278 @@
-"""From a `--data` spec to lanes of tokens.
+"""From `--data` specs to batches of tokens.
 
-    documents [(name, bytes)] -> train | validation -> tokens -> lanes of (inputs, targets, reset)
+    in memory   documents [(name, bytes)] -> train | validation -> tokens -> lanes -> batches
+    streamed    shards -> documents without the held-out ones -> tokens -> lanes -> batches
 
-A document's tokens are `BOS b1 b2 ... bn`: with the `bytes` tokenizer 256 byte values, and BOS is
+One `stdlib` or local `text:` source is read into memory; everything else, and several sources, are
+streamed (`kru_triton.train.streams`; the specs are in `kru_triton.train.sources`).
+
+A document's tokens are `BOS t1 t2 ... tn`: with the `bytes` tokenizer 256 byte values, and BOS is
 256. All documents in a row, each behind its BOS, are the *stream*. The model reads stream[i] and
 predicts stream[i + 1]; where it reads BOS, `reset` is True and its state starts from zero. So the
-first byte of a document is predicted from BOS alone, and after the last byte of a document the
-next BOS is predicted: the model also learns where documents end. Bits per byte counts the byte
-targets only: each byte of each validation document exactly once.
+first token of a document is predicted from BOS alone, and after the last token of a document the
+next BOS is predicted: the model also learns where documents end. Bits per byte counts the targets
+that are no BOS, and divides by bytes: each byte of each validation document exactly once.
 
-The held-out part, where `--valid` is empty. By file: the files are ordered by the SHA-256 of
-"kru_triton:0:NAME" (NAME: the path below the common folder), and each one that still fits into 5%
-of the bytes is held out. Where that yields less than 1% (one file, or a few large ones), the last
-tenth of each file is held out instead, from a line start on. So the split depends on names and
-sizes only, not on `--seed`.
+The held-out part, where `--valid` is empty. In memory, by file: the files are ordered by the
+SHA-256 of "kru_triton:0:NAME" (NAME: the path below the common folder), and each one that still
+fits into 5% of the bytes is held out. Where that yields less than 1% (one file, or a few large
+ones), the last tenth of each file is held out instead, from a line start on. So the split depends
+on names and sizes only, not on `--seed`. Streamed, by document: a checksum of its text holds 1 in
+50 out. None of those is ever trained on; the first of them, `--valid-bytes` in all, are the
+validation text.
+
+RUN_DIR/data.json and tokenizer.json keep what a run found and trained when it began, for its other
+processes and for going on: the remote shards, the held-out documents, the tokenizer.
 """
 
-import glob
 import gzip
 import hashlib
+import itertools
+import json
 import lzma
 import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kru_triton.train.config import UserError
+from kru_triton.train.checkpoints import write_atomic
+from kru_triton.train.config import Config, UserError
+from kru_triton.train.run_directory import RUN_FILES, set_aside
+from kru_triton.train.sources import (
+    START,
+    DataError,
+    Source,
+    find_source,
+    is_url,
+    matching_files,
+    read,
+    stdlib_files,
+)
+from kru_triton.train.streams import HELD_OUT_SHARE, Plan, StreamBatches, is_held_out, join
+from kru_triton.train.tokenizer import (
+    TRAINING_BYTES,
+    ByteTokenizer,
+    FileTokenizer,
+    bpe_merges,
+    check_lossless,
+    read_tokenizer,
+    train_bpe,
+)
+
+__all__ = ["ByteTokenizer", "Data", "DataError", "Lanes", "Stream", "build"]
 
 HELD_OUT_BYTES = 0.05  # by file
 HELD_OUT_TAIL = 0.10  # of each file, where whole files do not fit
+MEMORY_LIMIT = 4 << 30  # bytes of text; more is streamed
+DATA_FILES = ("data.json", "tokenizer.json")
 
 Document = tuple[str, bytes]  # name, text
 
 
-class ByteTokenizer:
-    """One token per byte, and BOS."""
+@dataclass
+class Data:
+    """What a run reads, on one rank.
 
-    bos = 256
-    vocab_size = 257
+    Batches have `next()`, `state()`, `load_state(state)`, `epochs_read()`, `counts()`, `close()`,
+    and `waited`, the seconds that `next()` has waited for data.
+    """
 
-    def encode(self, text: bytes) -> np.ndarray:
-        return np.frombuffer(text, dtype=np.uint8)
-
-    def decode(self, tokens: list[int]) -> bytes:
-        return bytes(token for token in tokens if token < 256)
-
-
-# Documents
+    tokenizer: ByteTokenizer | FileTokenizer
+    train: "Lanes | StreamBatches"
+    valid: "Stream"
+    facts: dict  # what is known of "train" and "valid"
+    rivals: dict[str, float]  # bits per byte of gzip and xz on the validation text; rank 0 only
 
 
-def load_documents(data: str, valid: str) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents of `--data` and `--valid`."""
+def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> Data:
+    """Tokenizer, training batches of this rank and validation stream, as `config` says.
+
+    Rank 0 calls it before the other ranks do: it writes data.json and tokenizer.json, they read
+    them.
+
+    Raises:
+        UserError: a spec, the data or the tokenizer is not what it should be.
+        DataError: a shard cannot be read.
+    """
+    saved = remembered(config, run_dir, rank)
+    found = {"settings": data_settings(config)}
+    sizes = config.batch_size, config.segment_length
+    in_memory = fits_in_memory(config.data)
+    if in_memory:
+        train, held_out = load_documents(config.data[0], config.valid, config.valid_bytes)
+        sample = (text for _, text in train)
+    else:
+        hold_out_some = config.valid == "" or config.data == (config.valid,)
+        sources = find_sources(config, saved)
+        if saved:
+            held_out = [(name, text.encode()) for name, text in saved["held_out"]]
+        elif hold_out_some:
+            held_out = held_out_documents(sources, config.valid_bytes)
+        else:
+            held_out = read_documents(config.valid, config.valid_bytes)
+        check_not_empty("validation", held_out, config.data, config.valid)
+        sample = sample_documents(sources, hold_out_some)
+        found["sources"] = [source.as_json() for source in sources]
+        found["held_out"] = [(name, text.decode("utf-8", "replace")) for name, text in held_out]
+    tokenizer = make_tokenizer(config, run_dir, saved, sample)
+    found["tokenizer_sha256"] = tokenizer.sha256
+    if not saved and not (in_memory and tokenizer.sha256 == ""):
+        remember(config, run_dir, found, tokenizer)
+
+    valid = Stream(held_out, tokenizer)
+    if len(valid) <= config.segment_length:
+        raise UserError(
+            f"validation stream too short: {len(valid)} tokens, one segment has "
+            f"{config.segment_length}; give more text with --valid, or lower --segment-length"
+        )
+    if in_memory:
+        known = facts(train)
+        batches = Lanes(Stream(train, tokenizer), *sizes, config.seed, rank, world_size)
+    else:
+        known = shard_facts(sources)
+        plan = Plan(
+            tuple(sources),
+            tokenizer,
+            config.seed,
+            rank,
+            world_size,
+            config.shuffle_buffer,
+            hold_out_some,
+        )
+        batches = StreamBatches(plan, *sizes, config.workers)
+    rivals = {}
+    if rank == 0:
+        rivals = compressed_bits_per_byte(held_out)
+        texts = [text for _, text in held_out]
+        if not check_lossless(tokenizer, texts):
+            print(
+                f"warning: --tokenizer {config.tokenizer} does not give texts back as they were: "
+                "bits per byte would come out too low"
+            )
+    return Data(tokenizer, batches, valid, {"train": known, "valid": facts(held_out)}, rivals)
+
+
+# What a run remembers of its data
+
+
+def data_settings(config: Config) -> dict:
+    """The settings that data.json and tokenizer.json follow from."""
+    names = ("data", "valid", "valid_bytes", "tokenizer", "shuffle_buffer")
+    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
+
+
+def remembered(config: Config, run_dir: Path, rank: int) -> dict | None:
+    """data.json of this run, None where it is to be written."""
+    path = run_dir / "data.json"
+    if not path.exists() or (rank == 0 and config.resume == "never"):
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["settings"] == data_settings(config):
+        return saved
+    if rank == 0 and not (run_dir / "config.json").exists():
+        return None  # of a run that never began
+    lines = [
+        f"  {key}: {saved['settings'].get(key)!r} there, {value!r} now"
+        for key, value in data_settings(config).items()
+        if saved["settings"].get(key) != value
+    ]
+    raise UserError(
+        "\n".join([f"{run_dir} belongs to a run with other data:", *lines])
+        + "\nchoose another --run-dir, or --resume never to set that run's files aside"
+    )
+
+
+def remember(config: Config, run_dir: Path, found: dict, tokenizer) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if config.resume == "never":
+            set_aside(run_dir, RUN_FILES + DATA_FILES)
+        if tokenizer.sha256:
+            write_atomic(run_dir / "tokenizer.json", tokenizer.json)
+        write_atomic(run_dir / "data.json", json.dumps(found))
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
+
+
+def make_tokenizer(config: Config, run_dir: Path, saved: dict | None, sample: Iterator[bytes]):
+    """The tokenizer that `--tokenizer` names; the one in the run directory where it has one."""
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if saved:
+        return run_tokenizer(run_dir, saved["tokenizer_sha256"])
+    merges = bpe_merges(config.tokenizer)
+    return train_bpe(merges, sample) if merges else read_tokenizer(config.tokenizer)
+
+
+def run_tokenizer(run_dir: Path, sha256: str = "") -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of a run: of its tokenizer.json, or bytes where there is none."""
+    path = run_dir / "tokenizer.json"
+    if not path.exists() and not sha256:
+        return ByteTokenizer()
+    try:
+        tokenizer = FileTokenizer(path.read_text(encoding="utf-8"))
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise UserError(f"cannot read {path}: {error}") from error
+    if sha256 and tokenizer.sha256 != sha256:
+        raise UserError(f"{path} is not the tokenizer that this run began with")
+    return tokenizer
+
+
+# Documents in memory
+
+
+def fits_in_memory(specs: tuple[str, ...]) -> bool:
+    """Whether the data is one `stdlib` or local `text:` source that is not too large."""
+    (first, *more) = specs
+    if more or first == "stdlib" or not first.startswith("text:") or is_url(first[5:]):
+        return not more and first == "stdlib"
+    return sum(os.path.getsize(file) for file in matching_files(first)) <= MEMORY_LIMIT
+
+
+def load_documents(
+    data: str, valid: str, valid_bytes: int = 1 << 62
+) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents of `--data` and `--valid`, the former in memory."""
     documents = read_documents(data)
     if valid in ("", data):
         train, held_out = hold_out(documents)
     else:
-        held_out = read_documents(valid)
+        held_out = read_documents(valid, valid_bytes)
         if valid == "stdlib":
             held_out = hold_out(held_out)[1]
         train = documents
-        if data.startswith("text:") and valid.startswith("text:"):
+        if data.startswith("text:") and valid.startswith("text:") and not is_url(valid[5:]):
             held_out_files = set(matching_files(valid))
             files = matching_files(data)
             train = [d for d, file in zip(documents, files) if file not in held_out_files]
-    for role, part in (("training", train), ("validation", held_out)):
-        if not any(text for _, text in part):
-            raise UserError(f"{role} data is empty (--data {data!r}, --valid {valid!r})")
+    check_not_empty("training", train, data, valid)
+    check_not_empty("validation", held_out, data, valid)
     return [d for d in train if d[1]], [d for d in held_out if d[1]]
 
 
-def read_documents(spec: str) -> list[Document]:
-    """Every document that `spec` names, in a fixed order."""
+def check_not_empty(role: str, part: list[Document], data, valid: str) -> None:
+    if not any(text for _, text in part):
+        raise UserError(f"{role} data is empty (--data {data!r}, --valid {valid!r})")
+
+
+def read_documents(spec: str, limit: int = 1 << 62) -> list[Document]:
+    """Every document that `spec` names, in a fixed order; of a stream, the first `limit` bytes."""
     if spec == "stdlib":
-        return stdlib_documents()
-    if spec.startswith("text:"):
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = stdlib_files()
+        return [(Path(file).relative_to(root).as_posix(), read_text(file)) for file in files]
+    if spec.startswith("text:") and not is_url(spec[5:]):
         files = matching_files(spec)
         texts = [read_text(file) for file in files]
         if not any(texts):
             raise UserError(f"{spec!r} is an empty corpus: all {len(files)} files have 0 bytes")
         folder = os.path.commonpath([os.path.dirname(file) for file in files])
         return [(os.path.relpath(file, folder), text) for file, text in zip(files, texts)]
-    raise UserError(f"unknown data {spec!r}; known: stdlib, text:GLOB (as in text:books/**/*.txt)")
-
-
-def matching_files(spec: str) -> list[str]:
-    """The files of `text:GLOB`, absolute, sorted."""
-    pattern = os.path.abspath(os.path.expanduser(spec.removeprefix("text:")))
-    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not files:
-        raise UserError(f"no file matches {spec!r} (looked for {pattern})")
-    return files
+    return list(first_bytes(source_documents(find_source(spec)), limit))
 
 
 def read_text(file: str) -> bytes:
@@ -108,25 +288,98 @@ def read_text(file: str) -> bytes:
     return text
 
 
-def stdlib_documents() -> list[Document]:
-    """The `*.py` files of the running Python's standard library, sorted by path.
+# Documents of streams
 
-    Left out: tests, installed packages, and what depends on how this Python was built. The text is
-    the same for every build of one Python version, up to what a distribution changes; so its
-    SHA-256 is part of every result.
+
+def find_sources(config: Config, saved: dict | None) -> list[Source]:
+    """The sources of `--data`, without the shards of `--valid`.
+
+    Remote ones are those that the run found when it began; local ones must still be the same.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    if saved:
+        return [find_again(Source.of_json(value)) for value in saved["sources"]]
+    sources = [find_source(spec) for spec in config.data]
+    if config.valid and config.data != (config.valid,):
+        held_out = {shard.url for shard in find_source(config.valid).shards}
+        sources = [
+            source.with_shards(shard for shard in source.shards if shard.url not in held_out)
+            for source in sources
+        ]
+    for source in sources:
+        if not source.shards:
+            raise UserError(f"--data {source.spec}: all of its shards are in --valid")
+        if not any(text for _, text in itertools.islice(source_documents(source), 10_000)):
+            raise UserError(f"--data {source.spec}: the first rows have no text")
+    return sources
+
+
+def find_again(source: Source) -> Source:
+    if any(shard.remote for shard in source.shards):
+        return source
+    now = {shard.name: shard for shard in find_source(source.spec).shards}
+    for shard in source.shards:
+        size = now[shard.name].size if shard.name in now else None
+        if size != shard.size:
+            state = "is gone" if size is None else f"has {size:,} bytes"
+            raise DataError(shard.url, f"{state}; it had {shard.size:,} when the run began")
+    return source.with_shards(now[shard.name] for shard in source.shards)
+
+
+def source_documents(source: Source) -> Iterator[Document]:
+    """The documents of a source, shard after shard; the name of each is its place."""
+    for index, shard in enumerate(source.shards):
+        for row in read(source, index, START, 0, 1):
+            if row.text:
+                yield f"{shard.name}:{row.at}", row.text
+
+
+def first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]:
+    """The first documents that have `limit` bytes together."""
+    size = 0
+    for name, text in documents:
+        yield name, text
+        size += len(text)
+        if size >= limit:
+            return
+
+
+def held_out_documents(sources: list[Source], limit: int) -> list[Document]:
+    """The first held-out documents of all sources, about `limit` bytes together.
+
+    Reading ends where, from the share that is held out, twice as many were to be expected.
+    """
+    share = limit // len(sources)
     documents = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [n for n in folders if n not in skip and not n.startswith("config-")]
-        for name in files:
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                path = Path(folder, name)
-                documents.append((path.relative_to(root).as_posix(), read_text(str(path))))
-    if not documents:
-        raise UserError(f"no *.py file under {root}; use --data text:GLOB")
-    return sorted(documents)
+    for source in sources:
+        read = first_bytes(source_documents(source), int(2 * share / HELD_OUT_SHARE))
+        held_out = (document for document in read if is_held_out(document[1]))
+        documents += first_bytes(held_out, share)
+    return documents
+
+
+def sample_documents(sources: list[Source], hold_out_some: bool) -> Iterator[bytes]:
+    """Training documents from the beginning of each source, for a tokenizer to be trained on."""
+    for source in sources:
+        documents = first_bytes(source_documents(source), TRAINING_BYTES // len(sources))
+        yield from (t for _, t in documents if not (hold_out_some and is_held_out(t)))
+
+
+def shard_facts(sources: list[Source]) -> dict:
+    """Number and size of the shards, and the SHA-256 of their names and sizes."""
+    shards = [shard for source in sources for shard in source.shards]
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.name}\0{shard.size}\0".encode())
+    sizes = [shard.size for shard in shards]
+    return {
+        "sources": [source.spec for source in sources],
+        "shards": len(shards),
+        "bytes": None if None in sizes else sum(sizes),
+        "sha256": digest.hexdigest(),
+    }
+
+
+# The held-out part and facts of documents in memory
 
 
 def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -170,6 +423,15 @@ def facts(documents: list[Document]) -> dict:
     return {"documents": len(documents), "bytes": count, "sha256": digest.hexdigest()}
 
 
+def describe(facts: dict) -> str:
+    """Facts for people."""
+    size = "unknown size" if facts["bytes"] is None else f"{facts['bytes']:,} bytes"
+    if "shards" in facts:
+        kind = f"{facts['shards']:,} shards of {', '.join(facts['sources'])}, streamed, {size}"
+        return f"{kind}, sha256 of names and sizes {facts['sha256'][:16]}"
+    return f"{facts['documents']:,} documents, {size}, sha256 {facts['sha256'][:16]}"
+
+
 def compressed_bits_per_byte(documents: list[Document]) -> dict[str, float]:
     """What `gzip -9` and `xz` make of the documents, one after another."""
     text = b"".join(text for _, text in documents)
@@ -185,14 +447,10 @@ def compressed_bits_per_byte(documents: list[Document]) -> dict[str, float]:
 class Stream:
     """Documents as one array of tokens, each document behind its BOS."""
 
-    def __init__(self, documents: list[Document], tokenizer: ByteTokenizer):
+    def __init__(self, documents: list[Document], tokenizer: ByteTokenizer | FileTokenizer):
         self.bos = tokenizer.bos
-        pieces = []
-        for _, text in documents:
-            pieces += [np.array([self.bos], np.uint16), tokenizer.encode(text).astype(np.uint16)]
-        self.tokens = np.concatenate(pieces)
-        lengths = [1 + len(piece) for piece in pieces[1::2]]
-        self.starts = np.cumsum([0, *lengths])  # of each document, and the end
+        self.tokens, starts = join(tokenizer, [text for _, text in documents])
+        self.starts = np.array(starts)  # of each document, and the end
         self.num_bytes = sum(len(text) for _, text in documents)
 
     def __len__(self) -> int:
@@ -205,20 +463,34 @@ class Lanes:
         documents of an epoch, permuted   |---- lane 0 ----|---- lane 1 ----|---- lane 2 ----|
         next()                             ==>              ==>              ==>
 
-    With L tokens and B lanes, lane k reads [k L // B, (k + 1) L // B) of epoch 0, then of epoch 1,
-    and so on: every token is a target exactly once per epoch. `reset` marks document starts and the
-    start of each part (a part may begin inside a document; what came before is in another lane).
-    All lanes have read equally many tokens at any time, so the whole position is that one number.
+    With L tokens and B lanes (of all ranks together), lane k reads [k L // B, (k + 1) L // B) of
+    epoch 0, then of epoch 1, and so on: every token is a target exactly once per epoch. `reset`
+    marks document starts and the start of each part (a part may begin inside a document; what came
+    before is in another lane). Rank r of W holds lanes [r B / W, (r + 1) B / W), so W may change
+    while B stays. All lanes have read equally many tokens at any time, so the whole position is
+    that one number.
     """
 
-    def __init__(self, stream: Stream, batch_size: int, segment_length: int, seed: int):
-        if len(stream) < 2 * batch_size:
+    waited = 0.0  # everything is in memory
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        segment_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_lanes = batch_size * world_size
+        if len(stream) < 2 * self.num_lanes:
             raise UserError(
-                f"{len(stream)} training tokens are too few for {batch_size} lanes; lower "
+                f"{len(stream)} training tokens are too few for {self.num_lanes} lanes; lower "
                 "--batch-size or add text"
             )
         self.stream, self.segment_length, self.seed = stream, segment_length, seed
-        self.cuts = [lane * len(stream) // batch_size for lane in range(batch_size + 1)]
+        lanes = range(rank * batch_size, (rank + 1) * batch_size + 1)
+        self.cuts = [lane * len(stream) // self.num_lanes for lane in lanes]
         self.position = 0  # tokens that each lane has read
         self.orders = {}  # epoch -> order of documents, and their starts in it; the last two
 
@@ -252,7 +524,7 @@ class Lanes:
             pieces.append(self.stream.tokens[source : source + length])
             at, index = at + length, index + 1
         if begin + count > len(self.stream):
-            pieces.append(np.array([self.stream.bos], np.uint16))
+            pieces.append(np.array([self.stream.bos], self.stream.tokens.dtype))
         return np.concatenate(pieces)
 
     def epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -266,13 +538,31 @@ class Lanes:
 
     def epochs_read(self) -> float:
         """How many times the text has been read."""
-        return self.position / (self.cuts[1] - self.cuts[0])
+        return self.position * self.num_lanes / len(self.stream)
+
+    def counts(self) -> dict[str, int]:
+        """Nothing beyond `facts`."""
+        return {}
 
     def state(self) -> dict:
-        return {"position": self.position}
+        tokens = len(self.stream)
+        return {"position": self.position, "lanes": self.num_lanes, "tokens": tokens}
 
     def load_state(self, state: dict) -> None:
+        if state["lanes"] != self.num_lanes:
+            raise ValueError(
+                f"its {state['lanes']} lanes are {self.num_lanes} now; keep processes times "
+                "--batch-size as it was"
+            )
+        if state["tokens"] != len(self.stream):
+            raise ValueError(
+                f"its text has {state['tokens']} tokens, this one {len(self.stream)}: other data "
+                "or another tokenizer"
+            )
         self.position = state["position"]
+
+    def close(self) -> None:
+        """Nothing to end: everything is in memory."""
 
 
 def validation_segments(

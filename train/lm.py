@@ -226,18 +226,9 @@ def train(config: Config) -> int:
     config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
 
     # Data
-    tokenizer = data.ByteTokenizer()
-    documents = dict(zip(("train", "valid"), data.load_documents(config.data, config.valid)))
-    facts = {name: data.facts(part) for name, part in documents.items()}
-    rivals = data.compressed_bits_per_byte(documents["valid"])
-    streams = {name: data.Stream(part, tokenizer) for name, part in documents.items()}
-    del documents
-    lanes = data.Lanes(streams["train"], config.batch_size, config.segment_length, config.seed)
-    if len(streams["valid"]) <= config.segment_length:
-        raise UserError(
-            f"validation stream too short: {len(streams['valid'])} tokens, one segment has "
-            f"{config.segment_length}; give more text with --valid, or lower --segment-length"
-        )
+    text = data.build(config, run_dir)
+    tokenizer, lanes, valid = text.tokenizer, text.train, text.valid
+    facts, rivals = text.facts, text.rivals
 
     # Model
     architecture = model_config(config, tokenizer.vocab_size)
@@ -260,6 +251,7 @@ def train(config: Config) -> int:
         "model_config": dataclasses.asdict(architecture),
         "train_sha256": facts["train"]["sha256"],
         "valid_sha256": facts["valid"]["sha256"],
+        "tokenizer_sha256": tokenizer.sha256,
         "wandb_id": new_run_id(),
     }
     settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
@@ -268,11 +260,9 @@ def train(config: Config) -> int:
     print(textwrap.fill(f"model {settings['model_config']}", 100, break_on_hyphens=False))
     print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
     print(f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads")
+    print(f"tokenizer: {tokenizer.describe()}")
     for name, fact in facts.items():
-        print(
-            f"{name}: {fact['documents']:,} documents, {fact['bytes']:,} bytes, "
-            f"sha256 {fact['sha256'][:16]}"
-        )
+        print(f"{name}: {data.describe(fact)}")
     print(f"valid, bits per byte: gzip -9 {rivals['gzip']:.4f}, xz {rivals['xz']:.4f}")
     print(f"commit {commit()}, versions {versions()}")
 
@@ -284,6 +274,8 @@ def train(config: Config) -> int:
             at = unpack(checkpoint, model, optimizer, lanes)
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint.path} is of another version: {error}") from error
+        except ValueError as error:  # of lanes.load_state
+            raise UserError(f"{checkpoint.path}: {error}") from error
         saved_step = at.step
         print(f"resumed from {checkpoint.path}: step {at.step}, {at.seconds:.0f} s")
     metrics = Metrics(run_dir / "metrics.jsonl", at.step)
@@ -369,7 +361,7 @@ def train(config: Config) -> int:
                     "lr": rate,
                 }
                 if evaluating:
-                    row |= evaluate(model, streams["valid"], config.segment_length, autocast)
+                    row |= evaluate(model, valid, config.segment_length, autocast)
                     if config.sample_tokens:
                         sample = write_sample(model, tokenizer, config, at.step)
                 metrics.write(row)
@@ -396,7 +388,7 @@ def train(config: Config) -> int:
         # Result
         result = metrics.rows[-1] if metrics.rows else {}
         if result.get("step") != at.step or "val/bpb" not in result:  # the budget was lowered
-            result = evaluate(model, streams["valid"], config.segment_length, autocast)
+            result = evaluate(model, valid, config.segment_length, autocast)
         summary = {
             "val/bpb": result["val/bpb"],
             "val/loss_nats": result["val/loss_nats"],
@@ -439,6 +431,7 @@ def train(config: Config) -> int:
     finally:
         bar.close()
         wandb.finish()
+        lanes.close()
 
 
 def main() -> None:

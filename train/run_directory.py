@@ -87,9 +87,9 @@ def identity(settings: dict) -> dict:
     return {key: value for key, value in flat.items() if key not in free}
 
 
-def set_aside(run_dir: Path) -> None:
+def set_aside(run_dir: Path, names: tuple[str, ...] = RUN_FILES) -> None:
     """Move the files of an earlier run into `old-N/`."""
-    present = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+    present = [run_dir / name for name in names if (run_dir / name).exists()]
     if not present:
         return
     number = 1

@@ -25,7 +25,8 @@ import tyro
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
 from kru_triton.train import checkpoints
 from kru_triton.train.config import UserError
-from kru_triton.train.data import ByteTokenizer
+from kru_triton.train.data import run_tokenizer
+from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer
 
 
 @dataclass
@@ -51,7 +52,7 @@ class SampleConfig:
 @torch.no_grad()
 def generate(
     model: LanguageModel,
-    tokenizer: ByteTokenizer,
+    tokenizer: ByteTokenizer | FileTokenizer,
     prompt: bytes,
     count: int,
     *,
@@ -96,7 +97,7 @@ def draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torc
 
 def load_model(
     run_dir: str, device: str, backend: str
-) -> tuple[LanguageModel, ByteTokenizer, checkpoints.Checkpoint]:
+) -> tuple[LanguageModel, ByteTokenizer | FileTokenizer, checkpoints.Checkpoint]:
     """The newest good checkpoint of a run as a model in evaluation mode."""
     checkpoint, corrupt = checkpoints.load_latest(Path(run_dir))
     for path, reason in corrupt:
@@ -109,7 +110,13 @@ def load_model(
     settings["factors"] = tuple(settings["factors"]) if settings["factors"] else None
     model = LanguageModel(LanguageModelConfig(**settings))
     model.load_state_dict(checkpoint.tensors["model"])
-    return model.to(pick_device(device)).eval(), ByteTokenizer(), checkpoint
+    tokenizer = run_tokenizer(Path(run_dir))
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {run_dir} has {tokenizer.vocab_size} tokens, the model of "
+            f"{checkpoint.path} {model.config.vocab_size}: tokenizer.json is another run's"
+        )
+    return model.to(pick_device(device)).eval(), tokenizer, checkpoint
 
 
 def pick_device(name: str) -> torch.device:
@@ -162,8 +169,8 @@ def run(config: SampleConfig) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(decoder.decode(prompt))
-    for token in tokens:
-        sys.stdout.write(decoder.decode(tokenizer.decode([token])))
+    for piece in tokenizer.decode_each(tokens):
+        sys.stdout.write(decoder.decode(piece))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
     sys.stdout.flush()

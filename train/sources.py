@@ -1,0 +1,540 @@
+"""Where documents come from: the shards behind a `--data` spec, read from any position on.
+
+    [WEIGHT:]SPEC   stdlib                                   source of this Python's own library
+                    text:GLOB                                a file is a document
+                    json:GLOB[#field]                        a line is a document (JSON lines)
+                    parquet:GLOB[#field]                     a row is a document
+                    hub:org/name[@config][/split][#field]    a row is a document
+
+A GLOB is a local one or an http(s) URL, where only `*` matches. JSON lines and text may be
+compressed (.gz, .bz2, .xz). The field is `text`, the split `train` where none is named. Shards of a
+Hub data set must be .jsonl, .ndjson, .json, .parquet or .txt files; none of its code ever runs.
+
+**Positions.** A place in a shard is one number: the byte offset of a line, the number of a row. So
+reading goes on from any document without what lies before it (but for compressed lines), and a
+shard can be cut into pieces that different readers read, each line or row by exactly one of them.
+
+**Faults.** Shards have the size that was found when the run began, or reading fails: a reply or a
+file that is short, even one cut at a line end, is an error, not an end. Anything that goes wrong
+with a remote shard is tried again from the document that was to come, `RETRIES` times in a row with
+growing pauses; then, and at once for local files, `DataError` names the shard.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import io
+import json
+import os
+import re
+import socket
+import sys
+import sysconfig
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kru_triton.train.config import UserError
+
+RETRIES = 10  # in a row, without a document between them
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds; doubled each time
+STALL = 30.0  # seconds without a byte
+CHUNK = 4 << 20  # bytes of one request
+STRIPE = 1 << 16  # bytes of uncompressed text: what readers of one compressed file take in turn
+START = -1  # position before the first document of a piece
+
+KINDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+
+
+class DataError(UserError):
+    """A shard that cannot be read, or not to its end."""
+
+    def __init__(self, shard: str, reason: str):
+        super().__init__(shard, reason)
+        self.shard, self.reason = shard, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file, local or remote, and what was known of it when the run began."""
+
+    url: str
+    kind: str  # "json", "parquet" or "text"
+    size: int | None  # bytes; None where the server does not say
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.url
+
+    @property
+    def name(self) -> str:
+        """The URL, or the name of a local file, which may lie elsewhere when a run goes on."""
+        return self.url if self.remote else os.path.basename(self.url)
+
+    @property
+    def compression(self) -> str | None:
+        return COMPRESSED.get(os.path.splitext(self.url.partition("?")[0])[1])
+
+
+@dataclass(frozen=True)
+class Source:
+    """The shards of one spec."""
+
+    spec: str
+    weight: float
+    field: str
+    shards: tuple[Shard, ...]
+
+    def with_shards(self, shards: Iterable[Shard]) -> "Source":
+        return dataclasses.replace(self, shards=tuple(shards))
+
+    def as_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def of_json(value: dict) -> "Source":
+        return Source(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
+
+
+class Row(NamedTuple):
+    """One document."""
+
+    at: int  # its position in the shard
+    next: int  # that of what follows
+    text: bytes | None  # UTF-8; None where the row has none
+    replaced: bool  # whether invalid UTF-8 was replaced
+
+
+# From specs to shards
+
+
+def split_weight(spec: str) -> tuple[float, str]:
+    """Weight (1 where there is none) and the rest of `[WEIGHT:]SPEC`."""
+    match = re.match(r"(\d+\.?\d*|\.\d+):(.*)", spec)
+    if not match:
+        return 1.0, spec
+    if not float(match[1]) > 0:
+        raise UserError(f"--data {spec}: the weight must be positive")
+    return float(match[1]), match[2]
+
+
+def find_source(spec: str) -> Source:
+    """Look up the shards of `[WEIGHT:]SPEC` and their sizes."""
+    weight, rest = split_weight(spec)
+    kind, _, where = rest.partition(":")
+    if rest == "stdlib":
+        return Source(spec, weight, "", tuple(local_shard(p, "text") for p in stdlib_files()))
+    if kind == "text" and where:
+        return Source(spec, weight, "", find_shards(where, "text"))
+    if kind in ("json", "parquet") and where:
+        where, field = split_field(where)
+        return Source(spec, weight, field, find_shards(where, kind))
+    if kind == "hub" and where:
+        where, field = split_field(where)
+        return Source(spec, weight, field, find_hub_shards(where))
+    raise UserError(
+        f"unknown data {spec!r}; known: stdlib, text:GLOB (as in text:books/**/*.txt), "
+        "json:GLOB[#field], parquet:GLOB[#field], hub:org/name[@config][/split][#field]"
+    )
+
+
+def split_field(where: str) -> tuple[str, str]:
+    where, _, field = where.partition("#")
+    return where, field or "text"
+
+
+def is_url(where: str) -> bool:
+    return where.startswith(("http://", "https://"))
+
+
+def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
+    """The files of a local or http(s) GLOB, sorted."""
+    if not is_url(where):
+        return tuple(local_shard(path, kind) for path in matching_files(f"{kind}:{where}"))
+    import aiohttp
+
+    check_host(where, urllib.parse.urlsplit(where))
+    files, _ = file_system(where)
+    try:
+        urls = sorted(patiently(lambda: files.glob(where))) if "*" in where else [where]
+        if not urls:
+            raise UserError(f"no file matches '{kind}:{where}'")
+        with ThreadPoolExecutor(16) as pool:
+            sizes = list(pool.map(lambda url: patiently(lambda: files.info(url))["size"], urls))
+    except (OSError, aiohttp.ClientError) as error:
+        reason = getattr(error.__cause__, "status", None)
+        reason = f"HTTP {reason}" if reason else describe_error(error.__cause__ or error)
+        raise UserError(f"cannot read {where}: {reason}") from error
+    return tuple(Shard(url, kind, size) for url, size in zip(urls, sizes))
+
+
+def matching_files(spec: str) -> list[str]:
+    """The files of `KIND:GLOB`, local, absolute, sorted."""
+    pattern = os.path.abspath(os.path.expanduser(spec.partition(":")[2]))
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not files:
+        raise UserError(f"no file matches {spec!r} (looked for {pattern})")
+    return files
+
+
+def local_shard(path: str, kind: str) -> Shard:
+    return Shard(path, kind, os.stat(path).st_size)
+
+
+def stdlib_files() -> list[str]:
+    """The `*.py` files of the running Python's standard library, sorted by path.
+
+    Left out: tests, installed packages, and what depends on how this Python was built. The text is
+    the same for every build of one Python version, up to what a distribution changes; so its
+    SHA-256 is part of every result.
+    """
+    root = sysconfig.get_paths()["stdlib"]
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [n for n in folders if n not in skip and not n.startswith("config-")]
+        paths += [
+            os.path.join(folder, name)
+            for name in files
+            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    if not paths:
+        raise UserError(f"no *.py file under {root}; use --data text:GLOB")
+    return sorted(paths, key=lambda path: Path(path).relative_to(root).as_posix())
+
+
+def find_hub_shards(where: str) -> tuple[Shard, ...]:
+    """The files of org/name[@config][/split], at the commit that is the newest now."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/([^/@]+))?", where)
+    if not match:
+        raise UserError(f"hub:{where}: must be hub:org/name[@config][/split][#field]")
+    name, config, split = match[1], match[2], match[3] or "train"
+    check_hub(f"hub:{where}")
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        advice = "is its name right? A gated or private one needs HF_TOKEN"
+        raise UserError(f"hub:{where}: {describe_error(error)} ({advice})") from error
+    except (ValueError, RuntimeError, OSError) as error:  # unknown config, code, no data files
+        raise UserError(f"hub:{where}: {describe_error(error, 3)}") from error
+    splits = builder.config.data_files or {}
+    if split not in splits:
+        raise UserError(f"hub:{where}: no split {split!r}; it has {', '.join(map(str, splits))}")
+    files, _ = file_system("hf://")
+    shards = []
+    for url in map(str, splits[split]):
+        stem, suffix = os.path.splitext(url)
+        kind = KINDS.get(os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix)
+        if kind is None:
+            raise UserError(
+                f"hub:{where}: {os.path.basename(url)} is not of a kind that is read here "
+                f"({', '.join(KINDS)}, plain or {', '.join(COMPRESSED)})"
+            )
+        shards.append(Shard(url, kind, patiently(lambda url=url: files.info(url))["size"]))
+    return tuple(shards)
+
+
+def check_hub(what: str) -> None:
+    """Raise UserError at once where the Hub cannot be reached."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{what}: HF_HUB_OFFLINE is set; use local files, as in json:GLOB")
+    check_host(f"{what} (the Hub)", urllib.parse.urlsplit(endpoint))
+
+
+def check_host(what: str, url: urllib.parse.SplitResult) -> None:
+    """Raise UserError where nothing answers at the host of `url`."""
+    if urllib.request.getproxies():
+        return  # the way is through the proxy
+    address = url.hostname, url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"{what}: no connection to {address[0]}:{address[1]} ({describe_error(error)}); is "
+            "there a network? Local files need none"
+        ) from error
+
+
+def describe_error(error: BaseException, lines: int = 1) -> str:
+    """The first lines of an error, in one."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(text[:lines]) or type(error).__name__
+
+
+def patiently(call: Callable, attempts: int = 4):
+    """The result of `call`, after up to `attempts` tries while it raises OSError."""
+    for attempt in range(attempts):
+        try:
+            return call()
+        except OSError as error:
+            status = getattr(error.__cause__, "status", 0)
+            if attempt == attempts - 1 or (400 <= status < 500 and status != 429):
+                raise
+            time.sleep(pause(attempt))
+
+
+# Reading
+
+
+@functools.cache
+def file_system(url: str):
+    """The fsspec file system of a URL's protocol, and the options of its reads."""
+    import fsspec
+
+    if is_url(url):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        identity = {"Accept-Encoding": "identity"}  # or byte ranges would be of something else
+        return fsspec.filesystem(url.partition(":")[0], headers=identity, **options), {}
+    if url.startswith("hf://"):
+        return fsspec.filesystem("hf"), {"cache_type": "none"}
+    return fsspec.filesystem("file"), {}
+
+
+class RangeFile(io.RawIOBase):
+    """A shard as a file. Reads give what was asked for up to the shard's recorded size, or raise.
+
+    A server that ignores byte ranges, or does not say the size, sends the whole file once.
+    """
+
+    def __init__(self, shard: Shard):
+        protocol = shard.url.partition("//")[0] + "//" if shard.remote else "/"
+        self.files, self.options = file_system(protocol)
+        self.url, self.position, self.whole = shard.url, 0, None
+        self.size = shard.size
+        if self.size is None:
+            self.whole = self.files.cat_file(self.url, **self.options)
+            self.size = len(self.whole)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = base + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.size - self.position)
+        count = left if count is None or count < 0 else min(count, left)
+        data = self.fetch(self.position, count) if count else b""
+        self.position += count
+        return data
+
+    def readinto(self, buffer) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def fetch(self, begin: int, count: int) -> bytes:
+        if self.whole is not None:
+            return self.whole[begin : begin + count]
+        data = self.files.cat_file(self.url, begin, begin + count, **self.options)
+        if len(data) == self.size > count:
+            self.whole = data
+            return self.fetch(begin, count)
+        if len(data) != count:
+            raise OSError(
+                f"{len(data)} bytes at {begin} where {count} should be; the size was "
+                f"{self.size} when the run began"
+            )
+        return data
+
+
+def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterator[Row]:
+    """The documents from position `at` on of piece `piece` of `pieces` of one shard.
+
+    Raises:
+        DataError: the shard cannot be read.
+        UserError: it has no such field, or something else than text there.
+    """
+    shard, failures = source.shards[index], 0
+    rows = {"json": json_rows, "parquet": parquet_rows, "text": text_rows}[shard.kind]
+    while True:
+        try:
+            for row in rows(shard, source.field, at, piece, pieces):
+                yield row
+                at, failures = row.next, 0
+            return
+        except UserError:
+            raise
+        except Exception as error:  # whatever the layers below raise: it is not lost, see below
+            if not shard.remote or failures == RETRIES:
+                times = f" ({failures + 1} times)" if failures else ""
+                raise DataError(shard.url, f"{describe_error(error)}{times}") from error
+            seconds = pause(failures)
+            failures += 1
+            print(
+                f"warning: {shard.url}: {describe_error(error)}; again in {seconds:.0f} s",
+                file=sys.stderr,
+            )
+            time.sleep(seconds)
+
+
+def pause(failures: int) -> float:
+    return min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE)
+
+
+def json_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
+    """Lines as documents. A piece has the lines that begin in its part of the bytes."""
+    with opened(shard) as file:
+        if shard.compression:
+            begin, end = 0, sys.maxsize
+        else:
+            begin, end = file.size * piece // pieces, file.size * (piece + 1) // pieces
+        if at > begin and not shard.compression:
+            lines = read_lines(file, at)
+        else:
+            lines = read_lines(file, max(begin - 1, 0))
+            if begin > 0:
+                next(lines)  # the rest of a line that begins before, maybe only its end
+        for offset, line in lines:
+            if offset >= end:
+                return
+            if offset < at or not line.strip():
+                continue
+            if shard.compression and offset // STRIPE % pieces != piece:
+                continue
+            yield Row(offset, offset + len(line) + 1, *text_of_line(shard, field, offset, line))
+
+
+def read_lines(file: io.IOBase, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Each line from `offset` on, which is a line's start, with its own offset."""
+    if offset:
+        file.seek(offset)
+    rest = b""
+    while chunk := file.read(CHUNK):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield offset, line
+            offset += len(line) + 1
+    if rest:
+        yield offset, rest
+
+
+def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[bytes | None, bool]:
+    """The text of one JSON line, and whether something in it was replaced."""
+    replaced = False
+    try:
+        line = line.decode("utf-8")
+    except UnicodeDecodeError:
+        line, replaced = line.decode("utf-8", "replace"), True
+    try:
+        value = json.loads(line.removeprefix("\ufeff"))
+    except ValueError as error:
+        raise OSError(f"not JSON lines: {error} in the line at byte {offset}") from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{shard.url} is not JSON lines: the line at byte {offset} is "
+            f"{type(value).__name__}, not an object with a field {field!r}"
+        )
+    text = value.get(field)
+    if text is None:
+        if field not in value:
+            known = ", ".join(f"{key} ({type(v).__name__})" for key, v in value.items())
+            return (None, False) if offset else missing_field(shard, field, known)
+        return None, False
+    if not isinstance(text, str):
+        raise UserError(
+            f"{shard.url}: field {field!r} of the line at byte {offset} is "
+            f"{type(text).__name__}, not text; name another one with #field"
+        )
+    try:
+        return text.encode("utf-8"), replaced
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
+
+
+def missing_field(shard: Shard, field: str, known: str):
+    raise UserError(f"{shard.url} has no field {field!r}; it has {known}; name one with #field")
+
+
+def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
+    """Rows as documents. A piece has its part of the row numbers."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(RangeFile(shard))
+    schema = file.schema_arrow
+    if field not in schema.names:
+        missing_field(shard, field, ", ".join(f"{f.name} ({f.type})" for f in schema))
+    kind = schema.field(field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UserError(
+            f"{shard.url}: field {field!r} is {kind}, not text; name another one with #field"
+        )
+    count = file.metadata.num_rows
+    first, last = max(at, count * piece // pieces), count * (piece + 1) // pieces
+    begin = 0  # row number of the group
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).num_rows
+        if begin < last and begin + size > first:
+            number = begin
+            for batch in file.iter_batches(1024, [group], [field]):
+                column = batch.column(0).cast(pyarrow.large_binary())
+                for text in column[max(first - number, 0) :].to_pylist() if number < last else ():
+                    row = max(first, number)
+                    if row >= last:
+                        break
+                    yield Row(row, row + 1, *valid_text(text))
+                    first = row + 1
+                number += len(batch)
+        begin += size
+
+
+def valid_text(text: bytes | None) -> tuple[bytes | None, bool]:
+    """`text` with invalid UTF-8 replaced, and whether that was so."""
+    if text is None:
+        return None, False
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("utf-8", "replace").encode(), True
+    return text, False
+
+
+def text_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
+    """The file as one document, which belongs to the first piece."""
+    if at > 0 or piece > 0:
+        return
+    with opened(shard) as file:
+        text = b"".join(iter(lambda: file.read(CHUNK), b""))
+    yield Row(0, 1, *valid_text(text))
+
+
+@contextlib.contextmanager
+def opened(shard: Shard) -> Iterator[io.IOBase]:
+    """The shard as a file of uncompressed bytes."""
+    file = RangeFile(shard)
+    if not shard.compression:
+        yield file
+        return
+    from fsspec.compression import compr
+
+    with compr[shard.compression](io.BufferedReader(file, CHUNK), mode="rb") as unpacked:
+        yield unpacked
