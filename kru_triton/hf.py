@@ -463,6 +463,11 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    def generate(self, *args, **kwargs):
+        """As `GenerationMixin.generate`; its steps cost the same however long the text is."""
+        with self.model.network.decoding():
+            return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
         """As `GenerationMixin.prepare_inputs_for_generation`; nothing new to read is an error."""
         if next_sequence_length is not None and next_sequence_length < 1:

@@ -10,6 +10,7 @@ cuts the state where a document starts.
 B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time-first `(T, B, D)`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from kru_triton.decoding import Step
 from kru_triton.modules import KRU
 from kru_triton.scan import why_not_triton
 from kru_triton.unitarity import unitarity_penalty
@@ -127,6 +129,26 @@ class LanguageModel(nn.Module):
             raise ValueError(f"state: expected {taken} tensors, got {len(state)}")
         return self.norm(x).transpose(0, 1), new_state
 
+    @contextlib.contextmanager
+    def decoding(self):
+        """Inside, single steps on a CPU are fast, on the promise that no weight changes meanwhile.
+
+        Example:
+            >>> model = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=16)).eval()
+            >>> with torch.no_grad(), model.decoding():
+            ...     _, state = model(torch.tensor([[1, 2, 3]]))  # the prompt
+            ...     logits, state = model(torch.tensor([[4]]), state)
+        """
+        mixers = [b.mixer for b in self.blocks if isinstance(b.mixer, _KRUMixer)]
+        with torch.no_grad():
+            for mixer in mixers:
+                mixer.step = Step(mixer.kru)
+        try:
+            yield
+        finally:
+            for mixer in mixers:
+                mixer.step = None
+
     @property
     def num_parameters(self) -> int:
         """All trainable numbers; the tied head counts once."""
@@ -229,14 +251,30 @@ class _KRUMixer(nn.Module):
         self.norm = nn.LayerNorm(features, bias=False)
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
         self.projection = nn.Linear(features, config.d_model, bias=False)
+        self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
+        if self._single_step(x, state, reset):
+            h_n = self.step(self.kru.input_projection(x)[:, 0], state[0])
+            h = h_n[None].to(x.dtype)
+        else:
+            h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
+            h_n = h_n[0]
         h = self.norm(h)
         if self.gate is not None:
             gate = nnf.silu(self.gate(x))
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
-        return self.projection(h), [h_n[0]]
+        return self.projection(h), [h_n]
+
+    def _single_step(self, x: Tensor, state, reset) -> bool:
+        return (
+            self.step is not None
+            and x.shape[0] == 1
+            and state is not None
+            and reset is None
+            and x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        )
 
 
 class _RNNMixer(nn.Module):

@@ -18,13 +18,12 @@ from pathlib import Path
 import tyro
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils.logging import disable_progress_bar
 
 from kru_triton.hf import KRUForCausalLM, model_card
 from kru_triton.train.config import UserError
-from kru_triton.train.sample import load_model
-
-BOS = "<|endoftext|>"
+from kru_triton.train.sample import BOS, is_exported, load_model
+from kru_triton.train.tokenizer import byte_values
 
 
 @dataclass
@@ -69,8 +68,7 @@ def pretrained_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
 
 def byte_tokenizer() -> Tokenizer:
     """Token b is byte b."""
-    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend = Tokenizer(models.BPE(vocab=byte_values(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -95,6 +93,8 @@ def export(config: ExportConfig) -> Path:
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another or remove it")
+    if is_exported(config.run_dir):
+        raise UserError(f"{config.run_dir} is an exported folder already; give a run directory")
     model, tokenizer, _ = load_model(config.run_dir, "cpu", "auto")
     causal_lm = KRUForCausalLM.from_language_model(model, bos_token_id=tokenizer.bos)
     tokens = pretrained_tokenizer(tokenizer)
@@ -107,7 +107,9 @@ def export(config: ExportConfig) -> Path:
 
 
 def main() -> None:
-    config = tyro.cli(ExportConfig, description=__doc__)
+    description, _, examples = __doc__.partition("\n\n    python")
+    config = tyro.cli(ExportConfig, description=description + "\n\n    python" + examples)
+    disable_progress_bar()
     try:
         out = export(config)
     except (UserError, OSError) as error:
