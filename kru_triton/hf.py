@@ -193,7 +193,7 @@ class KRUCache:
         tensors = {f"state.{i}": t.contiguous() for i, t in enumerate(self.state or [])}
         tensors["seen"] = torch.tensor(self.seen)
         if self.started is not None:
-            tensors["started"] = self.started
+            tensors["started"] = self.started.contiguous()
         return tensors
 
     @classmethod
