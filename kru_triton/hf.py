@@ -44,7 +44,7 @@ SIZES = {field.name: field for field in dataclasses.fields(LanguageModelConfig)}
 HINTS = get_type_hints(LanguageModelConfig)
 OF_TRANSFORMERS = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {
     *("model_type", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels"),
-    *("attn_implementation", "experts_implementation", "output_attentions"),
+    *("attn_implementation", "experts_implementation", "output_attentions", "quantization_config"),
 }
 
 
@@ -236,11 +236,12 @@ class KRUPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `PreTrainedModel.save_pretrained`, and a model card where the folder has none."""
-        super().save_pretrained(save_directory, **kwargs)
         card = os.path.join(save_directory, "README.md")
         if kwargs.get("is_main_process", True) and not os.path.exists(card):
+            os.makedirs(save_directory, exist_ok=True)
             with open(card, "w", encoding="utf-8") as file:
                 file.write(model_card(self))
+        super().save_pretrained(save_directory, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights that a checkpoint lacks; a new model's are those of `LanguageModel` already."""
@@ -306,7 +307,9 @@ class KRUModel(KRUPreTrainedModel):
             raise ValueError("past_key_values and cache are two names of one argument; give one")
         cache = past_key_values if cache is None else cache
         self._check_input(input_ids, cache)
-        start, padded_right = (None, False)
+        if attention_mask is None and cache is not None and cache.started is not None:
+            attention_mask = torch.ones_like(input_ids)  # rows may begin here
+        start, padded_right = None, False
         if attention_mask is not None:
             start, padded_right, started = _read_mask(attention_mask, input_ids, cache)
         wants_cache = cache is not None or (
@@ -327,11 +330,10 @@ class KRUModel(KRUPreTrainedModel):
             x, state = self.network.hidden(input_ids, state, reset, checkpoint)
         else:
             pieces = []
-            cuts = [None] * len(input_ids.split(PROMPT_CHUNK, 1))
-            if reset is not None:
-                cuts = reset.split(PROMPT_CHUNK, 1)
-            for tokens, cut in zip(input_ids.split(PROMPT_CHUNK, 1), cuts):
-                x, state = self.network.hidden(tokens, state, cut)
+            for first in range(0, input_ids.shape[1], PROMPT_CHUNK):
+                piece = slice(first, first + PROMPT_CHUNK)
+                cut = None if reset is None else reset[:, piece]
+                x, state = self.network.hidden(input_ids[:, piece], state, cut)
                 pieces.append(x)
             x = torch.cat(pieces, 1)
         x = x.contiguous()  # not time-first any more

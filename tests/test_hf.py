@@ -480,10 +480,13 @@ def test_rows_that_have_not_begun_are_saved_too(model, tmp_path):
         assert cache.started.tolist() == [True, False]
         save_file(cache.state_dict(), tmp_path / "state.safetensors")
         loaded = KRUCache.from_state_dict(load_file(tmp_path / "state.safetensors"))
-        logits = model(tokens[:, 4:], attention_mask=mask, **{CACHE: loaded}).logits
+        logits = model(tokens[:, 4:], attention_mask=mask, **{CACHE: copy.copy(loaded)}).logits
         expected = model(tokens, attention_mask=mask).logits[:, 4:]
     assert (logits[0] - expected[0]).abs().max() < 1e-5
     assert (logits[1, 1:] - expected[1, 1:]).abs().max() < 1e-5
+    with torch.no_grad():  # without a mask everything is text
+        logits = model(tokens[:, 5:], **{CACHE: loaded}).logits[1]
+        assert (logits - model(tokens[1:, 5:]).logits[0]).abs().max() < 1e-5
 
 
 def test_one_token_per_step_and_a_state_of_constant_size(model, monkeypatch):
