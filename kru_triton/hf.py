@@ -521,10 +521,12 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            options = (
-                {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
             )
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **options)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: output.get(CACHE)})
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
@@ -548,8 +550,7 @@ def _check_labels(labels: Tensor, input_ids: Tensor, mask: Tensor | None) -> Non
 def model_card(model: KRUPreTrainedModel, facts: str = "") -> str:
     """README.md of a saved model: what it is and how to load it, and `facts`, a paragraph."""
     config = model.config
-    base = getattr(model, model.base_model_prefix, model)
-    network = base.network
+    network = model.base_model.network
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

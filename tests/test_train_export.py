@@ -63,7 +63,7 @@ def run_dir(tmp_path_factory):
     write_run(folder)
     summary = {"steps": 7, "tokens": 1234, "val/bpb": 2.5, "gzip_bpb": 3.0, "xz_bpb": 2.75}
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "config.json").write_text(json.dumps({"data": "text:a.txt"}))
+    (folder / "config.json").write_text(json.dumps({"data": ["text:a.txt"]}))
     return folder
 
 

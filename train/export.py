@@ -81,8 +81,9 @@ def training_facts(run_dir: Path) -> str:
         return ""
     summary = json.loads(path.read_text())
     settings = json.loads((run_dir / "config.json").read_text())
+    data = " ".join(settings["data"])
     return (
-        f"Trained by `train/lm.py --data {settings['data']}` for {summary['steps']:,} steps, "
+        f"Trained by `train/lm.py --data {data}` for {summary['steps']:,} steps, "
         f"{summary['tokens']:,} tokens: {summary['val/bpb']:.4f} bits per byte on held-out text "
         f"(gzip -9: {summary['gzip_bpb']:.4f}, xz: {summary['xz_bpb']:.4f}).\n"
     )
