@@ -1,5 +1,6 @@
 """What the kernels can run, in words; importable without triton."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -286,6 +287,7 @@ def streams(a: torch.Tensor, b: torch.Tensor, x_proj: torch.Tensor, *how: str) -
     return needed > max(SHARED_EVERYWHERE, shared_limit(x_proj.device))
 
 
+@functools.cache
 def triton_version() -> tuple[int, ...] | None:
     """Version of the installed triton, None without one; triton itself is not imported."""
     if importlib.util.find_spec("triton") is None:

@@ -28,3 +28,14 @@ __all__ = [
     "why_not_triton",
     "why_not_triton_lstm",
 ]
+
+OF_TRANSFORMERS = ("KRUCache", "KRUConfig", "KRUForCausalLM", "KRUModel")
+
+
+def __getattr__(name: str):
+    """The Hugging Face classes, imported with transformers when they are first asked for."""
+    if name in OF_TRANSFORMERS:
+        from kru_triton import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,12 @@ length, and `reset` cuts the state where a document starts.
 B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time-first `(T, B, D)`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from kru_triton.decoding import Step
 from kru_triton.lstm import KRULSTM
 from kru_triton.lstm_scan import why_not_triton_lstm
 from kru_triton.modules import KRU, in_chunks
@@ -102,26 +105,66 @@ class LanguageModel(nn.Module):
         Returns:
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension.
         """
+        x, state = self.hidden(tokens, state, reset)
+        logits = nnf.linear(x.transpose(0, 1), self.embedding.weight)
+        return logits.transpose(0, 1), state
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        checkpoint: Callable | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the head reads, `(B, T, D)`, and the state; arguments are those of `forward`.
+
+        `checkpoint(block, *args)` calls each block: `torch.utils.checkpoint.checkpoint` recomputes
+        it in the backward.
+        """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
         states = sum(block.mixer.num_states for block in self.blocks)
         if state is not None and len(state) != states:
             raise ValueError(f"state: expected {states} tensors, got {len(state)}")
         x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
-        x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
-        logits = nnf.linear(self.norm(x), self.embedding.weight)
-        return logits.transpose(0, 1), state
+        run = functools.partial(self._run_blocks, checkpoint=checkpoint)
+        x, state = in_chunks(run, self.config.recompute, x, state, reset)
+        return self.norm(x).transpose(0, 1), state
 
-    def _run_blocks(self, x: Tensor, state, reset, lengths=None) -> tuple[Tensor, list[Tensor]]:
+    def _run_blocks(
+        self, x: Tensor, state, reset, lengths=None, checkpoint: Callable | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """All blocks on `x (T, B, D)`."""
         new_state = []
         for block in self.blocks:
             own = None
             if state is not None:
                 own = state[len(new_state) : len(new_state) + block.mixer.num_states]
-            x, out = block(x, own, reset)
+            x, out = (
+                block(x, own, reset) if checkpoint is None else checkpoint(block, x, own, reset)
+            )
             new_state += out
         return x, new_state
+
+    @contextlib.contextmanager
+    def decoding(self):
+        """Inside, single steps on a CPU are fast, on the promise that no weight changes meanwhile.
+
+        Example:
+            >>> model = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=16)).eval()
+            >>> with torch.no_grad(), model.decoding():
+            ...     _, state = model(torch.tensor([[1, 2, 3]]))  # the prompt
+            ...     logits, state = model(torch.tensor([[4]]), state)
+        """
+        mixers = [b.mixer for b in self.blocks if isinstance(b.mixer, _KRUMixer)]
+        with torch.no_grad():
+            for mixer in mixers:
+                mixer.step = Step(mixer.kru)
+        try:
+            yield
+        finally:
+            for mixer in mixers:
+                mixer.step = None
 
     @property
     def num_parameters(self) -> int:
@@ -223,14 +266,30 @@ class _KRUMixer(nn.Module):
         self.norm = nn.LayerNorm(features, bias=False)
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
         self.projection = nn.Linear(features, config.d_model, bias=False)
+        self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
+        if self._single_step(x, state, reset):
+            h_n = self.step(self.kru.input_projection(x)[:, 0], state[0])
+            h = h_n[None].to(x.dtype)
+        else:
+            h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
+            h_n = h_n[0]
         h = self.norm(h)
         if self.gate is not None:
             gate = nnf.silu(self.gate(x))
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
-        return self.projection(h), [h_n[0]]
+        return self.projection(h), [h_n]
+
+    def _single_step(self, x: Tensor, state, reset) -> bool:
+        return (
+            self.step is not None
+            and x.shape[0] == 1
+            and state is not None
+            and reset is None
+            and x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        )
 
 
 class _KRULSTMMixer(nn.Module):

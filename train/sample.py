@@ -7,10 +7,11 @@ ends a document is never drawn: exactly `--tokens` tokens come out.
 
     python train/sample.py runs/lm --prompt "def "
     python train/sample.py runs/lm --prompt "def " --temperature 0.8 --top-p 0.95 --tokens 500
-    python train/sample.py runs/lm --prompt "import" --temperature 0
+    python train/sample.py exported --prompt "import" --temperature 0
 """
 
 import codecs
+import json
 import math
 import os
 import sys
@@ -26,13 +27,15 @@ from kru_triton.language_model import LanguageModel, LanguageModelConfig
 from kru_triton.train import checkpoints
 from kru_triton.train.config import UserError
 from kru_triton.train.data import run_tokenizer
-from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer
+from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, read_tokenizer
+
+BOS = "<|endoftext|>"  # the name of BOS in exported byte tokenizers
 
 
 @dataclass
 class SampleConfig:
     run_dir: tyro.conf.Positional[str]
-    """The run directory of train/lm.py."""
+    """The run directory of train/lm.py, a folder of train/export.py, or hub:org/name."""
     prompt: str = ""
     """Text to go on from. Empty: the start of a document."""
     temperature: float = 0.8
@@ -73,14 +76,15 @@ def generate(
     tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt).tolist()]], device=device)
     reset = torch.zeros_like(tokens, dtype=torch.bool)
     reset[0, 0] = True
-    logits, state = model(tokens, None, reset)
-    for index in range(count):
-        logits = logits[0, -1].float().cpu()
-        logits[tokenizer.bos] = -math.inf
-        token = draw(logits, temperature, top_p, generator)
-        yield token
-        if index < count - 1:
-            logits, state = model(torch.tensor([[token]], device=device), state)
+    with model.decoding():
+        logits, state = model(tokens, None, reset)
+        for index in range(count):
+            logits = logits[0, -1].float().cpu()
+            logits[tokenizer.bos] = -math.inf
+            token = draw(logits, temperature, top_p, generator)
+            yield token
+            if index < count - 1:
+                logits, state = model(torch.tensor([[token]], device=device), state)
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
@@ -96,27 +100,72 @@ def draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torc
 
 
 def load_model(
-    run_dir: str, device: str, backend: str
-) -> tuple[LanguageModel, ByteTokenizer | FileTokenizer, checkpoints.Checkpoint]:
-    """The newest good checkpoint of a run as a model in evaluation mode."""
-    checkpoint, corrupt = checkpoints.load_latest(Path(run_dir))
+    where: str, device: str, backend: str
+) -> tuple[LanguageModel, ByteTokenizer | FileTokenizer, Path]:
+    """A model in evaluation mode, its tokenizer, and the folder both were read from.
+
+    Args:
+        where: a run directory (the newest good checkpoint is taken), a folder that train/export.py
+            wrote, or `hub:org/name`.
+    """
+    found = load_exported if is_exported(where) else load_run
+    model, tokenizer, folder = found(where, backend)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {where} has {tokenizer.vocab_size} tokens, the model of {folder} "
+            f"{model.config.vocab_size}: tokenizer.json is another model's"
+        )
+    return model.to(pick_device(device)).eval(), tokenizer, folder
+
+
+def load_run(where: str, backend: str) -> tuple[LanguageModel, ByteTokenizer | FileTokenizer, Path]:
+    checkpoint, corrupt = checkpoints.load_latest(Path(where))
     for path, reason in corrupt:
         print(f"warning: {path} is corrupt: {reason}", file=sys.stderr)
     if checkpoint is None:
         raise UserError(
-            f"no {'good ' if corrupt else ''}checkpoint under {Path(run_dir, 'checkpoints')}"
+            f"no {'good ' if corrupt else ''}checkpoint under {Path(where, 'checkpoints')}"
         )
     settings = {**checkpoint.trainer["model_config"], "backend": backend}
     settings["factors"] = tuple(settings["factors"]) if settings["factors"] else None
     model = LanguageModel(LanguageModelConfig(**settings))
     model.load_state_dict(checkpoint.tensors["model"])
-    tokenizer = run_tokenizer(Path(run_dir))
-    if tokenizer.vocab_size != model.config.vocab_size:
+    return model, run_tokenizer(Path(where)), checkpoint.path
+
+
+def is_exported(where: str) -> bool:
+    """Whether `where` names a Hugging Face folder and not a run."""
+    config = Path(where, "config.json")
+    return where.startswith("hub:") or (
+        not Path(where, "checkpoints").exists()
+        and config.exists()
+        and "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    )
+
+
+def load_exported(
+    where: str, backend: str
+) -> tuple[LanguageModel, ByteTokenizer | FileTokenizer, Path]:
+    try:
+        from transformers.utils.logging import disable_progress_bar
+
+        from kru_triton.hf import KRUForCausalLM
+    except ImportError as error:
         raise UserError(
-            f"the tokenizer of {run_dir} has {tokenizer.vocab_size} tokens, the model of "
-            f"{checkpoint.path} {model.config.vocab_size}: tokenizer.json is another run's"
-        )
-    return model.to(pick_device(device)).eval(), tokenizer, checkpoint
+            f"{where} is a Hugging Face folder: pip install 'kru-triton[hf]'"
+        ) from error
+    name = where.removeprefix("hub:")
+    disable_progress_bar()
+    try:
+        model = KRUForCausalLM.from_pretrained(name, backend=backend, dtype=torch.float32)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{where}: {error}") from error
+    if not model.config.tie_word_embeddings:
+        raise UserError(f"{where}: has a head of its own (tie_word_embeddings=False); use generate")
+    tokenizer = read_tokenizer(name)
+    if tokenizer.bytes_of == [*(bytes([b]) for b in range(256)), BOS.encode()]:
+        tokenizer = ByteTokenizer()
+    return model.model.network, tokenizer, Path(name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -149,9 +198,9 @@ def run(config: SampleConfig) -> None:
         raise UserError(f"--top-p must be in (0, 1], got {config.top_p}")
     if config.tokens < 1:
         raise UserError(f"--tokens must be at least 1, got {config.tokens}")
-    model, tokenizer, checkpoint = load_model(config.run_dir, config.device, config.backend)
+    model, tokenizer, folder = load_model(config.run_dir, config.device, config.backend)
     print(
-        f"{checkpoint.path}: {model.num_parameters:,} parameters, {model.backend_report()}",
+        f"{folder}: {model.num_parameters:,} parameters, {model.backend_report()}",
         file=sys.stderr,
     )
 

@@ -1,0 +1,64 @@
+"""One step after another with weights that stay as they are, as text is written.
+
+    Z = A X Bᵀ + U,  h = σ(Z)        (Jose, Cissé and Fleuret, ICML 2018, regrouped)
+
+`kru_scan` regroups the factors, checks its arguments and sets up buffers at every call. That is
+little beside a sequence, and most of the time of a single step. A `Step` has done it once.
+"""
+
+import torch
+from torch import Tensor
+
+from kru_triton.kronecker import group_factors
+from kru_triton.modules import KRU
+from kru_triton.nonlinearity import tiny
+from kru_triton.torch_backend import left_block, right_block
+
+
+class Step:
+    """A step of one layer, with the weights that it has now: `h = step(x_proj, h)`.
+
+    Args:
+        kru: with one layer and direction. Later changes of its weights are not seen.
+
+    Example:
+        >>> kru = kru_triton.KRU(8, 6)
+        >>> x, h_0 = torch.randn(1, 3, 8), torch.randn(1, 3, 12)
+        >>> with torch.no_grad():
+        ...     step = Step(kru)
+        ...     h = step(kru.input_projection(x)[:, 0], h_0[0])
+        ...     torch.allclose(h, kru(x, h_0)[1][0], atol=1e-6)
+        True
+    """
+
+    def __init__(self, kru: KRU):
+        a, b = group_factors(kru.recurrent_factors(0))
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        self.left, self.right = left_block(a.to(dtype)), right_block(b.to(dtype))
+        self.sizes = a.shape[0], a.shape[1], a.shape[2], b.shape[2]
+        self.dtype, self.nonlinearity = dtype, kru.nonlinearity
+        self.beta = None if kru.beta() is None else kru.beta().to(dtype)
+
+    def __call__(self, x_proj: Tensor, h: Tensor) -> Tensor:
+        """The next state `(B, F)` from `x_proj (B, F)` and the last one; not differentiable."""
+        parts, heads, p, q = self.sizes
+        batch = h.shape[0]
+        x = h.to(self.dtype).view(batch, parts, heads, p, q).permute(2, 0, 3, 1, 4)
+        x = torch.bmm(x.reshape(heads, batch * p, parts * q), self.right)
+        x = torch.matmul(self.left[:, None], x.view(heads, batch, p * parts, q))
+        x = x.view(heads, batch, p, parts, q).permute(1, 3, 0, 2, 4)
+        z = x_proj.to(self.dtype) + x.reshape(batch, -1)
+        if self.nonlinearity == "relu":
+            return z.relu_()
+        if self.nonlinearity == "tanh":
+            return z.tanh_()
+        if self.nonlinearity == "identity":
+            return z
+        z = z.view(batch, parts, -1)
+        squared = z.square().sum(1, keepdim=True).add_(tiny(self.dtype))
+        if self.nonlinearity == "modrelu":
+            scale = torch.addcmul(squared.new_ones(()), self.beta, squared.rsqrt_()).clamp_min_(0)
+        else:
+            modulus = squared.sqrt_()
+            scale = modulus.tanh().div_(modulus)
+        return z.mul_(scale).view(batch, -1)

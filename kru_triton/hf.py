@@ -1,0 +1,582 @@
+"""The language model as a Hugging Face citizen; needs the extra `[hf]`.
+
+`import kru_triton.hf` registers `KRUConfig`, `KRUModel` and `KRUForCausalLM` with the Auto classes.
+Inside is the `LanguageModel` that `train/lm.py` trains, not a copy:
+
+    KRUForCausalLM                      generate, pipeline, Trainer, labels
+      model: KRUModel                   padding, documents, the cache
+        network: LanguageModel          embedding, blocks, norm
+      lm_head: Linear                   tied to network.embedding unless told otherwise
+
+The cache holds one state per layer, of constant size however much has been read. A state is cut to
+zero where a document starts: at each `bos_token_id`, as in training, and at the first token behind
+left padding, so that padding changes nothing.
+
+B batch, T tokens of this call, V vocab_size, D d_model.
+"""
+
+import dataclasses
+import difflib
+import os
+from typing import get_type_hints
+
+import torch
+from huggingface_hub.dataclasses import type_validator
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from kru_triton.language_model import LanguageModel, LanguageModelConfig
+
+# What this version of transformers calls the cache of a model; models here take both names.
+CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
+PROMPT_CHUNK = 8192  # tokens of a prompt that are read at once: bounds memory, not length
+
+SIZES = {field.name: field for field in dataclasses.fields(LanguageModelConfig)}
+HINTS = get_type_hints(LanguageModelConfig)
+OF_TRANSFORMERS = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {
+    *("model_type", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels"),
+    *("attn_implementation", "experts_implementation", "output_attentions", "quantization_config"),
+}
+
+
+class KRUConfig(PreTrainedConfig):
+    """Sizes and choices of a KRU language model, and the ids of its special tokens.
+
+    Args:
+        bos_token_id: the token that starts a document: the state is cut to zero where it is read.
+            None: documents are not told apart.
+        eos_token_id, pad_token_id: `bos_token_id` if None, as a model trained by `train/lm.py`
+            ends a document by starting the next.
+        tie_word_embeddings: the head's weight is the embedding's.
+        use_cache: return the state, outside of training.
+        kwargs: the fields of `LanguageModelConfig` (`hidden_size` is the number of recurrent units
+            per layer; the width of the residual stream is `d_model`) and those of
+            `transformers.PreTrainedConfig`.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one, or an id outside the vocabulary.
+        TypeError: a value of the wrong type.
+
+    Example:
+        >>> config = KRUConfig(d_model=16, hidden_size=16, factors=[4, 4], bos_token_id=256)
+        >>> config.vocab_size, config.factors, config.eos_token_id
+        (257, (4, 4), 256)
+    """
+
+    model_type = "kru"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (Trainer wants a list)
+    attribute_map = {  # noqa: RUF012 (and a dict)
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+    }
+
+    def __init__(
+        self,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        **kwargs,
+    ):
+        for name in kwargs:
+            if name not in SIZES and name not in OF_TRANSFORMERS:
+                near = difflib.get_close_matches(name, [*SIZES, *OF_TRANSFORMERS], 1)
+                raise ValueError(
+                    f"{name}: KRUConfig has no such setting"
+                    + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(SIZES)}")
+                )
+        for name, field in SIZES.items():
+            setattr(self, name, _checked(name, kwargs.pop(name, field.default)))
+        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        ids["pad_token_id"] = pad_token_id
+        for name, value in ids.items():
+            value = bos_token_id if value is None else value
+            type_validator(name, value, int | None)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{name}: must be in [0, vocab_size={self.vocab_size}), got {value}"
+                )
+            setattr(self, name, value)
+        type_validator("tie_word_embeddings", tie_word_embeddings, bool)
+        type_validator("use_cache", use_cache, bool)
+        self.tie_word_embeddings, self.use_cache = tie_word_embeddings, use_cache
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`; refuses the configuration of another architecture."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"model_type: this is the configuration of a {found!r} model, not of a "
+                f"{cls.model_type!r} one; load it with transformers.AutoModelForCausalLM"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def language_model_config(self) -> LanguageModelConfig:
+        """The configuration of the `LanguageModel` inside, types checked."""
+        return LanguageModelConfig(**{name: _checked(name, getattr(self, name)) for name in SIZES})
+
+
+def _checked(name: str, value):
+    """`value` as the type that `LanguageModelConfig` declares for `name`, or TypeError."""
+    if HINTS[name] is float and type(value) is int:
+        value = float(value)
+    if isinstance(value, list):  # a tuple that has been through JSON
+        value = tuple(value)
+    type_validator(name, value, HINTS[name])
+    return value
+
+
+class KRUCache:
+    """What a model knows of the tokens it has read: a constant number of floats.
+
+    A forward pass or `generate` puts the new state in place of the old one and never writes into a
+    state, so `copy.copy(cache)` keeps a point to come back to.
+
+    Attributes:
+        state: tensors with the batch as first dimension, None before the first token.
+        seen: how many tokens each row has read, padding included.
+        started: `(B,)` bool, False for a row that has seen only padding so far; None: all have.
+
+    Example:
+        >>> import kru_triton
+        >>> model = KRUForCausalLM(KRUConfig(d_model=8, hidden_size=4)).eval()
+        >>> cache = KRUCache()
+        >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        >>> cache.get_seq_length(), [tuple(s.shape) for s in cache.state]
+        (3, [(1, 8), (1, 8)])
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_linear = (False,)  # generate() then passes on the new part of the whole sequence
+
+    def __init__(self):
+        self.state: list[Tensor] | None = None
+        self.seen = 0
+        self.started: Tensor | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens have been read."""
+        return self.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was, as beam search asks."""
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, to go on from one prompt in several ways."""
+        self._change(lambda t: t.repeat_interleave(repeats, 0))
+
+    def _change(self, function) -> None:
+        if self.state is not None:
+            self.state = [function(t) for t in self.state]
+        if self.started is not None:
+            self.started = function(self.started)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as named tensors, as `safetensors.torch.save_file` and `torch.save` take."""
+        tensors = {f"state.{i}": t.contiguous() for i, t in enumerate(self.state or [])}
+        tensors["seen"] = torch.tensor(self.seen)
+        if self.started is not None:
+            tensors["started"] = self.started.contiguous()
+        return tensors
+
+    @classmethod
+    def from_state_dict(cls, tensors: dict[str, Tensor]) -> "KRUCache":
+        """The inverse of `state_dict`."""
+        cache = cls()
+        count = sum(name.startswith("state.") for name in tensors)
+        cache.state = [tensors[f"state.{i}"] for i in range(count)] or None
+        cache.seen = int(tensors["seen"])
+        cache.started = tensors.get("started")
+        return cache
+
+
+class KRUPreTrainedModel(PreTrainedModel):
+    """What `KRUModel` and `KRUForCausalLM` share: loading, saving, initial weights."""
+
+    config_class = KRUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _is_stateful = True
+    _no_split_modules = ("_Block",)
+    _keep_in_fp32_modules_strict = (r"factor",)  # rounded to bfloat16 they are not unitary any more
+    _skip_keys_device_placement = ("past_key_values", "cache")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; a folder without all of the weights is refused."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: the weights do not fit the configuration, "
+                    f"{kind.replace('_', ' ')}: {', '.join(sorted(info[kind])[:5])}"
+                )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, and a model card where the folder has none."""
+        card = os.path.join(save_directory, "README.md")
+        if kwargs.get("is_main_process", True) and not os.path.exists(card):
+            os.makedirs(save_directory, exist_ok=True)
+            with open(card, "w", encoding="utf-8") as file:
+                file.write(model_card(self))
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that a checkpoint lacks; a new model's are those of `LanguageModel` already."""
+        if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
+            nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class KRUModel(KRUPreTrainedModel):
+    """The blocks without a head: `output = model(input_ids, attention_mask=None, ...)`.
+
+    Example:
+        >>> model = KRUModel(KRUConfig(d_model=16, hidden_size=16))
+        >>> model(torch.randint(257, (2, 5))).last_hidden_state.shape
+        torch.Size([2, 5, 16])
+    """
+
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
+
+    def __init__(self, config: KRUConfig):
+        super().__init__(config)
+        self.network = LanguageModel(config.language_model_config())
+        self.gradient_checkpointing = False
+        if self.network.embedding.weight.device.type != "meta":
+            for module in self.network.modules():
+                module._is_hf_initialized = True
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.network.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.network.embedding = value
+        self.network.config = dataclasses.replace(
+            self.network.config, vocab_size=value.num_embeddings
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        cache: KRUCache | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Read tokens.
+
+        Args:
+            input_ids: `(B, T)` int64.
+            attention_mask: 1 for tokens, 0 for padding; `(B, T)`, or `(B, seen + T)` with what the
+                cache has read. Padding may stand on the left, or on the right where no cache is
+                asked for.
+            past_key_values, cache: two names of the state to go on from; it is brought up to date.
+            use_cache: return the state. None: `config.use_cache`, but not in training, and not with
+                padding on the right, which would be part of it.
+
+        Returns:
+            `last_hidden_state (B, T, D)` and the cache, under the name transformers gives it.
+        """
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values and cache are two names of one argument; give one")
+        cache = past_key_values if cache is None else cache
+        self._check_input(input_ids, cache)
+        if attention_mask is None and cache is not None and cache.started is not None:
+            attention_mask = torch.ones_like(input_ids)  # rows may begin here
+        start, padded_right = None, False
+        if attention_mask is not None:
+            start, padded_right, started = _read_mask(attention_mask, input_ids, cache)
+        wants_cache = cache is not None or (
+            use_cache if use_cache is not None else self.config.use_cache and not self.training
+        )
+        if padded_right and (use_cache or cache is not None):
+            raise ValueError(
+                "attention_mask: has padding on the right, which would become part of the state; "
+                "pad on the left (tokenizer.padding_side = 'left'), or pass use_cache=False"
+            )
+        reset = self._resets(input_ids, start)
+        state = None if cache is None else cache.state
+
+        checkpoint = None
+        if self.gradient_checkpointing and self.training:
+            checkpoint = self._gradient_checkpointing_func
+        if torch.is_grad_enabled() or input_ids.shape[1] <= PROMPT_CHUNK:
+            x, state = self.network.hidden(input_ids, state, reset, checkpoint)
+        else:
+            pieces = []
+            for first in range(0, input_ids.shape[1], PROMPT_CHUNK):
+                piece = slice(first, first + PROMPT_CHUNK)
+                cut = None if reset is None else reset[:, piece]
+                x, state = self.network.hidden(input_ids[:, piece], state, cut)
+                pieces.append(x)
+            x = torch.cat(pieces, 1)
+        x = x.contiguous()  # not time-first any more
+
+        if wants_cache and not padded_right:
+            cache = KRUCache() if cache is None else cache
+            cache.state = state
+            cache.seen += input_ids.shape[1]
+            cache.started = None if attention_mask is None or started.all() else started
+        else:
+            cache = None
+        output = BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def _check_input(self, input_ids: Tensor | None, cache: KRUCache | None) -> None:
+        if input_ids is None or input_ids.dim() != 2:
+            got = None if input_ids is None else f"shape {tuple(input_ids.shape)}"
+            raise ValueError(f"input_ids: must be (B, T) token ids, got {got}")
+        if input_ids.numel() == 0:
+            bos = self.config.bos_token_id
+            hint = "set config.bos_token_id" if bos is None else f"start with token {bos}"
+            raise ValueError(
+                f"input_ids: is empty (shape {tuple(input_ids.shape)}); {hint}, the start of a "
+                "document"
+            )
+        if cache is not None and not isinstance(cache, KRUCache):
+            raise TypeError(f"past_key_values: must be a KRUCache, got {type(cache).__name__}")
+        if cache is not None and cache.state is not None:
+            rows = cache.state[0].shape[0]
+            if rows != input_ids.shape[0]:
+                raise ValueError(
+                    f"past_key_values: holds {rows} rows and input_ids has {input_ids.shape[0]}; "
+                    "repeat them with cache.batch_repeat_interleave(n)"
+                )
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            least, most = (int(x) for x in torch.aminmax(input_ids))
+            size = self.network.embedding.num_embeddings
+            if least < 0 or most >= size:
+                raise ValueError(
+                    f"input_ids: token {most if most >= size else least} is not in the vocabulary "
+                    f"of {size}; is the tokenizer this model's?"
+                )
+
+    def _resets(self, input_ids: Tensor, start: Tensor | None) -> Tensor | None:
+        """`(B, T)`, True where the state is cut; None where it is nowhere."""
+        reset = start
+        if self.config.bos_token_id is not None:
+            reset = input_ids == self.config.bos_token_id
+            reset = reset if start is None else reset | start
+        if reset is None or torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+            return reset
+        return reset if reset.any() else None
+
+
+def _read_mask(
+    mask: Tensor, input_ids: Tensor, cache: KRUCache | None
+) -> tuple[Tensor, bool, Tensor]:
+    """What an attention mask says of these tokens: `start (B, T)`, True at the first token of a
+    row; whether a row ends in padding; and `started (B,)`, whether a row has seen a token."""
+    batch, time = input_ids.shape
+    seen = 0 if cache is None else cache.seen
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (time, seen + time):
+        raise ValueError(
+            f"attention_mask: must be ({batch}, {time}) or, with what was read before, "
+            f"({batch}, {seen + time}), got {tuple(mask.shape)}"
+        )
+    mask = mask[:, -time:].bool()
+    if seen == 0:
+        started = mask.new_zeros(batch)
+    else:
+        started = mask.new_ones(batch) if cache.started is None else cache.started
+    real = (mask.cumsum(1) > 0) | started[:, None]  # this token or one before it is one
+    before = torch.cat((started[:, None], real[:, :-1]), 1)
+    previous = torch.cat((started[:, None], mask[:, :-1]), 1)
+    start = mask & ~before
+    holes = (mask & before & ~previous).any(1)
+    if holes.any():
+        row = int(holes.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} has padding between its tokens; a recurrent state would "
+            "read it, so pad on the left only"
+        )
+    if cache is None and not real[:, -1].all():
+        row = int((~real[:, -1]).nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} is padding alone; an empty prompt starts with the BOS token"
+        )
+    return start, bool((real[:, -1] & ~mask[:, -1]).any()), real[:, -1]
+
+
+def _wants_dict(return_dict: bool | None, config: KRUConfig) -> bool:
+    return config.return_dict if return_dict is None else return_dict
+
+
+class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
+    """A KRU language model with `generate`: `output = model(input_ids, labels=None, ...)`.
+
+    Example:
+        >>> model = KRUForCausalLM(KRUConfig(d_model=16, hidden_size=16)).eval()
+        >>> model.generate(torch.tensor([[7, 8]]), max_new_tokens=3).shape
+        torch.Size([1, 5])
+    """
+
+    _tied_weights_keys = {  # noqa: RUF012 (transformers reads a plain dict)
+        "lm_head.weight": "model.network.embedding.weight"
+    }
+
+    def __init__(self, config: KRUConfig):
+        super().__init__(config)
+        self.model = KRUModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_language_model(cls, model: LanguageModel, **kwargs) -> "KRUForCausalLM":
+        """`model` itself, with the face of transformers; kwargs go to `KRUConfig`."""
+        causal_lm = cls(KRUConfig(**dataclasses.asdict(model.config), **kwargs))
+        causal_lm.model.network = model
+        causal_lm.tie_weights()
+        return causal_lm.train(model.training)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def generate(self, *args, **kwargs):
+        """As `GenerationMixin.generate`; its steps cost the same however long the text is."""
+        with self.model.network.decoding():
+            return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        """As `GenerationMixin.prepare_inputs_for_generation`; nothing new to read is an error."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"input_ids: has {input_ids.shape[1]} tokens, and the cache has read "
+                f"{input_ids.shape[1] - next_sequence_length}; pass the whole text, what the cache "
+                "has read and what is new"
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KRUCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        cache: KRUCache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Next-token logits, and the loss where `labels` are given.
+
+        Args:
+            labels: `(B, T)`, the input itself: the loss shifts them by one; -100 is not counted and
+                is what padding must have. With labels no cache is returned unless asked for.
+            logits_to_keep: how many of the last positions get logits (0: all), or their indices.
+            num_items_in_batch: what the sum of losses is divided by; None: the number of targets.
+            The other arguments are those of `KRUModel.forward`.
+
+        Returns:
+            `loss`, `logits (B, T, V)` and the cache, under the name transformers gives it.
+        """
+        if labels is not None:
+            _check_labels(labels, input_ids, attention_mask)
+            use_cache = bool(use_cache)
+        output = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            cache=cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: output.get(CACHE)})
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+def _check_labels(labels: Tensor, input_ids: Tensor, mask: Tensor | None) -> None:
+    if input_ids is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels: must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(labels.shape)}"
+        )
+    if mask is None or mask.shape != labels.shape:
+        return
+    wrong = int(((mask == 0) & (labels != -100)).sum())
+    if wrong:
+        raise ValueError(
+            f"labels: {wrong} positions that attention_mask marks as padding are not -100; set "
+            "labels[attention_mask == 0] = -100"
+        )
+
+
+def model_card(model: KRUPreTrainedModel, facts: str = "") -> str:
+    """README.md of a saved model: what it is and how to load it, and `facts`, a paragraph."""
+    config = model.config
+    network = model.base_model.network
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [kru, recurrent, kronecker]
+---
+
+# {config.model.upper()} language model
+
+{network.num_parameters:,} parameters, of which {network.num_recurrent_parameters:,} recurrent.
+Layers: {config.num_layers}, width {config.d_model}, {config.hidden_size} recurrent units per layer.
+Vocabulary: {config.vocab_size:,} tokens. The state has a constant size: a context has no fixed
+length, and a token takes the same time however long it is.
+
+{facts}
+```python
+import kru_triton.hf  # registers the architecture
+from transformers import pipeline
+
+write = pipeline("text-generation", "THIS_FOLDER")
+print(write("Once", max_new_tokens=100)[0]["generated_text"])
+```
+
+Architecture: Jose, Cissé and Fleuret, *Kronecker Recurrent Units*, ICML 2018. Code: `kru_triton`.
+"""
+
+
+AutoConfig.register(KRUConfig.model_type, KRUConfig)
+AutoModel.register(KRUConfig, KRUModel)
+AutoModelForCausalLM.register(KRUConfig, KRUForCausalLM)

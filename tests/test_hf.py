@@ -1,0 +1,740 @@
+"""The Hugging Face face: the training model inside, generation, padding, the cache, bad input.
+
+The generation part holds what transformers' own tests ask of a model with a recurrent state: every
+way of decoding with the cache equals the one without it, left padding and chunked prompts change
+nothing, generation goes on from a returned cache, beams reorder it, logits of single steps equal
+those of one pass, the cache has a constant size.
+"""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import kru_triton  # noqa: E402
+from kru_triton import KRU, hf  # noqa: E402
+from kru_triton.decoding import Step  # noqa: E402
+from kru_triton.hf import CACHE, KRUCache, KRUConfig, KRUForCausalLM, KRUModel  # noqa: E402
+from kru_triton.language_model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
+
+VOCAB, BOS = 31, 30
+FREE = {"eos_token_id": None, "pad_token_id": BOS}  # generation to the end of its length
+every_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def config_of(**kwargs):
+    sizes = dict(vocab_size=VOCAB, d_model=16, hidden_size=12, num_heads=2, context_length=9)
+    return KRUConfig(**{**sizes, "bos_token_id": BOS, **kwargs})
+
+
+def make(kind="kru", **kwargs):
+    """A model whose blocks outweigh the embedding: a fresh one with a tied head repeats a token."""
+    torch.manual_seed(0)
+    model = KRUForCausalLM(config_of(model=kind, **kwargs)).eval()
+    with torch.no_grad():
+        for block in model.model.network.blocks:
+            block.mixer.projection.weight.mul_(50)
+            block.mlp[2].weight.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(path)
+    return path
+
+
+def tokens_of(batch=2, time=7, seed=0):
+    return torch.randint(VOCAB - 1, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(*lengths, side="left", seed=0):
+    """Rows of random tokens padded with BOS, and their mask."""
+    time = max(lengths)
+    tokens, mask = torch.full((len(lengths), time), BOS), torch.zeros(len(lengths), time).long()
+    for row, length in enumerate(lengths):
+        where = slice(time - length, time) if side == "left" else slice(0, length)
+        tokens[row, where] = tokens_of(1, length, seed + row)[0]
+        mask[row, where] = 1
+    return tokens, mask
+
+
+# The model itself
+
+
+@every_model
+def test_the_model_inside_is_the_training_model(kind):
+    torch.manual_seed(0)
+    causal_lm = KRUForCausalLM(config_of(model=kind)).eval()
+    torch.manual_seed(0)
+    trained = LanguageModel(causal_lm.config.language_model_config())
+    ours, theirs = causal_lm.model.network.state_dict(), trained.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert {p.data_ptr() for p in causal_lm.parameters()} == {
+        p.data_ptr() for p in causal_lm.model.network.parameters()
+    }
+    assert torch.equal(causal_lm(tokens_of()).logits, causal_lm.model.network(tokens_of())[0])
+
+    wrapped = KRUForCausalLM.from_language_model(trained, bos_token_id=BOS)
+    assert wrapped.model.network is trained
+    assert wrapped.lm_head.weight is trained.embedding.weight
+    assert torch.equal(wrapped(tokens_of()).logits, causal_lm(tokens_of()).logits)
+
+
+def test_saved_and_loaded_weights_are_the_same_bits(model, folder):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is KRUForCausalLM
+    assert type(transformers.AutoConfig.from_pretrained(folder)) is KRUConfig
+    assert loaded.lm_head.weight is loaded.model.network.embedding.weight
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    for (name, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items()):
+        assert torch.equal(a, b), name
+    base = transformers.AutoModel.from_pretrained(folder)
+    assert type(base) is KRUModel
+    hidden = base(tokens_of()).last_hidden_state
+    assert torch.equal(loaded.lm_head(hidden), model(tokens_of()).logits)
+    base.save_pretrained(folder / "base")
+    again = KRUForCausalLM.from_pretrained(folder / "base")
+    assert torch.equal(again(tokens_of()).logits, model(tokens_of()).logits)
+
+
+def test_a_model_card_is_written_once(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    network = model.model.network
+    assert f"{network.num_parameters:,} parameters" in card
+    assert f"{network.num_recurrent_parameters:,} recurrent" in card
+    assert "import kru_triton.hf" in card
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_public_names_are_those_of_the_module():
+    for name in ("KRUCache", "KRUConfig", "KRUForCausalLM", "KRUModel"):
+        assert getattr(kru_triton, name) is getattr(hf, name)
+    with pytest.raises(AttributeError, match="KRUConfigg"):
+        kru_triton.KRUConfigg  # noqa: B018
+
+
+def test_a_state_is_cut_at_each_document_as_in_training(model):
+    tokens = tokens_of()
+    tokens[0, 3] = tokens[1, 5] = tokens[1, 0] = BOS
+    expected, _ = model.model.network(tokens, None, tokens == BOS)
+    assert torch.equal(model(tokens).logits, expected)
+    assert (model.model.network(tokens)[0] - expected).abs().max() > 1e-3
+    without = make(bos_token_id=None)
+    assert torch.equal(without(tokens).logits, without.model.network(tokens)[0])
+
+
+def test_the_head_can_be_untied(tmp_path):
+    untied = make(tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.model.network.embedding.weight
+    std = float(untied.lm_head.weight.detach().std())
+    assert 0.8 < std * math.sqrt(16) < 1.2
+    untied.save_pretrained(tmp_path)
+    loaded = KRUForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens_of()).logits, untied(tokens_of()).logits)
+    base = KRUModel.from_pretrained(tmp_path)
+    assert torch.equal(untied.lm_head(base(tokens_of())[0]), untied(tokens_of()).logits)
+
+
+@pytest.mark.parametrize("size", [25, 40])
+def test_embeddings_resize(size, tmp_path):
+    model = make(bos_token_id=None)
+    tokens = tokens_of() % 25
+    before = model(tokens).logits
+    model.resize_token_embeddings(size)
+    assert model.lm_head.weight is model.model.network.embedding.weight
+    assert model.config.vocab_size == model.model.network.config.vocab_size == size
+    after = model(tokens).logits
+    assert after.shape[-1] == size
+    common = min(size, VOCAB)
+    assert (after[..., :common] - before[..., :common]).abs().max() < 1e-6
+    model.save_pretrained(tmp_path)
+    assert torch.equal(KRUForCausalLM.from_pretrained(tmp_path)(tokens).logits, after)
+
+
+def test_bfloat16_keeps_the_factors_in_float32(model, folder):
+    loaded = KRUForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == (torch.float32 if "factor" in name else torch.bfloat16), name
+    expected, logits = model(tokens_of()).logits, loaded(tokens_of()).logits
+    assert logits.dtype == torch.bfloat16
+    # a bfloat16 has 8 bits: 2^-9 in each of the dozen roundings on the way
+    assert (logits - expected).norm() / expected.norm() < 12 * 2**-9
+    assert loaded.generate(tokens_of(), max_new_tokens=5, **FREE).shape == (2, 12)
+
+
+def test_device_map(model, folder):
+    pytest.importorskip("accelerate")
+    loaded = KRUForCausalLM.from_pretrained(folder, device_map="cpu")
+    assert torch.equal(loaded(tokens_of()).logits, model(tokens_of()).logits)
+    loaded = KRUForCausalLM.from_pretrained(folder, device_map={"model": "cpu", "lm_head": "cpu"})
+    assert torch.equal(loaded(tokens_of()).logits, model(tokens_of()).logits)
+
+
+def test_compiled_in_one_graph(model):
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        first = compiled(tokens_of())
+        expected = model(tokens_of())
+        assert torch.equal(first.logits, expected.logits)
+        assert first[CACHE].seen == 7
+        second = compiled(tokens_of(seed=1), **{CACHE: first[CACHE]})
+        assert torch.equal(
+            second.logits, model(tokens_of(seed=1), **{CACHE: expected[CACHE]}).logits
+        )
+
+
+# Training
+
+
+def test_labels_give_the_loss_of_the_next_token(model):
+    tokens, mask = padded(7, 5, side="right")
+    labels = tokens.masked_fill(mask == 0, -100)
+    output = model(tokens, attention_mask=mask, labels=labels)
+    logits = model(tokens).logits
+    losses = [F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")]
+    losses.append(F.cross_entropy(logits[1, :4], tokens[1, 1:5], reduction="sum"))
+    total = float(sum(losses).detach())
+    assert output.loss.item() == pytest.approx(total / 10, rel=1e-6)
+    assert CACHE not in output
+    halved = model(tokens, labels=labels, num_items_in_batch=20).loss
+    assert halved.item() == pytest.approx(total / 20, rel=1e-6)
+    loss, logits = model(tokens, labels=labels, return_dict=False)
+    assert torch.equal(loss, output.loss)
+
+
+def test_no_cache_in_training_and_none_where_it_is_not_asked_for(model):
+    tokens = tokens_of()
+    assert CACHE in model(tokens)
+    assert CACHE not in model(tokens, use_cache=False)
+    training = make().train()
+    assert CACHE not in training(tokens)
+    assert CACHE in training(tokens, use_cache=True)
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    model, tokens = make(dropout=0.1).train(), tokens_of()
+    calls = []
+    model.model.network.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        calls.clear()
+        model(tokens, labels=tokens).loss.backward()
+        return [p.grad.clone() for p in model.parameters()], len(calls)
+
+    plain, once = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, twice = gradients()
+    assert (once, twice) == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_trainer_learns_evaluates_and_resumes(tmp_path):
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": [BOS, *range(n, n + 10)], "attention_mask": [1] * 11} for n in range(20)]
+
+    def collate(batch):
+        tokens = torch.tensor([row["input_ids"] for row in batch])
+        return {"input_ids": tokens, "labels": tokens}
+
+    def trainer(steps):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=10,
+            learning_rate=3e-2,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=True,
+            logging_steps=10,
+            save_steps=20,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(
+            make(), arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate
+        )
+
+    first = trainer(40)
+    first.train()
+    history = [row["loss"] for row in first.state.log_history if "loss" in row]
+    assert float(history[-1]) < 0.3 * float(history[0])
+    # the start n of a row is one of 20: ln 20 / 10 is the least loss there is
+    assert first.evaluate()["eval_loss"] < 2 * math.log(20) / 10
+    resumed = trainer(40)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    for a, b in zip(first.model.parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b)
+    written = first.model.generate(torch.tensor([[BOS, 4, 5]]), max_new_tokens=6, **FREE)
+    assert written[0].tolist() == [BOS, *range(4, 12)]
+
+
+# Generation
+
+DECODING = {
+    "greedy": {},
+    "sampled": {"do_sample": True},
+    "nucleus": {"do_sample": True, "top_p": 0.7, "temperature": 0.8, "num_return_sequences": 2},
+    "beams": {"num_beams": 4},
+    "beams-returned": {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0},
+    "beam-sample": {"num_beams": 3, "do_sample": True},
+    "penalties": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    "ended": {"eos_token_id": [3, 7, 11], "min_new_tokens": 3},
+    "beams-ended": {"num_beams": 3, "eos_token_id": [3, 7, 11], "early_stopping": True},
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_with_the_cache_as_without(model, name):
+    options = {**FREE, "max_new_tokens": 12, **DECODING[name]}
+    tokens, mask = padded(7, 4)
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        outs.append(model.generate(tokens, attention_mask=mask, use_cache=use_cache, **options))
+    assert torch.equal(*outs)
+    assert outs[0].shape[1] > 7
+
+
+@every_model
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_with_the_cache_as_without_for_every_model(kind, options):
+    model, (tokens, mask) = make(kind), padded(5, 3)
+    options = {**FREE, "max_new_tokens": 12, **options}
+    cached = model.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(
+        cached, model.generate(tokens, attention_mask=mask, use_cache=False, **options)
+    )
+
+
+def test_generation_equals_one_pass_over_the_whole_text(model):
+    output = model.generate(
+        tokens_of(),
+        max_new_tokens=80,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **FREE,
+    )
+    stepwise = torch.stack(output.logits, 1)
+    whole = model(output.sequences[:, :-1]).logits[:, 6:]
+    assert torch.equal(whole.argmax(-1), output.sequences[:, 7:])
+    assert (stepwise - whole).abs().max() < 1e-5
+    assert output.sequences[:, 7:].unique().numel() > 4  # not one token over and over
+
+
+@torch.no_grad()
+def brute_force_beams(network, prompt, beams, count):
+    """The `beams` best texts, each scored from scratch: pairs of tokens and log-probability."""
+    kept = [(prompt, 0.0)]
+    for _ in range(count):
+        longer = []
+        for tokens, score in kept:
+            text = torch.tensor([tokens])
+            logits = network(text, None, text == BOS)[0][0, -1]
+            for token, log_p in enumerate(logits.log_softmax(-1).tolist()):
+                longer.append(([*tokens, token], score + log_p))
+        kept = sorted(longer, key=lambda pair: -pair[1])[:beams]
+    return kept
+
+
+def test_beams_are_those_of_a_brute_force_search(model):
+    prompt = tokens_of(1, 4)
+    expected = brute_force_beams(model.model.network, prompt[0].tolist(), 4, 7)
+    output = model.generate(
+        prompt,
+        num_beams=4,
+        num_return_sequences=4,
+        max_new_tokens=7,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **FREE,
+    )
+    assert output.sequences.tolist() == [tokens for tokens, _ in expected]
+    scores = torch.tensor([score for _, score in expected])
+    assert (output.sequences_scores - scores).abs().max() < 1e-5
+
+
+@every_model
+def test_left_padding_changes_nothing(kind):
+    model, (tokens, mask) = make(kind), padded(9, 4, 1)
+    logits = model(tokens, attention_mask=mask).logits
+    options = {**FREE, "max_new_tokens": 10}
+    written = model.generate(tokens, attention_mask=mask, **options)
+    for row, length in enumerate((9, 4, 1)):
+        alone = tokens[row : row + 1, -length:]
+        assert (logits[row, -length:] - model(alone).logits[0]).abs().max() < 1e-5
+        assert torch.equal(written[row, 9 - length :], model.generate(alone, **options)[0])
+
+
+def test_padding_is_not_read_whatever_it_holds(model):
+    tokens, mask = padded(6, 3)
+    other = torch.where(mask == 0, 5, tokens)
+    a, b = (model(t, attention_mask=mask).logits[1, 3:] for t in (tokens, other))
+    assert torch.equal(a, b)
+    assert (model(other).logits[1, 3:] - a).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_prompt_in_chunks_equals_one_in_one_go(model, size):
+    tokens, mask = padded(9, 4, 1)
+    options = {**FREE, "max_new_tokens": 6, "attention_mask": mask}
+    whole = model.generate(tokens, **options)
+    chunked = model.generate(tokens, prefill_chunk_size=size, **{CACHE: KRUCache()}, **options)
+    assert torch.equal(whole, chunked)
+
+
+def test_a_long_prompt_is_read_in_pieces_of_bounded_size(model, monkeypatch):
+    tokens = tokens_of(2, 50)
+    tokens[0, 20] = BOS
+    with torch.no_grad():
+        expected = model(tokens)
+    monkeypatch.setattr(hf, "PROMPT_CHUNK", 8)
+    hidden, seen = model.model.network.hidden, []
+
+    def watched(tokens, *args):
+        seen.append(tokens.shape[1])
+        return hidden(tokens, *args)
+
+    monkeypatch.setattr(model.model.network, "hidden", watched)
+    with torch.no_grad():
+        output = model(tokens)
+    assert seen == [8] * 6 + [2]
+    assert (output.logits - expected.logits).abs().max() < 1e-5
+    assert output[CACHE].seen == 50
+
+
+def test_generation_goes_on_from_a_returned_cache(model):
+    options = {**FREE, "return_dict_in_generate": True}
+    first = model.generate(tokens_of(), max_new_tokens=8, **options)
+    kept = copy.copy(first[CACHE])
+    assert kept.seen == 14  # the last token has not been read
+    whole = model.generate(tokens_of(), max_new_tokens=20, **options).sequences
+    for _ in range(2):  # the copy is a point to come back to
+        second = model.generate(
+            first.sequences, max_new_tokens=12, **{CACHE: copy.copy(kept)}, **options
+        )
+        assert torch.equal(second.sequences, whole)
+    assert second[CACHE].seen == 26
+    more = torch.cat((first.sequences, tokens_of(2, 3, seed=5)), 1)  # the user says something
+    answer = model.generate(more, max_new_tokens=5, **{CACHE: kept}, **FREE)
+    assert torch.equal(answer, model.generate(more, max_new_tokens=5, **FREE))
+    assert kept.seen == 22  # brought up to date in place
+
+
+def test_a_padded_batch_goes_on_from_its_cache(model):
+    tokens, mask = padded(6, 2)
+    options = {**FREE, "return_dict_in_generate": True}
+    first = model.generate(tokens, attention_mask=mask, max_new_tokens=4, **options)
+    longer = torch.cat((mask, torch.ones(2, 4).long()), 1)
+    second = model.generate(
+        first.sequences,
+        attention_mask=longer,
+        max_new_tokens=4,
+        **{CACHE: first[CACHE]},
+        **options,
+    )
+    whole = model.generate(tokens, attention_mask=mask, max_new_tokens=8, **FREE)
+    assert torch.equal(second.sequences, whole)
+
+
+def test_a_saved_state_continues_the_text_bit_for_bit(model, tmp_path):
+    tokens, mask = padded(8, 3)
+    with torch.no_grad():
+        cache = model(tokens, attention_mask=mask)[CACHE]
+        save_file(cache.state_dict(), tmp_path / "state.safetensors")
+        loaded = KRUCache.from_state_dict(load_file(tmp_path / "state.safetensors"))
+        assert loaded.seen == 8
+        for token in (3, 14, 1):
+            step = torch.full((2, 1), token)
+            a = model(step, **{CACHE: cache})
+            b = model(step, **{CACHE: loaded})
+            assert torch.equal(a.logits, b.logits)
+    assert all(torch.equal(x, y) for x, y in zip(cache.state, loaded.state))
+
+
+def test_rows_that_have_not_begun_are_saved_too(model, tmp_path):
+    tokens, mask = padded(8, 3)
+    cache = KRUCache()
+    with torch.no_grad():
+        model(tokens[:, :4], attention_mask=mask[:, :4], **{CACHE: cache})
+        assert cache.started.tolist() == [True, False]
+        save_file(cache.state_dict(), tmp_path / "state.safetensors")
+        loaded = KRUCache.from_state_dict(load_file(tmp_path / "state.safetensors"))
+        logits = model(tokens[:, 4:], attention_mask=mask, **{CACHE: copy.copy(loaded)}).logits
+        expected = model(tokens, attention_mask=mask).logits[:, 4:]
+    assert (logits[0] - expected[0]).abs().max() < 1e-5
+    assert (logits[1, 1:] - expected[1, 1:]).abs().max() < 1e-5
+    with torch.no_grad():  # without a mask everything is text
+        logits = model(tokens[:, 5:], **{CACHE: loaded}).logits[1]
+        assert (logits - model(tokens[1:, 5:]).logits[0]).abs().max() < 1e-5
+
+
+def test_one_token_per_step_and_a_state_of_constant_size(model, monkeypatch):
+    hidden, seen = model.model.network.hidden, []
+
+    def watched(tokens, *args):
+        x, state = hidden(tokens, *args)
+        seen.append((tokens.shape[1], sum(s.numel() for s in state)))
+        return x, state
+
+    monkeypatch.setattr(model.model.network, "hidden", watched)
+    model.generate(tokens_of(), max_new_tokens=200, **FREE)
+    assert [length for length, _ in seen] == [7] + [1] * 199
+    assert {size for _, size in seen} == {2 * 2 * 24}  # layers, rows, real numbers
+
+
+def test_cache_rows_are_selected_and_repeated(model):
+    with torch.no_grad():
+        cache = model(tokens_of())[CACHE]
+        step = tokens_of(2, 1, seed=3)
+        expected = model(step, **{CACHE: copy.copy(cache)}).logits
+        turned = copy.copy(cache)
+        turned.reorder_cache(torch.tensor([1, 0, 1]))
+        logits = model(step[[1, 0, 1]], **{CACHE: turned}).logits
+        assert (logits - expected[[1, 0, 1]]).abs().max() < 1e-5
+        cache.batch_repeat_interleave(2)
+        logits = model(step.repeat_interleave(2, 0), **{CACHE: cache}).logits
+        assert (logits - expected.repeat_interleave(2, 0)).abs().max() < 1e-5
+
+
+def test_generation_from_nothing_starts_with_bos_and_ends_with_eos(model):
+    torch.manual_seed(0)
+    written = model.generate(do_sample=True, max_new_tokens=300)
+    assert written[0, 0] == BOS
+    assert written[0, -1] == BOS
+    assert (written[0, 1:-1] != BOS).all()
+
+
+def test_tokens_stream_as_they_are_written(model):
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.pieces, self.ended = [], False
+
+        def put(self, value):
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    written = model.generate(tokens_of(1), max_new_tokens=6, streamer=streamer, **FREE)
+    assert streamer.ended
+    assert [len(piece) for piece in streamer.pieces] == [7] + [1] * 6
+    assert [token for piece in streamer.pieces for token in piece] == written[0].tolist()
+
+
+def test_assisted_generation_is_refused(model):
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(tokens_of(1), assistant_model=model, max_new_tokens=3)
+
+
+# Fast single steps
+
+STEPS = {
+    "modrelu": {},
+    "modtanh-4x2x3": {"nonlinearity": "modtanh", "factors": (4, 2, 3), "num_heads": 1},
+    "tanh-heads": {"nonlinearity": "tanh", "num_heads": 3},
+    "relu-one-factor": {"nonlinearity": "relu", "factors": (24,), "num_heads": 1},
+    "identity-real": {"nonlinearity": "identity", "field": "real"},
+    "modrelu-real-heads": {"nonlinearity": "modrelu", "field": "real", "num_heads": 4},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_prepared_step_equals_the_layer(name, batch):
+    torch.manual_seed(0)
+    options = {"num_heads": 2, **STEPS[name]}
+    kru = KRU(5, 24, **options).double()
+    if kru.beta() is not None:
+        torch.nn.init.uniform_(kru.beta(), -0.5, 0.5)
+    x = torch.randn(4, batch, 5, dtype=torch.float64)
+    with torch.no_grad():
+        expected, h_n = kru(x)
+        step = Step(kru)
+        h = torch.zeros_like(h_n[0])
+        for t in range(4):
+            h = step(kru.input_projection(x[t : t + 1])[:, 0], h)
+            assert (h - expected[t]).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoding_takes_the_prepared_steps_and_no_others(batch):
+    network = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=12)).eval()
+    tokens, used = torch.randint(257, (batch, 6)), []
+    with torch.no_grad():
+        expected, _ = network(tokens)
+        with network.decoding():
+            for block in network.blocks:
+                block.mixer.step = lambda *args, step=block.mixer.step: (
+                    used.append(1) or step(*args)
+                )
+            logits, state = network(tokens[:, :3])
+            assert not used
+            for t in range(3, 6):
+                logits, state = network(tokens[:, t : t + 1], state)
+                assert (logits[:, 0] - expected[:, t]).abs().max() < 1e-5
+            assert len(used) == 6
+            network(tokens[:, :1], state, torch.ones(batch, 1, dtype=torch.bool))
+            assert len(used) == 6
+            with torch.enable_grad():
+                network(tokens[:, :1], state)[0].sum().backward()
+            assert len(used) == 6
+    assert all(block.mixer.step is None for block in network.blocks)
+
+
+# Bad input
+
+
+def test_bad_tokens_and_caches_are_refused(model):
+    tokens = tokens_of()
+    cases = [
+        (dict(), "input_ids: must be .* got None"),
+        (dict(input_ids=tokens[0]), r"input_ids: must be .* got shape \(7,\)"),
+        (
+            dict(input_ids=tokens[:, :0]),
+            r"input_ids: is empty \(shape \(2, 0\)\); start with token",
+        ),
+        (dict(input_ids=tokens + VOCAB), "not in the vocabulary of 31; is the tokenizer this mod"),
+        (dict(input_ids=tokens - 31), "token -31 is not in the vocabulary"),
+        (dict(input_ids=tokens, cache=KRUCache(), past_key_values=KRUCache()), "two names of one"),
+        (
+            dict(input_ids=tokens[:1], cache=model(tokens)[CACHE]),
+            "holds 2 rows and input_ids has 1",
+        ),
+        (dict(input_ids=tokens, labels=tokens[:, 1:]), "labels: must have the shape of input_ids"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**arguments)
+    with pytest.raises(TypeError, match="must be a KRUCache, got list"):
+        model(tokens, cache=[1])
+    with pytest.raises(ValueError, match=r"is empty \(shape \(1, 0\)\); set config.bos_token_id"):
+        make(bos_token_id=None)(torch.zeros(1, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="is empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=2)
+    with pytest.raises(ValueError, match="bos_token_id"):
+        make(bos_token_id=None).generate(max_new_tokens=2)
+    with pytest.raises((ValueError, TypeError), match="inputs_embeds"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 16), max_new_tokens=2)
+
+
+def test_bad_masks_are_refused(model):
+    tokens, mask = padded(7, 4)
+    holes = mask.clone()
+    holes[0, 3] = 0
+    right = mask.flip(1)
+    cases = [
+        (dict(attention_mask=holes), "attention_mask: row 0 has padding between its tokens"),
+        (dict(attention_mask=mask * 0), "row 0 is padding alone; an empty prompt starts with"),
+        (dict(attention_mask=mask[:, 1:]), r"attention_mask: must be \(2, 7\)"),
+        (dict(attention_mask=mask[None]), r"attention_mask: must be \(2, 7\)"),
+        (dict(attention_mask=right, use_cache=True), "padding on the right, which would become"),
+        (dict(attention_mask=right, cache=KRUCache()), "padding on the right"),
+        (
+            dict(attention_mask=right, labels=tokens),
+            "labels: 3 positions that attention_mask marks",
+        ),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(tokens, **arguments)
+    with pytest.raises(ValueError, match="padding on the right"):
+        model.generate(tokens, attention_mask=right, max_new_tokens=2, **FREE)
+    cache = model(tokens, attention_mask=mask)[CACHE]
+    late = torch.tensor([[1], [0]])
+    model(tokens[:, :1], attention_mask=late * 0 + 1, cache=copy.copy(cache))
+    with pytest.raises(ValueError, match="padding on the right"):
+        model(tokens[:, :1], attention_mask=late, cache=cache)
+    assert CACHE not in model(tokens, attention_mask=right)  # its logits are right, no state is
+
+
+def test_nothing_new_to_read_is_refused(model):
+    output = model.generate(tokens_of(), max_new_tokens=5, return_dict_in_generate=True, **FREE)
+    with pytest.raises(ValueError, match="has 3 tokens, and the cache has read 11"):
+        model.generate(tokens_of(2, 3), max_new_tokens=2, **{CACHE: output[CACHE]}, **FREE)
+
+
+def test_bad_configurations_are_refused(tmp_path):
+    cases = [
+        (dict(hiden_size=3), ValueError, "hiden_size: .* did you mean hidden_size"),
+        (dict(zzz=3), ValueError, "zzz: KRUConfig has no such setting; it has vocab_size, model"),
+        (dict(hidden_size="big"), TypeError, "'hidden_size' expected int, got str"),
+        (dict(num_layers=2.0), TypeError, "num_layers"),
+        (dict(gated=1), TypeError, "gated"),
+        (dict(model="gpt"), TypeError, "model"),
+        (dict(factors="44"), TypeError, "factors"),
+        (dict(factors=[4, 4.0]), TypeError, "factors"),
+        (dict(bos_token_id=257), ValueError, r"bos_token_id: must be in \[0, vocab_size=257\)"),
+        (dict(pad_token_id=-1), ValueError, "pad_token_id: must be in"),
+        (dict(eos_token_id="x"), TypeError, "eos_token_id"),
+        (dict(tie_word_embeddings="no"), TypeError, "tie_word_embeddings"),
+    ]
+    for arguments, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            KRUConfig(**arguments)
+    assert KRUConfig(mlp_ratio=3).mlp_ratio == 3.0
+    changed = KRUConfig()
+    changed.hidden_size = "big"  # transformers checks no assignment
+    with pytest.raises(TypeError, match="hidden_size"):
+        KRUForCausalLM(changed)
+    with pytest.raises(ValueError, match="hidden_size"):
+        KRUForCausalLM(KRUConfig(hidden_size=30, factors=(4, 4)))
+
+
+def test_settings_survive_the_folder_and_can_be_overridden(tmp_path):
+    config = config_of(factors=[2, 3], radius=0.9, pad_token_id=3, use_cache=False)
+    config.save_pretrained(tmp_path)
+    loaded = KRUConfig.from_pretrained(tmp_path)
+    assert loaded.language_model_config() == config.language_model_config()
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (BOS, BOS, 3)
+    assert loaded.use_cache is False
+    assert KRUConfig.from_pretrained(tmp_path, backend="torch").backend == "torch"
+
+
+def test_folders_that_do_not_fit_are_refused(model, folder, tmp_path):
+    other = tmp_path / "other"
+    transformers.GPT2Config(n_layer=1).save_pretrained(other)
+    for kind in (KRUConfig, KRUForCausalLM, KRUModel):
+        with pytest.raises(ValueError, match="configuration of a 'gpt2' model"):
+            kind.from_pretrained(other)
+    with pytest.raises(OSError, match="no file named"):
+        KRUForCausalLM.from_pretrained(tmp_path)
+
+    model.save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.network.blocks.1.mixer.kru.factor0_l0"
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"missing keys: {name}"):
+        KRUForCausalLM.from_pretrained(tmp_path / "cut")
+    settings = json.loads((folder / "config.json").read_text())
+    model.save_pretrained(tmp_path / "thin")
+    thin = json.dumps({**settings, "num_layers": 1})
+    (tmp_path / "thin" / "config.json").write_text(thin)
+    with pytest.raises(ValueError, match=r"unexpected keys: model\.network\.blocks\.1"):
+        KRUForCausalLM.from_pretrained(tmp_path / "thin")
+    wide = json.dumps({**settings, "vocab_size": 50})
+    (tmp_path / "thin" / "config.json").write_text(wide)
+    with pytest.raises(RuntimeError, match="size"):
+        KRUForCausalLM.from_pretrained(tmp_path / "thin")
