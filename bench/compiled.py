@@ -159,11 +159,14 @@ class Variant:
         if self.kernel.startswith("lstm"):
             del how["parts"]
             return support.lstm_options(self.tile, backward="back" in self.kernel, **how)
-        constants, options = support.compile_options(
-            self.tile, nonlinearity=self.nonlinearity, **how
-        )
         if "tokens" in self.flags:
-            constants["PREFETCH"] = 0
+            how["PREFETCH"] = 0
+        constants, options = support.compile_options(
+            self.tile,
+            nonlinearity=self.nonlinearity,
+            backward=self.kernel == "backward",
+            **how,
+        )
         if self.kernel == "backward":
             constants["FLOOR"] = 2.0**-8 if self.dtype == "bf16" else 2.0**-20
         return constants, options

@@ -648,7 +648,7 @@ def input_arguments(x_proj, tokens, tile):
 
 
 def scan_forward(
-    x_proj, a, b, beta, h_0, reset, lengths=None, *, nonlinearity, precision, tokens=None
+    x_proj, a, b, beta, h_0, reset, lengths=None, *, nonlinearity, precision, tokens=None, **tuning
 ) -> torch.Tensor:
     """States of the recurrence for all steps; the arguments are those `support.why_not` lets pass.
 
@@ -663,6 +663,7 @@ def scan_forward(
         precision: "fp32" (products of bfloat16 pairs, three per product) or "bf16".
         tokens: (B, T) integers or None. With tokens, x_proj is a table (rows, parts·H·N) and the
             input of a step is the row of its token.
+        tuning: choices in place of the default ones, by their names in `support.TUNABLE`.
 
     Returns:
         h: (T, B, parts·H·N) contiguous, in x_proj's dtype.
@@ -675,11 +676,11 @@ def scan_forward(
     h = allocate((T, B, F))
     if h.numel() == 0:
         return h
-    constants, options = compile_options(
-        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia()
-    )
     if tokens is not None:
-        constants["PREFETCH"] = 0  # the table is in L2, or soon will be
+        tuning = {"PREFETCH": 0, **tuning}  # the table is in L2, or soon will be
+    constants, options = compile_options(
+        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia(), **tuning
+    )
     keep, alive, steps = group_flags(reset, lengths, T, tile.rows, x_proj.device)
     with device_guard(x_proj):
         scan_forward_kernel[(triton.cdiv(B, tile.rows), heads)](
@@ -721,6 +722,7 @@ def scan_backward(
     nonlinearity,
     precision,
     tokens=None,
+    **tuning,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradient of `scan_forward` in x_proj and h_0.
 
@@ -729,7 +731,7 @@ def scan_backward(
         dh_n: (B, parts·H·N) gradient of each row's last state, or None.
         h: (T, B, parts·H·N), what scan_forward returned.
         x_proj, tokens: as for scan_forward; read for modtanh alone, else they may be None.
-        a, b, beta, h_0, reset, lengths, nonlinearity, precision: as for scan_forward.
+        a, b, beta, h_0, reset, lengths, nonlinearity, precision, tuning: as for scan_forward.
 
     Returns:
         dx_proj: (T, B, parts·H·N) contiguous, in h's dtype; zero beyond a row's length.
@@ -750,7 +752,7 @@ def scan_backward(
     if dh is None and dh_n is None:
         return dx_proj.zero_(), dh_0
     constants, options = compile_options(
-        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia()
+        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia(), backward=True, **tuning
     )
     keep, alive, steps = group_flags(reset, lengths, T, tile.rows, h.device)
     if alive is not None and dh_n is not None:

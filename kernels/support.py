@@ -13,6 +13,19 @@ MAX_ROWS = 32  # batch rows of a program: one bit each in the words of reset fla
 TENSOR_CORE = 16  # least side of a tile
 SHARED_EVERYWHERE = 65536  # bytes of shared memory that any device grants a program
 MIN_TRITON = (3, 6)
+# Choices that never change a result beyond rounding, and that only a device can settle: keyword
+# arguments of `compile_options`, `weight_grad_options` and of the launchers of `scan` and
+# `weight_grad`
+TUNABLE = {
+    "ANCHORED": "factors in registers for the whole sequence, not in shared memory",
+    "AHEAD": "the next step's row in registers before the work of this one",
+    "PREFETCH": "steps by which a row is fetched into L2 before it is read; 0: not at all",
+    "BETA_IN_LOOP": "beta from L1 in every step, not in registers",
+    "R": "tiles stacked in a block of the weight gradient",
+    "num_warps": "warps of a program",
+    "num_stages": "depth of Triton's own pipelining",
+    "maxnreg": "most registers of a thread, None: ptxas decides",
+}
 NONLINEARITIES = ("modrelu", "modtanh", "tanh", "relu", "identity")
 
 
@@ -58,13 +71,35 @@ class Tile:
         return self.V if self.Q % self.V == 0 else 1
 
 
+def overridden(constants: dict, options: dict, tuning: dict) -> tuple[dict, dict]:
+    """Constants and launch options with the choices of `tuning` in place of the default ones.
+
+    Raises:
+        TypeError: for a name in TUNABLE that this kernel does not have, or one that is not there.
+    """
+    for name in tuning:
+        if name not in TUNABLE or (name.isupper() and name not in constants):
+            can = [n for n in TUNABLE if n.islower() or n in constants]
+            raise TypeError(f"tuning: {name!r} is no choice of this kernel; it has {can}")
+    constants = {k: tuning.get(k, v) for k, v in constants.items()}
+    return constants, options | {k: v for k, v in tuning.items() if k.islower()}
+
+
 def compile_options(
-    tile: Tile, heads: int, parts: int, precision: str, nonlinearity: str, nvidia: bool
+    tile: Tile,
+    heads: int,
+    parts: int,
+    precision: str,
+    nonlinearity: str,
+    nvidia: bool,
+    backward: bool = False,
+    **tuning,
 ) -> tuple[dict, dict]:
     """Constants of a scan kernel that depend on shape, type and device alone, and launch options.
 
     Nothing here depends on B, T or strides: those never compile a kernel again. The choices are
-    those with the fewest instructions and no spills in compiled code (`bench/compiled.py`).
+    those with the fewest instructions and no spills in compiled code (`bench/compiled.py`); a
+    device may want others, which `tuning` puts in their place (names in TUNABLE).
     """
     values = tile.size * parts
     split = precision == "fp32"
@@ -99,11 +134,11 @@ def compile_options(
         options["num_warps"] = 8
     if nvidia and options["num_warps"] == 1:
         options["maxnreg"] = 255  # ptxas would stop at 128 or 168 and spill
-    return constants, options
+    return overridden(constants, options, tuning)
 
 
 def weight_grad_options(
-    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool
+    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool, **tuning
 ) -> tuple[dict, dict, bool]:
     """The same for the weight-gradient kernel, and whether dA and dB fit one launch."""
     split = precision == "fp32"
@@ -129,7 +164,7 @@ def weight_grad_options(
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     if nvidia and warps == 1:
         options["maxnreg"] = 255
-    return constants, options, together
+    return *overridden(constants, options, tuning), together
 
 
 def lstm_options(

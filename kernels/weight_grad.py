@@ -242,7 +242,7 @@ def diagonal_blocks(x, S, side):
 
 
 def weight_grad(
-    dx_proj, h, a, b, h_0, reset, *, nonlinearity, precision
+    dx_proj, h, a, b, h_0, reset, *, nonlinearity, precision, **tuning
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of the factors, and of β for modReLU, from the two scans.
 
@@ -251,7 +251,7 @@ def weight_grad(
             beyond a row's length, so lengths do not matter here.
         h: (T, B, parts·S·N), as `scan.scan_forward` returned it. S is H, or divides it: factor k
             then acts on state k mod S (the gates of an LSTM).
-        a, b, reset, nonlinearity, precision: as for `scan.scan_forward`.
+        a, b, reset, nonlinearity, precision, tuning: as for `scan.scan_forward`.
         h_0: (B, parts·S·N) float32 or None.
 
     Returns:
@@ -268,7 +268,7 @@ def weight_grad(
         dbeta = a.new_zeros(heads * P * Q) if wants_beta else None
         return torch.zeros_like(a), torch.zeros_like(b), dbeta
     constants, options, together = weight_grad_options(
-        tile, heads, parts, precision, h.element_size(), nvidia=on_nvidia()
+        tile, heads, parts, precision, h.element_size(), nvidia=on_nvidia(), **tuning
     )
     constants["STATES"] = h.shape[-1] // (parts * P * Q)
     rows = constants["R"] * tile.rows

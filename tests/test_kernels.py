@@ -295,7 +295,7 @@ def expected(case, inputs, flags, cotangents):
     return {"h": h.detach(), **gradients}
 
 
-def computed(case, inputs, flags, cotangents):
+def computed(case, inputs, flags, cotangents, **tuning):
     def move(x):
         return None if x is None else x.to(DEVICE)
 
@@ -309,13 +309,16 @@ def computed(case, inputs, flags, cotangents):
         flags["lengths"] = None
     how = {"nonlinearity": case.act, "precision": case.precision}
     assert support.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
-    h = scan.scan_forward(x_proj, **inputs, **flags, **how)
+    scans, grads = ({k: v for k, v in tuning.items() if (k == "R") == w} for w in (False, True))
+    h = scan.scan_forward(x_proj, **inputs, **flags, **how, **scans)
     if cotangents["dh"] is not None:
         dh = cotangents["dh"].transpose(0, 1)
         cotangents["dh"] = arranged(dh, case.layout).transpose(0, 1)
-    dx, dh_0 = scan.scan_backward(**cotangents, h=h, x_proj=x_proj, **inputs, **flags, **how)
+    dx, dh_0 = scan.scan_backward(
+        **cotangents, h=h, x_proj=x_proj, **inputs, **flags, **how, **scans
+    )
     del inputs["beta"], flags["lengths"]
-    da, db, dbeta = weight_grad.weight_grad(dx, h, **inputs, **flags, **how)
+    da, db, dbeta = weight_grad.weight_grad(dx, h, **inputs, **flags, **how, **grads)
     result = {"h": h, "dx": dx, "dh_0": dh_0, "da": da, "db": db, "dbeta": dbeta}
     return {k: v.double().cpu() for k, v in result.items() if v is not None}
 
@@ -482,6 +485,30 @@ def test_without_cotangents_the_gradient_is_zero():
     dx, dh_0 = scan.scan_backward(None, None, h=h, **values)
     assert not dx.any()
     assert not dh_0.any()
+
+
+TUNINGS = [
+    {"AHEAD": False, "BETA_IN_LOOP": True},
+    {"ANCHORED": False, "num_warps": 2, "num_stages": 2, "maxnreg": 128},
+    {"R": 2},
+]
+
+
+@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda t: "-".join(t))
+def test_tuning_changes_no_result(tuning):
+    case = Case(16, 16, B=3, T=5, reset=True)
+    arguments = make(case)
+    want = expected(case, *arguments)
+    got = computed(case, *arguments, **tuning)
+    for name, limit in LIMITS["fp32"].items():
+        assert relative_error(got[name], want[name]) < limit, name
+
+
+def test_tuning_by_an_unknown_name_is_refused():
+    values = arguments_of_scan(Case(16, 16, T=2))
+    for name in ("P", "warps", "R"):
+        with pytest.raises(TypeError, match=f"tuning: '{name}' is no choice of this kernel"):
+            scan.scan_forward(**values, **{name: 1})
 
 
 def test_inputs_are_not_changed():
