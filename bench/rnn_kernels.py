@@ -643,16 +643,25 @@ def linear_recurrences(case: Case, device) -> list[Candidate]:
 
     def mamba():
         rival = load("mamba_ssm.ops.selective_scan_interface", "mamba-ssm")
-        states = 16
         u, delta = (tensor(case.B, case.units, case.T) for _ in range(2))
-        a = -torch.rand(case.units, states, device=device)
-        b, c = (tensor(case.B, states, case.T) for _ in range(2))
+        a = -torch.rand(case.units, 16, device=device)
+        b, c = (tensor(case.B, 16, case.T) for _ in range(2))
         leaves = [u, delta, a.requires_grad_(), b, c]
-        return (
-            lambda: rival.selective_scan_fn(*leaves, delta_softplus=True),
-            leaves,
-            torch.randn_like(u),
-        )
+        dy = torch.randn_like(u)
+        return lambda: rival.selective_scan_fn(*leaves, delta_softplus=True), leaves, dy
+
+    def mamba2():
+        rival = load("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm")
+        heads = max(1, case.units // 64)
+        x, dt = tensor(case.B, case.T, heads, case.units // heads), tensor(case.B, case.T, heads)
+        a = -torch.rand(heads, device=device)
+        b, c = (tensor(case.B, case.T, 1, 64) for _ in range(2))
+        leaves = [x, dt, a.requires_grad_(), b, c]
+
+        def forward():
+            return rival.mamba_chunk_scan_combined(*leaves, chunk_size=256, dt_softplus=True)
+
+        return forward, leaves, torch.randn_like(x)
 
     def values(package):
         return {
@@ -667,6 +676,7 @@ def linear_recurrences(case: Case, device) -> list[Candidate]:
         eager("fla hgrn chunk", lambda: hgrn("chunk_hgrn"), values("flash-linear-attention")),
         eager("fla gla", gla, values("flash-linear-attention")),
         eager("mamba", mamba, values("mamba-ssm")),
+        eager("mamba2", mamba2, values("mamba-ssm")),
     ]
 
 
