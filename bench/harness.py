@@ -430,7 +430,7 @@ def race(
 
     clock = Clock(device, flush)
     for candidate in candidates:
-        if is_done(candidate):
+        if is_done(candidate) or results.out_of_time(row_name(candidate, "")):
             continue
         try:
             functions = candidate.prepare()
