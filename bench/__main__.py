@@ -42,24 +42,21 @@ QUICK = {  # flags beyond --quick; the compiler has no toy sizes
 }
 
 
-def command(name: str) -> list[str]:
-    where = {**BENCHMARKS, **MORE}[name][0]
-    if where.endswith(".py"):
-        return [sys.executable, str(harness.ROOT / where)]
-    return [sys.executable, "-m", where]
-
-
 def is_there(name: str) -> bool:
     where = {**BENCHMARKS, **MORE}[name][0]
     return not where.endswith(".py") or (harness.ROOT / where).exists()
 
 
 def run(name: str, flags: list[str]) -> int:
-    """A process of its own: what breaks a device's context, or runs out of memory, ends one alone."""
+    """A module in this process, a script in one of its own."""
+    where = {**BENCHMARKS, **MORE}[name][0]
+    if not where.endswith(".py"):
+        return importlib.import_module(where).main(flags)
     environment = dict(os.environ)
     if name == "compiled":
         environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([*command(name), *flags], cwd=harness.ROOT, env=environment).returncode
+    command = [sys.executable, str(harness.ROOT / where), *flags]
+    return subprocess.run(command, cwd=harness.ROOT, env=environment).returncode
 
 
 def run_compiled(flags: list[str], common: argparse.Namespace) -> int:
@@ -181,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
             flags += ["--device", str(device), *out]
         elif name in ("cpu", "compiled"):
             flags += out
-        codes[name] = main([name, *flags])
+        # a process each: what breaks a device's context, or runs out of memory, ends one alone
+        command = [sys.executable, "-m", "bench", name, *flags]
+        codes[name] = subprocess.run(command, cwd=harness.ROOT).returncode
     failed = [name for name, code in codes.items() if code]
     print(f"\nran {', '.join(codes)}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))

@@ -161,7 +161,9 @@ def predict(
         bound = "issue" if issue >= tensor else "tensor"
     else:
         latency = busy + LATENCY[kernel] + BARRIER * c.barriers
-        held = max(1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8)))))
+        held = max(
+            1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))
+        )
         resident = max(1, held // c.warps) * device.processors
         seconds, left = 0.0, programs
         bound = "latency"

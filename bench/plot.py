@@ -41,9 +41,8 @@ def lines(axis, rows, x: str, y: str, label) -> None:
         series[label(row)].append((row[x], row[y]))
     for name, points in series.items():
         ours = name.startswith("kru")
-        axis.plot(
-            *zip(*sorted(points)), marker="o", markersize=3, label=name, linewidth=2.2 if ours else 1
-        )  # fmt: skip
+        width = 2.2 if ours else 1
+        axis.plot(*zip(*sorted(points)), marker="o", markersize=3, label=name, linewidth=width)
 
 
 def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
@@ -58,11 +57,12 @@ def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
 
 def scan(rows, new):
     found = ok(rows, "kernels", op="scan", direction="both")
-    # batches of the two shapes whose rivals are all there
-    panels = {
-        key: [row for row in found if (row["P"], row["heads"]) == key and row["T"] == most_common_T(found)]
-        for key in dict.fromkeys((row["P"], row["heads"]) for row in found)
-    }  # fmt: skip
+    lengths = [row["T"] for row in found]
+    usual = max(set(lengths), key=lengths.count, default=0)
+    panels = defaultdict(list)
+    for row in found:
+        if row["T"] == usual:
+            panels[row["P"], row["heads"]].append(row)
     panels = {key: chosen for key, chosen in panels.items() if len({r["B"] for r in chosen}) > 1}
     if not panels:
         return None
@@ -79,11 +79,6 @@ def scan(rows, new):
         axis.set_title(f"{chosen[0]['units']} units, {heads} heads, T={chosen[0]['T']}", fontsize=9)
         finish(axis, "batch rows", "ms, forward + backward")
     return figure, found
-
-
-def most_common_T(rows) -> int:
-    lengths = [row["T"] for row in rows]
-    return max(set(lengths), key=lengths.count)
 
 
 def length(rows, new):

@@ -99,9 +99,8 @@ def cases() -> list[Case]:
     found += [replace(scan, P=P, Q=Q, rivals="none") for P, Q in ((16, 64), (64, 16), (8, 128))]
     fp32 = replace(scan, dtype="fp32")
     found += [fp32, replace(fp32, P=16, Q=16), replace(fp32, precision="bf16", rivals="none")]
-    found += [
-        replace(scan, nonlinearity=n, rivals="none") for n in ("modtanh", "tanh", "relu", "identity")
-    ]  # fmt: skip
+    others = ("modtanh", "tanh", "relu", "identity")
+    found += [replace(scan, nonlinearity=n, rivals="none") for n in others]
     return found
 
 
@@ -248,7 +247,9 @@ def ours_scan(case: Case, device, backend: str) -> list[Candidate]:
             x, factors, beta, dh = scan_problem(case, device)
             return lambda: scan(x, factors, beta)[0], [x, *factors], dh
 
-        found += graphs(f"kru {backend}", problem, {"kind": "kru", "checked": "finite"}, rival=False)
+        found += graphs(
+            f"kru {backend}", problem, {"kind": "kru", "checked": "finite"}, rival=False
+        )
     return found
 
 
@@ -477,9 +478,7 @@ def loops(case: Case, device) -> list[Candidate]:
         eager("loop eager", problem, values),
         Candidate("loop compiled step", compiled, values={**values, "checked": "definition"}),
     ]
-    return found + (
-        graphs("loop", problem, values, rival=True) if device.type == "cuda" else []
-    )
+    return found + (graphs("loop", problem, values, rival=True) if device.type == "cuda" else [])
 
 
 def planar_step(h, u, a, b, beta):

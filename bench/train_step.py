@@ -56,9 +56,7 @@ def flops_per_token(model: LanguageModel, length: int) -> float:
     """Of forward and backward: 6 per number in a matrix, and the mixers' own work."""
     config = model.config
     matrices = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.dim() == 2 and ".factor" not in name
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".factor" not in name
     )
     if config.model in ("kru", "krulstm"):
         units = config.hidden_size // config.num_heads
@@ -89,9 +87,7 @@ def training_step(model, optimizer, tokens, dtype, device, state=None):
     return forward, backward
 
 
-def run_length(
-    results, base, length: int, batch: int, device, limit: dict, compiled: bool
-) -> None:
+def run_length(results, base, length: int, batch: int, device, limit: dict, compiled: bool) -> None:
     case = f"B{batch}-T{length}" + ("-compiled" if compiled else "")
     results.title(f"{case}: {batch * length} tokens per step")
     models = {}

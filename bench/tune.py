@@ -220,7 +220,9 @@ def mma(bench: Bench) -> None:
                 chain[(programs,)](out, steps, CHAINS=chains, num_warps=1)
 
             run()
-            if not torch.equal(out.diagonal(dim1=1, dim2=2), torch.full_like(out[:, 0], steps * chains)):
+            if not torch.equal(
+                out.diagonal(dim1=1, dim2=2), torch.full_like(out[:, 0], steps * chains)
+            ):
                 raise AssertionError("the chain of products is wrong")  # fmt: skip
             return run, None
 
