@@ -30,7 +30,8 @@ test: $(VENV)/.ok
 #   make gpu PART=2     one part; each stops in time for a limit of ten minutes a call, and the same
 #                       call again goes on where it stopped
 # 1 GPU tests, 2 kernels against rivals, 3 tuning, 4 training steps, 5 decoding, 6 a training run.
-# All rows go to OUT (keep its files, or put them into bench/results, to go on from them). A machine
+# All rows go to OUT (keep its files, or put them into bench/results, to go on from them); they name
+# the commit, which a copy without git is told by BENCH_COMMIT=hash. A machine
 # without train/lm.py's packages takes them as wheels: make gpu PART=6 WHEELS=folder
 OUT ?= bench/results
 PART ?= 1 2 3 4 5 6

@@ -43,6 +43,7 @@ from kru_triton.reference import kru_scan_reference
 BENCH = "kernels"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LOOP_STEPS = 1024  # rivals that launch every step from Python are not run for longer
+LOOP_BATCHES = (3, 16, 256)  # of those in `cases` and `quick_cases`
 CHECKED_ROWS = 3
 
 
@@ -245,7 +246,8 @@ def ours_scan(case: Case, device, backend: str) -> list[Candidate]:
 
         def problem():
             x, factors, beta, dh = scan_problem(case, device)
-            return lambda: scan(x, factors, beta)[0], [x, *factors], dh
+            leaves = [x, *factors, *([] if beta is None else [beta])]
+            return lambda: scan(x, factors, beta)[0], leaves, dh
 
         found += graphs(
             f"kru {backend}", problem, {"kind": "kru", "checked": "finite"}, rival=False
@@ -730,14 +732,10 @@ def candidates(case: Case, device: torch.device) -> list[Candidate]:
             name = f"nn.{kind} at equal parameters"
             found += torch_rnn(case, device, kind, hidden, name, graph=False)
         return found + torchrl(case, device) + pararnn(case, device)
-    return (
-        found
-        + loops(case, device)
-        + flashrnn(case, device)
-        + xma(case, device)
-        + torchrl(case, device)
-        + linear_recurrences(case, device)
-    )
+    if case.B in LOOP_BATCHES:
+        found += loops(case, device)
+    found += xma(case, device) + torchrl(case, device) + linear_recurrences(case, device)
+    return found + flashrnn(case, device)  # compiles for minutes: the last
 
 
 # Rows
@@ -782,17 +780,10 @@ def run_case(results: harness.Results, case: Case, device: torch.device, limit: 
             }
             line += f"  {100 * values['fraction_of_copy']:5.1f}% copy"
             line += f"  {100 * values['fraction_of_matmul']:5.1f}% product"
-        if case.op == "scan" and candidate.name.startswith("kru triton"):
-            predicted = model.predicted_ms(
-                direction,
-                case.P,
-                case.Q,
-                "bf16" if case.precision == "bf16" else case.dtype,
-                case.B,
-                case.T,
-                case.heads,
-                results.facts["device"],
-            )
+        usual = (case.op, case.precision, case.nonlinearity) == ("scan", "auto", "modrelu")
+        if usual and candidate.name.startswith("kru triton"):
+            shape = (case.P, case.Q, case.dtype, case.B, case.T, case.heads)
+            predicted = model.predicted_ms(direction, *shape, results.facts["device"])
             if predicted:
                 values["predicted_ms"] = predicted
                 line += f"  predicted {predicted:.3f}"

@@ -100,8 +100,14 @@ def test_rows_carry_rates_and_floors(quick):
 
 def test_rivals_that_are_not_there_are_rows(quick):
     reasons = {row["implementation"]: row["reason"] for row in quick if row["status"] == "skipped"}
-    for module, rival in (("flashrnn", "flashrnn cuda_fused"), ("xma", "xma gru"), ("fla", "fla gla"),
-                          ("torchrl", "torchrl lstm"), ("mamba_ssm", "mamba2")):  # fmt: skip
+    rivals = {
+        "flashrnn": "flashrnn cuda_fused",
+        "xma": "xma gru",
+        "fla": "fla gla",
+        "torchrl": "torchrl lstm",
+        "mamba_ssm": "mamba2",
+    }
+    for module, rival in rivals.items():
         if importlib.util.find_spec(module) is None:
             assert "is not installed" in reasons[rival]
 
@@ -144,8 +150,8 @@ def test_our_kernels_through_the_interpreter(tmp_path, monkeypatch):
     assert [row["direction"] for row in rows] == ["forward", "backward", "both"]
     for row in rows:
         assert row["implementation"] == "kru triton (interpreted)"
-        assert 0 < row["errors"]["h"] < row["errors"]["dx"] < 1e-3
         assert row["errors"].keys() == {"h", "dx", "dA", "dB", "dbeta"}
+        assert all(1e-8 < error < 1e-4 for error in row["errors"].values())
         assert row["bytes"] == {"forward": 2, "backward": 4, "both": 6}[row["direction"]] * 1536
 
 
@@ -161,7 +167,7 @@ def test_a_wrong_result_is_never_timed(tmp_path, monkeypatch):
     ours = rnn_kernels.ours_scan(case, torch.device("cpu"), "torch")
     (row,), code = run_case(case, ours, tmp_path, monkeypatch)
     assert row["status"] == "failed"
-    assert "h is wrong: relative error 1.0e-03" in row["reason"]
+    assert "h is wrong: relative error 1.00e-03" in row["reason"]
     assert code == 1
 
 
