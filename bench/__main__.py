@@ -157,10 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         list_everything()
         return 0
-    try:
-        device = harness.pick_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = harness.device_for(options, parser)
     out = ["--out", str(options.out)] if options.out else []
     if options.table:
         folder = options.out or (harness.SCRATCH if options.quick else harness.RESULTS)

@@ -150,10 +150,7 @@ def run_batch(results, base, batch: int, device, caches) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = harness.parser(__doc__, prog="python -m bench decode")
     options = parser.parse_args(argv)
-    try:
-        device = harness.pick_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = harness.device_for(options, parser)
     batches = {f"B{b}": b for b in ((1, 2) if options.quick else BATCHES)}
     names = harness.chosen(list(batches), options.case, parser)
     if options.list:

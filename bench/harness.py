@@ -269,6 +269,14 @@ def parser(doc: str, **extra) -> argparse.ArgumentParser:
     return made
 
 
+def device_for(options: argparse.Namespace, made: argparse.ArgumentParser) -> torch.device:
+    """The device of --device; one that is not here ends the program."""
+    try:
+        return pick_device(options.device)
+    except ValueError as error:
+        made.error(str(error))
+
+
 def chosen(names: list[str], wanted: list[str] | None, options_parser) -> list[str]:
     """Those of `names` that equal or begin with one of `wanted`; unknown ones end the program."""
     if not wanted:

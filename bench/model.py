@@ -75,7 +75,6 @@ class Counts:
     registers: int
     warps: int
     rows: int
-    source: str
 
 
 @functools.cache
@@ -114,20 +113,21 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     else:
         constants, options = support.compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
-    for table, source in ((_compiled(arch), arch), (_budget(), "the budget of sm_90")):
-        sizes = {}  # the one launch of a size, or its two
+    tables = []  # by size: the one launch, or the two of dA and dB
+    for table in (_compiled(arch), _budget()):
+        sizes = {}
         for name, row in table.items():
             if match := pattern.fullmatch(name):
                 sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
-        if not sizes:
-            continue
-        size = next((s for s in ((P, Q), (tile.PP, tile.QP), (Q, P)) if s in sizes), None)
-        if size is None:
-            size = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
-        exact = size in ((P, Q), (tile.PP, tile.QP), (Q, P))
-        scale = 1 if exact else P * Q / (size[0] * size[1])
-        found = sizes[size]
-        warps = found[0].get("warps", options["num_warps"])
+        tables.append(sizes)
+    same = ((P, Q), (tile.PP, tile.QP), (Q, P))
+    found = next((sizes[s] for sizes in tables for s in same if s in sizes), None)
+    scale, warps = 1.0, options["num_warps"]
+    if found is None and (sizes := tables[0] or tables[1]):
+        nearest = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
+        found = sizes[nearest]
+        scale = P * Q / (nearest[0] * nearest[1]) * found[0].get("warps", 1) / warps
+    if found is not None:
         return Counts(
             instructions=scale * sum(row["instructions_per_step"] for row in found),
             mma=products(tile, kernel, dtype) / warps,
@@ -135,7 +135,6 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
             registers=max(row["registers"] for row in found),
             warps=warps,
             rows=tile.rows * constants.get("R", 1),
-            source=source,
         )
     raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
 
@@ -209,10 +208,11 @@ def all_reduce_seconds(parameters: int, gpus: int, device: Device) -> float:
 def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
     """The tables of the command."""
     batches = (1, 16, 64, 256, 1024, 4096)
-    source = counts("forward", 32, 32, dtype, device.arch).source
     lines = [
-        f"kru_scan on {device.match}, {gpus} GPU, {dtype}, modReLU, T={T}, one head; counts of "
-        f"{source}. ms of forward + backward with weight gradients, and what bounds most of it",
+        f"kru_scan on {device.match}, {gpus} GPU, {dtype}, modReLU, T={T}, one head: ms of forward "
+        "+ backward with weight gradients, and what bounds most of it",
+        f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
+        "budget of sm_90)",
         "",
         "| factors | " + " | ".join(f"B={b}" for b in batches) + " | memory-bound from B |",
         "|---" * (len(batches) + 2) + "|",

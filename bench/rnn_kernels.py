@@ -804,10 +804,7 @@ def run_case(results: harness.Results, case: Case, device: torch.device, limit: 
 def main(argv: list[str] | None = None) -> int:
     parser = harness.parser(__doc__, prog="python -m bench kernels")
     options = parser.parse_args(argv)
-    try:
-        device = harness.pick_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = harness.device_for(options, parser)
     found = quick_cases(device) if options.quick else cases()
     names = harness.chosen([case.name for case in found], options.case, parser)
     if options.list:

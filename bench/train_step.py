@@ -221,10 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="every model through torch.compile")
     parser.add_argument("--learn", type=float, metavar="MINUTES", help="train instead, per model")
     options = parser.parse_args(argv)
-    try:
-        device = harness.pick_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = harness.device_for(options, parser)
     if options.learn is not None and options.learn <= 0:
         parser.error(f"--learn: must be positive, got {options.learn}")
     lengths = {f"T{t}": t for t in ((8, 16) if options.quick else LENGTHS)}

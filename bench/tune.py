@@ -57,53 +57,27 @@ class Problem:
             "bf16" if dtype == torch.bfloat16 else "fp32",
         )
 
-    def forward(self, **tuning):
-        from kru_triton.kernels import scan
+    @property
+    def choices(self) -> dict:
+        return {"nonlinearity": "modrelu", "precision": self.precision}
 
-        return scan.scan_forward(
-            self.x,
-            self.a,
-            self.b,
-            self.beta,
-            None,
-            None,
-            nonlinearity="modrelu",
-            precision=self.precision,
-            **tuning,
-        )
+    def forward(self, **tuning):
+        from kru_triton.kernels import scan  # imports triton
+
+        fixed = (self.x, self.a, self.b, self.beta, None, None)
+        return scan.scan_forward(*fixed, **self.choices, **tuning)
 
     def backward(self, h, dh, **tuning):
         from kru_triton.kernels import scan
 
-        return scan.scan_backward(
-            dh,
-            None,
-            h,
-            None,
-            self.a,
-            self.b,
-            self.beta,
-            None,
-            None,
-            nonlinearity="modrelu",
-            precision=self.precision,
-            **tuning,
-        )[0]
+        fixed = (dh, None, h, None, self.a, self.b, self.beta, None, None)
+        return scan.scan_backward(*fixed, **self.choices, **tuning)[0]
 
     def weight_grad(self, dx, h, **tuning):
         from kru_triton.kernels import weight_grad
 
-        return weight_grad.weight_grad(
-            dx,
-            h,
-            self.a,
-            self.b,
-            None,
-            None,
-            nonlinearity="modrelu",
-            precision=self.precision,
-            **tuning,
-        )
+        fixed = (dx, h, self.a, self.b, None, None)
+        return weight_grad.weight_grad(*fixed, **self.choices, **tuning)
 
 
 @dataclass
@@ -382,10 +356,7 @@ EXPERIMENTS: dict[str, Callable[[Bench], None]] = {
 def main(argv: list[str] | None = None) -> int:
     parser = harness.parser(__doc__, prog="python -m bench tune")
     options = parser.parse_args(argv)
-    try:
-        device = harness.pick_device(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = harness.device_for(options, parser)
     names = harness.chosen(list(EXPERIMENTS), options.case, parser)
     if options.list:
         print(*names, sep="\n")
