@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from bench import harness
 
 # name: (module, what it measures); the order is that of --all
@@ -37,8 +39,9 @@ MORE = {
     "baselines": ("bench/baselines.py", "trained models at equal tokens and equal time"),
 }
 FOR_CPU, FOR_GPU = ("cpu", "compiled", "data"), ("kernels", "tune", "train_step", "decode")
-QUICK = {  # flags beyond --quick; the compiler has no toy sizes
+QUICK = {  # what --quick is to the scripts; the compiler has no toy sizes
     "compiled": ["--variant", "forward-16x16-bf16", "--arch", "sm_90"],
+    "data": ["--quick"],
 }
 
 
@@ -59,15 +62,22 @@ def run(name: str, flags: list[str]) -> int:
     return subprocess.run(command, cwd=harness.ROOT, env=environment).returncode
 
 
-def run_compiled(flags: list[str], common: argparse.Namespace) -> int:
-    """bench/compiled.py, its table as rows of the architectures it compiled for."""
+def run_script(name: str, flags: list[str], common: argparse.Namespace) -> int:
+    """bench/compiled.py or bench/data.py, what they write as rows of their device."""
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "compiled.json"
-        code = run("compiled", [*flags, "--json", str(table)])
-        if code or not table.exists():
+        written = Path(folder) / "rows.json"
+        code = run(name, [*flags, "--json" if name == "compiled" else "--out", str(written)])
+        if code or not written.exists():
             return code
-        found = json.loads(table.read_text())
-    told = harness.command_line("compiled", flags)
+        text = written.read_text()
+    told = harness.command_line(name, flags)
+    if name == "data":
+        results = harness.Results(torch.device("cpu"), common, told)
+        for row in map(json.loads, text.splitlines()):
+            label = f"data {row['source']} {row['tokenizer']} {row['workers']} workers"
+            results.add("data", label, f"{row['mb_s'][1]} MB/s", **row)
+        return results.finish()
+    found = json.loads(text)
     for arch in dict.fromkeys(row["arch"] for row in found):
         results = harness.Results(arch, common, told)
         results.title(f"compiled for {arch}")
@@ -134,13 +144,14 @@ def main(argv: list[str] | None = None) -> int:
         if not is_there(name):
             print(f"bench: {name} is not in this version", file=sys.stderr)
             return 2
-        if name == "compiled" and not {"-h", "--help"} & {*flags}:
+        if name in ("compiled", "data") and not {"-h", "--help"} & {*flags}:
             known = argparse.ArgumentParser(add_help=False)
             known.add_argument("--out", type=Path)
             known.add_argument("--quick", action="store_true")
             common, flags = known.parse_known_args(flags)
-            flags += QUICK["compiled"] if common.quick else []
-            return run_compiled(flags, argparse.Namespace(again=True, minutes=None, **vars(common)))
+            flags += QUICK[name] if common.quick else []
+            common = argparse.Namespace(again=True, minutes=None, **vars(common))
+            return run_script(name, flags, common)
         return run(name, flags)
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -173,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--quick"] if options.quick else []
         if name in ("kernels", "tune", "train_step", "decode"):
             flags += ["--device", str(device), *out]
-        elif name in ("cpu", "compiled"):
+        else:
             flags += out
         # a process each: what breaks a device's context, or runs out of memory, ends one alone
         command = [sys.executable, "-m", "bench", name, *flags]

@@ -180,6 +180,11 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def result_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold rows; the scripts of other names write tables of their own."""
+    return [p for p in sorted(folder.glob("*.jsonl")) if p.stem not in ("baselines", "data")]
+
+
 def latest(rows: list[dict]) -> list[dict]:
     """The last row of every benchmark and name."""
     return list({(row["bench"], row["name"]): row for row in rows}.values())

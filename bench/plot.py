@@ -55,8 +55,12 @@ def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
     axis.legend(fontsize=6)
 
 
+USUAL = {"op": "scan", "direction": "both", "dtype": "bf16", "precision": "auto",
+         "nonlinearity": "modrelu"}  # fmt: skip
+
+
 def scan(rows, new):
-    found = ok(rows, "kernels", op="scan", direction="both")
+    found = [row for row in ok(rows, "kernels", **USUAL) if row["P"] == row["Q"]]
     lengths = [row["T"] for row in found]
     usual = max(set(lengths), key=lengths.count, default=0)
     panels = defaultdict(list)
@@ -82,7 +86,7 @@ def scan(rows, new):
 
 
 def length(rows, new):
-    found = ok(rows, "kernels", op="scan", direction="both", B=64, P=32, heads=1)
+    found = ok(rows, "kernels", **USUAL, B=64, P=32, Q=32, heads=1)
     if len({row["T"] for row in found}) < 2:
         return None
     figure, (axis,) = new(1)
@@ -207,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         return figure, axes[0]
 
     options.figures.mkdir(parents=True, exist_ok=True)
-    files = [p for p in sorted(options.results.glob("*.jsonl")) if p.stem != "baselines"]
+    files = harness.result_files(options.results)
     if not files:
         parser.error(f"--results: no .jsonl files in {options.results}")
     for path in files:

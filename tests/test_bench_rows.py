@@ -72,13 +72,35 @@ def test_a_torn_line_is_refused_with_its_number(tmp_path):
 
 
 def test_committed_rows_are_valid():
-    files = [p for p in harness.RESULTS.glob("*.jsonl") if p.stem != "baselines"]
+    files = harness.result_files(harness.RESULTS)
     assert files
     for path in files:
         rows = harness.read_rows(path)
         assert rows
         assert {harness.slug(row["device"]) for row in rows} == {path.stem}
         assert not [row for row in rows if row.get("quick")], "toy rows are no results"
+
+
+def test_what_the_scripts_write_becomes_rows(tmp_path, monkeypatch):
+    def data(name, flags):
+        row = {"source": "json", "tokenizer": "bytes", "workers": 2, "mb_s": [1, 2, 3]}
+        assert flags[0] == "--quick"
+        with open(flags[-1], "w") as file:
+            file.write(json.dumps(row) + "\n")
+        return 0
+
+    def compiled(name, flags):
+        row = {"variant": "forward-8x8-bf16", "arch": "sm_90", "instructions_per_step": 159}
+        with open(flags[-1], "w") as file:
+            json.dump([row], file)
+        return 0
+
+    monkeypatch.setattr(front, "is_there", lambda name: True)
+    for name, script, file in (("data", data, harness.cpu_name()), ("compiled", compiled, "sm_90")):
+        monkeypatch.setattr(front, "run", script)
+        assert front.main([name, "--quick", "--out", str(tmp_path / name)]) == 0
+        (row,) = harness.read_rows(tmp_path / name / f"{harness.slug(file)}.jsonl")
+        assert (row["bench"], row["device"], row["quick"]) == (name, file, True)
 
 
 def test_rows_are_appended_and_not_measured_twice(tmp_path, monkeypatch):
@@ -275,7 +297,7 @@ def test_exponent_of_a_power_law():
 def synthetic(path):
     """One row of every kind that a figure draws."""
     times = {"ms_p20": 1.0, "ms_p50": 2.0, "ms_p80": 3.0, "direction": "both"}
-    shape = {"op": "scan", "P": 32, "heads": 1, "units": 1024, "us_per_step": 1.0}
+    shape = {**plot.USUAL, "P": 32, "Q": 32, "heads": 1, "units": 1024, "us_per_step": 1.0}
     model_says = {"predicted_ms": 1.5, "floor_ms": 0.5}
     rows = []
 
@@ -284,7 +306,7 @@ def synthetic(path):
 
     for B, T in ((16, 256), (16, 1024), (64, 256), (64, 1024)):
         for ms, name in ((2.0, "kru triton"), (5.0, "nn.LSTM(1024)")):
-            values = {**times, "ms_p50": ms, "ms_p80": ms + 1, **shape, **model_says}
+            values = {**shape, **times, "ms_p50": ms, "ms_p80": ms + 1, **model_says}
             case = f"B{B}-T{T}"
             add("kernels", f"{case} {name}", case=case, B=B, T=T, implementation=name, **values)
     for T in (256, 512):
