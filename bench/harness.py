@@ -181,7 +181,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold rows; the scripts of other names write tables of their own."""
+    """The files of a folder that hold rows; scripts of other names write tables of their own."""
     return [p for p in sorted(folder.glob("*.jsonl")) if p.stem not in ("baselines", "data")]
 
 
