@@ -1,7 +1,9 @@
 # make train   set up, then train the default language model and print its bits per byte
 # make test    set up, then run every test
-# Both need only Python 3.11 or newer, make and a package registry.
-.PHONY: train test gpu-test lint bench clean
+# make bench   set up, then measure what this device is for (ARGS=--quick: toy sizes)
+# make gpu     on a GPU machine: tests, benchmarks, tuning, a training run
+# All but the last need only Python 3.11 or newer, make and a package registry.
+.PHONY: train test gpu gpu-test gpu-setup lint bench clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -23,17 +25,76 @@ train: $(VENV)/.ok
 test: $(VENV)/.ok
 	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
-# on a GPU machine, with its own python: needs torch, triton, numpy and pytest alone
-gpu-test:
-	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
+# On a GPU machine, with its own python: torch, triton, numpy and pytest are all it needs.
+#   make gpu            everything, in order of worth
+#   make gpu PART=2     one part; each stops in time for a limit of ten minutes a call, and the same
+#                       call again goes on where it stopped
+# 1 GPU tests, 2 kernels against rivals, 3 tuning, 4 training steps, 5 decoding, 6 a training run.
+# All rows go to OUT (keep its files, or put them into bench/results, to go on from them); they name
+# the commit, which a copy without git is told by BENCH_COMMIT=hash. A machine
+# without train/lm.py's packages takes them as wheels: make gpu PART=6 WHEELS=folder
+OUT ?= bench/results
+PART ?= 1 2 3 4 5 6
+DEVICE ?= auto
+MINUTES ?= 8
+QUICK ?=
+SITE := build/wheels
+BENCH := PYTHONPATH=$(SITE) $(PYTHON) -m bench
+FLAGS = --device $(DEVICE) --out $(OUT) $(QUICK)
+
+# pip where it can, else the folders where an installation would have them
+gpu-setup:
+	$(PYTHON) -c 'import kru_triton.kernels' 2>/dev/null \
+	  || $(PYTHON) -m pip install -q --no-deps --no-build-isolation -e . \
+	  || { ln -sfn ../kernels kru_triton/kernels && ln -sfn ../train kru_triton/train; }
+
+gpu-test: gpu-setup
 	$(PYTHON) -m pytest -m gpu tests/test_kernels.py tests/test_kernels_lstm.py tests/test_dispatch.py $(ARGS)
+
+# every part runs, whatever another one's end; the table comes last
+gpu: gpu-setup
+	mkdir -p $(OUT)
+	failed=; for part in $(PART); do $(MAKE) --no-print-directory gpu-part-$$part || failed="$$failed $$part"; done; \
+	  $(BENCH) --table --device $(DEVICE) --out $(OUT); \
+	  test -z "$$failed" || { echo "failed parts:$$failed"; exit 1; }
+
+gpu-part-1:
+	timeout 560 $(PYTHON) -m pytest -m gpu tests/test_kernels.py tests/test_kernels_lstm.py tests/test_dispatch.py \
+	  -q --junitxml $(OUT)/gpu-tests.xml $(ARGS); code=$$?; test $$code = 5 || exit $$code
+
+gpu-part-2:
+	$(BENCH) kernels $(FLAGS) --minutes $(MINUTES) $(ARGS)
+
+gpu-part-3:
+	$(BENCH) tune $(FLAGS) --minutes $(MINUTES) $(ARGS)
+
+gpu-part-4:
+	$(BENCH) train_step $(FLAGS) --minutes $(MINUTES) $(ARGS)
+
+gpu-part-5:
+	$(BENCH) decode $(FLAGS) --minutes $(MINUTES) $(ARGS)
+
+# without WHEELS a loop on torch alone; with it train/lm.py itself
+LEARN ?= 2
+gpu-part-6:
+ifdef WHEELS
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl
+	PYTHONPATH=$(SITE) $(PYTHON) -m kru_triton.train.lm --preset base --minutes 6 --run-dir build/gpu-run
+	cp build/gpu-run/summary.json $(OUT)/gpu-train-summary.json
+	cp build/gpu-run/metrics.jsonl $(OUT)/gpu-train-metrics.txt
+else
+	@echo "train/lm.py needs tyro, tqdm, safetensors, numpy and what they need: on a machine with a registry,"
+	@echo "  pip download --no-deps --only-binary=:all: --python-version VERSION --platform manylinux2014_x86_64 -d FOLDER tyro docstring_parser typeguard typing_extensions tqdm safetensors"
+	@echo "bring FOLDER along and say: make gpu PART=6 WHEELS=FOLDER"
+	$(BENCH) train_step $(FLAGS) --learn $(LEARN) $(ARGS)
+endif
 
 lint: $(VENV)/.ok
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/.ok
-	$(PY) bench/cpu.py $(ARGS)
+	$(PY) -m bench $(or $(ARGS),--all)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,33 +1,31 @@
 """Speed and memory of the torch backend on a CPU.
 
-    python bench/cpu.py                        # everything, some minutes
-    python bench/cpu.py --quick                # the same code on toy sizes, to see that it runs
-    python bench/cpu.py --only scan memory     # some sections
-    python bench/cpu.py --threads 1 --out bench/results/cpu.jsonl
+    python -m bench cpu                        # everything, some minutes
+    python -m bench cpu --quick                # the same code on toy sizes, to see that it runs
+    python -m bench cpu --only scan memory     # some sections
+    python -m bench cpu --threads 1
 
 Sections:
     scan     forward + backward with x_proj given, against the loop reference under autograd
-    memory   peak memory of the same two
+    memory   peak memory of the same two, and of a layer that recomputes
     layer    a full KRU layer against torch.nn.LSTM, GRU and RNN
     profile  operations per time step, and where the time goes
-    growth   time against length, batch, size and number of factors
+    growth   time against length, batch, size and number of factors; exponents of the growth
 
 Results are checked against the loop in float64 on the shapes that are timed, before the timing.
 Rivals take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
-Rows are appended to `--out` as JSON lines.
+Rows are appended to bench/results/<processor>.jsonl (`--quick`: build/bench).
 
 B batch, T time, N units; a shape is written B32-T128-32x32.
 """
 
 import argparse
 import ctypes
-import datetime
 import gc
+import inspect
 import json
 import math
-import platform
 import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -38,11 +36,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kru_triton
+from bench import harness
 from kru_triton import KRU, kru_scan, torch_backend, unitary_
 from kru_triton.kronecker import group_factors
 from kru_triton.reference import kru_scan_reference
 
-ROOT = Path(__file__).parents[1]
+BENCH = "cpu"
 SECTIONS = ("scan", "memory", "layer", "profile", "growth")
 SHAPES = [(32, 128, (32, 32)), (32, 1020, (2,) * 7)]  # (B, T, sizes of square factors)
 QUICK_SHAPES = [(4, 16, (4, 4)), (4, 20, (2, 2, 2))]
@@ -99,38 +99,15 @@ def interleaved(candidates, rounds):
             function()
             if turn:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return {
-        name: tuple(torch.tensor(ms, dtype=torch.float64).quantile(quantiles).tolist())
-        for name, ms in times.items()
-    }
+    found = {name: harness.quantiles(ms) for name, ms in times.items()}
+    return {name: (q["ms_p20"], q["ms_p50"], q["ms_p80"]) for name, q in found.items()}
 
 
-class Table:
-    """Prints a line per result and appends it to the output file."""
-
-    def __init__(self, path, command):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.common = {
-            "device": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
-        }
-        print(" · ".join(f"{k} {v}" for k, v in self.common.items() if k != "command"))
-
-    def title(self, text):
-        print(f"\n{text}", flush=True)
+class Table(harness.Results):
+    """Results whose rows carry their section."""
 
     def add(self, section, name, line, **values):
-        print(f"  {name:<34} {line}", flush=True)
-        row = {"section": section, "name": name, **values, **self.common}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        super().add(BENCH, name, line, section=section, **values)
 
     def add_times(self, section, name, ms, baseline=None, **values):
         p20, p50, p80 = ms
@@ -139,32 +116,6 @@ class Table:
             values["ratio"] = baseline / p50
             line += f"   {baseline / p50:5.2f}x"
         self.add(section, name, line, ms_p20=p20, ms_p50=p50, ms_p80=p80, **values)
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit():
-    """Short hash, with -dirty where the library differs from it; "unknown" outside git."""
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", "--no-optional-locks", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
-
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        dirty = git("status", "--porcelain", "--", "kru_triton").stdout.strip()
-    except OSError:
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if dirty else "") if not head.returncode else "unknown"
 
 
 # scan
@@ -185,7 +136,7 @@ def bench_scan(table, quick):
         for name, ms in times.items():
             table.add_times(
                 "scan",
-                f"{shape_name(*shape)} {name}",
+                f"scan {shape_name(*shape)} {name}",
                 ms,
                 baseline=times["loop"][1],
                 implementation=name,
@@ -202,47 +153,72 @@ def memory_of_this_process(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
-def measure_memory(implementation, shape):
-    """Bytes by which the resident set grew at its highest during one forward + backward.
+def growth_of_memory(function):
+    """Bytes by which the resident set grows at its highest while `function` runs.
 
     In a process of its own, since memory freed to the allocator would hide what the next
-    implementation takes. A run of two steps comes first, so that libraries and thread pools are
-    loaded. The kernel's high-water mark of this address space (VmHWM) is then set back to the
+    implementation takes; it must have run at a small size before, so that libraries and thread
+    pools are loaded. The kernel's high-water mark of this address space (VmHWM) is set back to the
     present (clear_refs 5) and read at the end: it misses nothing, whoever allocates. ru_maxrss
     would not do alone: it starts from the parent's, which fork and exec hand down.
     """
-    scan = IMPLEMENTATIONS[implementation]
-    batch, _, sizes = shape
-    forward_backward(scan, *problem(batch, 2, sizes))
-    arguments = problem(*shape)
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_of_this_process("VmRSS")
-    forward_backward(scan, *arguments)
+    function()
     peak = memory_of_this_process("VmHWM")
     assert peak <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak - before
 
 
+def measure_memory(implementation, shape):
+    """Growth in one forward + backward of a scan; its inputs are there before."""
+    scan = IMPLEMENTATIONS[implementation]
+    batch, _, sizes = shape
+    forward_backward(scan, *problem(batch, 2, sizes))
+    arguments = problem(*shape)
+    return growth_of_memory(lambda: forward_backward(scan, *arguments))
+
+
+def measure_layer_memory(recompute, shape):
+    """The same for a KRU layer of which the last state alone is used."""
+    batch, length, sizes = shape
+    units = math.prod(sizes)
+    torch.manual_seed(0)
+    options = {"recompute": recompute} if recompute else {}
+    layer = KRU(64, units, factors=sizes, backend="torch", **options)
+
+    def run(steps):
+        x = torch.randn(steps, batch, 64, requires_grad=True)
+        torch.autograd.grad(layer(x)[1].square().sum(), (x, *layer.parameters()))
+
+    run(2)
+    return growth_of_memory(lambda: run(length))
+
+
 def bench_memory(table, quick):
     table.title("memory: highest growth of resident memory in one forward + backward")
-    for shape in QUICK_SHAPES if quick else SHAPES:
+    measured = [(shape, "loop", "torch") for shape in (QUICK_SHAPES if quick else SHAPES)]
+    shape, steps = measured[0][0], 8 if quick else 16
+    if "recompute" in inspect.signature(KRU).parameters:
+        measured.append((shape, "layer", f"layer recompute={steps}"))
+    for shape, *names in measured:
         batch, length, sizes = shape
         h_bytes = batch * length * 2 * math.prod(sizes) * 4
         peaks = {}
-        for name in ("loop", "torch"):
-            command = [sys.executable, __file__, "--measure-memory", name, json.dumps(shape)]
-            command += ["--threads", str(torch.get_num_threads())]
-            result = subprocess.run(command, capture_output=True, text=True)
+        for name in names:
+            command = [sys.executable, "-m", "bench.cpu", "--measure-memory", name]
+            command += [json.dumps(shape), "--threads", str(torch.get_num_threads())]
+            result = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
             if result.returncode:
                 raise SystemExit(f"memory of {name}:\n{result.stderr}")
             peaks[name] = peak = int(result.stdout)
-            ratio = peaks["loop"] / max(1, peak)
+            ratio = peaks[names[0]] / max(1, peak)
             table.add(
                 "memory",
-                f"{shape_name(*shape)} {name}",
+                f"memory {shape_name(*shape)} {name}",
                 f"{peak / 2**20:9.1f} MiB   {peak / h_bytes:5.2f} times h   {ratio:5.2f}x less",
                 implementation=name,
                 shape=shape_name(*shape),
@@ -270,6 +246,8 @@ def bench_layer(table, quick):
         "nn.GRU": nn.GRU(d, n),
         "nn.RNN (tanh)": nn.RNN(d, n),
     }
+    if hasattr(kru_triton, "KRULSTM"):
+        layers["KRULSTM"] = kru_triton.KRULSTM(d, n, backend="torch")
     x = torch.randn(length, batch, d, requires_grad=True)
 
     def train_step(layer):
@@ -280,7 +258,7 @@ def bench_layer(table, quick):
     times = interleaved(candidates, 2 if quick else 7)
     for name, ms in times.items():
         size = sum(p.numel() for p in layers[name].parameters())
-        table.add_times("layer", name, ms, baseline=times["nn.LSTM"][1], parameters=size)
+        table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"][1], parameters=size)
 
 
 # profile
@@ -356,7 +334,7 @@ def bench_profile(table, quick):
                 )
                 table.add(
                     "calls",
-                    f"{shape_name(batch, many, sizes)} {implementation} {direction}",
+                    f"calls {shape_name(batch, many, sizes)} {implementation} {direction}",
                     f"{calls:6.2f} + {views:5.2f} views per step   ({most})",
                     implementation=implementation,
                     direction=direction,
@@ -413,7 +391,7 @@ def profile_shape(table, shape, repeats):
             },
             2 * repeats,
         )
-        wall, floor = times["all"][1], times["floor"][1]
+        (p20, wall, p80), floor = times["all"], times["floor"][1]
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             start = time.perf_counter()
@@ -429,10 +407,12 @@ def profile_shape(table, shape, repeats):
         text = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.most_common())
         table.add(
             "profile",
-            f"{shape_name(*shape)} {direction}",
+            f"profile {shape_name(*shape)} {direction}",
             f"{wall:8.2f} ms, {1e3 * wall / length:.1f} µs per step, of which calls alone "
             f"{1e3 * floor / length:.1f} µs\n{'':37}{text}",
+            ms_p20=p20,
             ms_p50=wall,
+            ms_p80=p80,
             us_per_step=1e3 * wall / length,
             call_floor_us_per_step=1e3 * floor / length,
             shares={k: round(v, 4) for k, v in shares.items()},
@@ -445,62 +425,95 @@ def profile_shape(table, shape, repeats):
 def bench_growth(table, quick):
     base = (4, 8, (4, 4)) if quick else (32, 128, (32, 32))
     batch, length, sizes = base
-    p, steps = sizes[0], (1, 2) if quick else (1, 2, 4)
+    p = sizes[0]
     many = 4 if quick else 12  # 2^12 = 64² units as factors of one size
-    families = {
-        "length T (linear)": [(batch, k * length, sizes) for k in steps],
-        "batch B (linear)": [(max(1, k * batch // 4), length, sizes) for k in (1, 2, 4, 8)],
-        "units N = P² (N^1.5 products, N the rest)": [
-            (batch, length, (k * p // 2, k * p // 2)) for k in (1, 2, 4)
-        ],
-        "factors F, same N (constant where a balanced cut exists)": [
-            (batch, length, (2 ** (many // f),) * f) for f in range(2, many + 1) if many % f == 0
-        ],
+    doublings = (1, 2, 4) if quick else (1, 2, 4, 8)
+    families = {  # what grows: its values, the shapes, what the maths says of the exponent
+        "length T": ([k * length // 2 for k in doublings], lambda t: (batch, t, sizes), "1"),
+        "batch B": ([k * batch // 4 for k in doublings], lambda b: (b, length, sizes), "1"),
+        "units N = P²": (
+            [(k * p // 2) ** 2 for k in (1, 2, 4)],
+            lambda n: (batch, length, (math.isqrt(n),) * 2),
+            "1 (nonlinearity, copies) to 1.5 (products)",
+        ),
+        "factors F, same N": (
+            [f for f in range(2, many + 1) if many % f == 0],
+            lambda f: (batch, length, (2 ** (many // f),) * f),
+            "0 where a balanced cut exists",
+        ),
     }
-    for title, shapes in families.items():
-        table.title(f"growth: {title}; forward + backward")
-        arguments = {shape_name(*shape): problem(*shape) for shape in shapes}
+    for family, (values, shape_of, expected) in families.items():
+        table.title(f"growth: {family}; forward + backward; exponent by the maths: {expected}")
+        arguments = {value: problem(*shape_of(value)) for value in values}
         times = interleaved(
             {
-                name: lambda a=a: forward_backward(IMPLEMENTATIONS["torch"], *a)
-                for name, a in arguments.items()
+                value: lambda a=a: forward_backward(IMPLEMENTATIONS["torch"], *a)
+                for value, a in arguments.items()
             },
             2 if quick else 5,
         )
-        first = next(iter(times.values()))[1]
-        for name, ms in times.items():
-            p20, p50, p80 = ms
+        first = times[values[0]][1]
+        for value, (p20, p50, p80) in times.items():
             table.add(
                 "growth",
-                name,
+                f"growth {family} {shape_name(*shape_of(value))}",
                 f"{p50:9.2f} ms   {p50 / first:5.2f} times the first",
-                family=title.split(" (")[0],
+                family=family,
+                value=value,
                 ms_p20=p20,
                 ms_p50=p50,
                 ms_p80=p80,
                 relative=p50 / first,
             )
+        slope = exponent(values, [times[value][1] for value in values])
+        table.add(
+            "exponent",
+            f"growth {family} exponent",
+            f"{slope:9.2f}   (the maths: {expected})",
+            family=family,
+            exponent=slope,
+            expected=expected,
+        )
+
+
+def exponent(values, times):
+    """Slope of the least-squares line through log time against log value."""
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (values, times))
+    x = x - x.mean()
+    return ((x * y).sum() / (x * x).sum()).item()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows only that it runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--list", action="store_true", help="names of the sections, nothing else")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--out", default=ROOT / "bench" / "results" / "cpu.jsonl")
+    parser.add_argument("--out", type=Path, help="folder of the rows; default bench/results")
     parser.add_argument("--measure-memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.list:
+        print(*SECTIONS, sep="\n")
+        return 0
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: must be positive, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.measure_memory:
         implementation, shape = options.measure_memory
         batch, length, sizes = json.loads(shape)
-        print(measure_memory(implementation, (batch, length, tuple(sizes))))
-        return
-    arguments = sys.argv[1:] if argv is None else argv
-    table = Table(options.out, shlex.join(["python", "bench/cpu.py", *arguments]))
+        shape = (batch, length, tuple(sizes))
+        if implementation.startswith("layer"):
+            print(measure_layer_memory(int(implementation.partition("=")[2] or 0), shape))
+        else:
+            print(measure_memory(implementation, shape))
+        return 0
+    options.again, options.minutes = True, None
+    table = Table(torch.device("cpu"), options, harness.command_line("cpu", argv))
     functions = {
         "scan": bench_scan,
         "memory": bench_memory,
@@ -510,8 +523,8 @@ def main(argv=None):
     }
     for section in options.only:
         functions[section](table, options.quick)
-    print(f"\nrows appended to {options.out}")
+    return table.finish()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

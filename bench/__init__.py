@@ -1,0 +1,1 @@
+"""Benchmarks; `python -m bench --list` says which there are."""

@@ -1,0 +1,279 @@
+"""What a kernel should take, from the instructions it compiles to, and what limits it.
+
+    python -m bench model --device h200              # times, what bounds them, growth
+    python -m bench model --device b200 --gpus 8
+
+A program of a scan kernel is a few warps that run all steps of one group of batch rows. Its step
+cannot be shorter than its latency, warps that share a subpartition add their issue or tensor-core
+cycles, and all programs together cannot move their bytes faster than memory does:
+
+    cycles of a step = max(latency, warps per subpartition · max(instructions, mma · mma cycles))
+    time = max(waves · T · cycles / clock, bytes · B · T · heads / bandwidth)
+
+The weight-gradient kernel runs in parallel over time: its latency is hidden, its issue, tensor and
+memory times remain. Counts are the newest rows of `python -m bench compiled` for the device's
+architecture, else the budget of `bench/compiled_budget.json` (sm_90), an upper bound. Constants are
+from data sheets and from the literature (see DEVICES): they are guesses until a run of
+`python -m bench kernels` stands beside them, whose rows carry predicted_ms next to ms_p50.
+
+B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
+"""
+
+import argparse
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+
+from bench import harness
+from kru_triton.kernels import support
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+PASSES = {"forward": 2, "backward": 3, "weight_grad": 2}  # of a (B, T, 2·H·N) tensor
+# cycles beyond issue: two dependent products, packing, and the nonlinearity
+LATENCY = {"forward": 170, "backward": 210}
+BARRIER = 30  # cycles
+SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as the model sees it."""
+
+    match: str  # in the name that the driver gives
+    arch: str
+    processors: int
+    clock: float  # Hz, sustained
+    bandwidth: float  # bytes/s of a copy, read and written
+    mma_cycles: float  # per 16x8x16 bfloat16 product and subpartition
+    registers: int  # of 4 bytes per processor and lane of 32 (64 for AMD)
+    warps: int  # resident per processor
+    link: float  # bytes/s to other GPUs, one way
+    peak: float  # FLOP/s of large dense bfloat16 products
+
+
+# processors, clock, link, peak: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as
+# copies have been seen to run); mma_cycles: what 16x8x16 products through mma.sync are said to
+# reach, 63 % of the dense peak on Hopper, all of it on Ampere; for b200 taken as on Hopper.
+DEVICES = {
+    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.45, 65536, 64, 450e9, 790e12),
+    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.45, 65536, 64, 450e9, 790e12),
+    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 300e9, 280e12),
+    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 6.45, 65536, 64, 900e9, 1800e12),
+    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 448e9, 1000e12),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one step of one warp, and the program it belongs to."""
+
+    instructions: float
+    mma: float
+    barriers: int
+    registers: int
+    warps: int
+    rows: int
+
+
+@functools.cache
+def _compiled(arch: str) -> dict[str, dict]:
+    rows = harness.read_rows(harness.RESULTS / f"{harness.slug(arch)}.jsonl")
+    return {row["name"]: row for row in rows if row["bench"] == "compiled"}
+
+
+@functools.cache
+def _budget() -> dict[str, dict]:
+    return json.loads((harness.ROOT / "bench/compiled_budget.json").read_text())["sm_90"]
+
+
+def products(tile: support.Tile, kernel: str, precision: str) -> float:
+    """16x8x16 products per step of one program: 2 complex ones, or 4 for the weight gradient."""
+    pe, qe = tile.S1 * tile.PP, tile.S2 * tile.QP
+    one = 4 * math.ceil(pe / 16) * math.ceil(qe / 16)
+    count = one * (math.ceil(qe / 8) + math.ceil(pe / 8))
+    return count * (2 if kernel == "weight_grad" else 1) * (3 if precision == "fp32" else 1)
+
+
+def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
+    """Counts of a modReLU kernel for P·Q complex units.
+
+    A size that was not compiled takes those of its padded sides, or else of the compiled size
+    nearest in units, instructions in proportion to them.
+
+    Raises:
+        ValueError: no size of that kernel and dtype has been compiled.
+    """
+    tile = support.Tile.of(P, Q, ITEMSIZE[dtype])
+    if kernel == "weight_grad":
+        constants, options, _ = support.weight_grad_options(
+            tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True
+        )
+    else:
+        constants, options = support.compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
+    pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
+    tables = []  # by size: the one launch, or the two of dA and dB
+    for table in (_compiled(arch), _budget()):
+        sizes = {}
+        for name, row in table.items():
+            if match := pattern.fullmatch(name):
+                sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
+        tables.append(sizes)
+    same = ((P, Q), (tile.PP, tile.QP), (Q, P))
+    found = next((sizes[s] for sizes in tables for s in same if s in sizes), None)
+    scale, warps = 1.0, options["num_warps"]
+    if found is None and (sizes := tables[0] or tables[1]):
+        nearest = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
+        found = sizes[nearest]
+        scale = P * Q / (nearest[0] * nearest[1]) * found[0].get("warps", 1) / warps
+    if found is not None:
+        return Counts(
+            instructions=scale * sum(row["instructions_per_step"] for row in found),
+            mma=products(tile, kernel, dtype) / warps,
+            barriers=sum(row["barriers"] for row in found),
+            registers=max(row["registers"] for row in found),
+            warps=warps,
+            rows=tile.rows * constants.get("R", 1),
+        )
+    raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    seconds: float
+    bound: str  # latency, issue, tensor, memory
+
+
+def predict(
+    kernel: str, P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device
+) -> Prediction:
+    """Time of one launch of `kernel` ("forward", "backward" or "weight_grad")."""
+    c = counts(kernel, P, Q, dtype, device.arch)
+    memory = PASSES[kernel] * 2 * P * Q * ITEMSIZE[dtype] * heads * B * T / device.bandwidth
+    issue, tensor = c.instructions, c.mma * device.mma_cycles
+    busy = max(issue, tensor)
+    subpartitions = 4 * device.processors
+    programs = math.ceil(B / c.rows) * heads
+    if kernel == "weight_grad":
+        seconds = programs * T * c.warps * busy / subpartitions / device.clock
+        bound = "issue" if issue >= tensor else "tensor"
+    else:
+        latency = busy + LATENCY[kernel] + BARRIER * c.barriers
+        held = max(
+            1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))
+        )
+        resident = max(1, held // c.warps) * device.processors
+        seconds, left = 0.0, programs
+        bound = "latency"
+        while left > 0:
+            warps = math.ceil(min(left, resident) * c.warps / subpartitions)
+            if not seconds and warps * busy > latency:
+                bound = "issue" if issue >= tensor else "tensor"
+            seconds += T * max(latency, warps * busy) / device.clock
+            left -= resident
+    return Prediction(memory, "memory") if memory > seconds else Prediction(seconds, bound)
+
+
+def of_direction(direction: str, *arguments) -> Prediction:
+    """The launches of a direction: "forward", "backward" (with weight gradients) or "both"."""
+    kernels = {
+        "forward": ("forward",),
+        "backward": ("backward", "weight_grad"),
+        "both": ("forward", "backward", "weight_grad"),
+    }[direction]
+    parts = [predict(kernel, *arguments) for kernel in kernels]
+    slowest = max(parts, key=lambda p: p.seconds)
+    return Prediction(sum(p.seconds for p in parts), slowest.bound)
+
+
+def device_of(name: str) -> Device | None:
+    """The known device whose name the driver's name contains."""
+    return next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
+
+
+def predicted_ms(direction, P, Q, dtype, B, T, heads, name: str) -> float | None:
+    """For a row of `python -m bench kernels`; None on a device that the model does not know."""
+    device = device_of(name)
+    if device is None:
+        return None
+    return 1e3 * of_direction(direction, P, Q, dtype, B, T, heads, device).seconds
+
+
+def all_reduce_seconds(parameters: int, gpus: int, device: Device) -> float:
+    """A ring all-reduce of float32 gradients."""
+    return 2 * (gpus - 1) / gpus * 4 * parameters / device.link
+
+
+def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
+    """The tables of the command."""
+    batches = (1, 16, 64, 256, 1024, 4096)
+    lines = [
+        f"kru_scan on {device.match}, {gpus} GPU, {dtype}, modReLU, T={T}, one head: ms of forward "
+        "+ backward with weight gradients, and what bounds most of it",
+        f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
+        "budget of sm_90)",
+        "",
+        "| factors | " + " | ".join(f"B={b}" for b in batches) + " | memory-bound from B |",
+        "|---" * (len(batches) + 2) + "|",
+    ]
+    for P, Q in SIZES:
+        cells = []
+        for B in batches:
+            p = of_direction("both", P, Q, dtype, math.ceil(B / gpus), T, 1, device)
+            reduce = all_reduce_seconds(2 * (P * P + Q * Q) + P * Q, gpus, device)
+            cells.append(f"{1e3 * (p.seconds + reduce):.3g} {p.bound}")
+        first = next(
+            (
+                B
+                for B in range(4, 16384, 4)
+                if all(
+                    predict(k, P, Q, dtype, math.ceil(B / gpus), T, 1, device).bound == "memory"
+                    for k in ("forward", "backward")
+                )
+            ),
+            "-",
+        )
+        lines.append(f"| {P}x{Q} | " + " | ".join(cells) + f" | {first} |")
+    lines += ["", "growth of forward + backward from 32x32, per doubling (2 is linear)"]
+    for B in (16, 2048):
+
+        def seconds(B=B, T=T, P=32, Q=32, heads=1):
+            return of_direction("both", P, Q, dtype, B, T, heads, device).seconds
+
+        base = seconds()
+        ratios = {
+            "T": seconds(T=2 * T) / base,
+            "B": seconds(B=2 * B) / base,
+            "heads, each of 32x32": seconds(heads=2) / base,
+            "N, one head, 16x32 -> 32x32": base / seconds(P=16),
+            "heads at equal units, 32x32 -> 4 of 16x16": seconds(P=16, Q=16, heads=4) / base,
+            "GPUs": (
+                seconds(B=math.ceil(B / 2)) + all_reduce_seconds(2 * 2 * 32**2 + 32**2, 2, device)
+            )
+            / base,
+        }
+        lines.append(f"  B={B}: " + "; ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", nargs="+", choices=DEVICES, default=list(DEVICES))
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16")
+    options = parser.parse_args(argv)
+    if min(options.gpus, options.length) < 1:
+        parser.error(f"--gpus and --length: must be positive, got {options.gpus}, {options.length}")
+    for name in options.device:
+        print(*report(DEVICES[name], options.gpus, options.length, options.dtype), "", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""Draws the figures from the rows in bench/results alone, into bench/figures.
+
+    python -m bench plot
+    python -m bench plot --results build/bench --figures /tmp/figures --format png --toy
+
+Figures that have no rows are left out, and said so; nothing is computed but ratios. Each carries
+device, commit and date of its rows. Needs matplotlib (the extra `plot`).
+
+    kernels-scan      forward + backward against batch rows, ours and the rivals, prediction, floor
+    kernels-length    microseconds per step against length
+    train-step        tokens per second against sequence length
+    decode            tokens per second against cached positions
+    cpu-growth        torch backend: time against T, B, N, F beside a linear law
+    cpu-speed         torch backend against the loop and torch.nn
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from bench import harness
+
+FORMATS = ("svg", "png", "pdf")
+
+
+def ok(rows, bench, **equal):
+    """Rows with times of one benchmark."""
+    return [
+        row
+        for row in rows
+        if row["bench"] == bench
+        and row["status"] == "ok"
+        and all(row.get(key) == value for key, value in equal.items())
+    ]
+
+
+def lines(axis, rows, x: str, y: str, label) -> None:
+    """One line per label, in the order of x."""
+    series = defaultdict(list)
+    for row in rows:
+        series[label(row)].append((row[x], row[y]))
+    for name, points in series.items():
+        ours = name.startswith("kru")
+        width = 2.2 if ours else 1
+        axis.plot(*zip(*sorted(points)), marker="o", markersize=3, label=name, linewidth=width)
+
+
+def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    if log:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6)
+
+
+USUAL = {"op": "scan", "direction": "both", "dtype": "bf16", "precision": "auto",
+         "nonlinearity": "modrelu"}  # fmt: skip
+
+
+def scan(rows, new):
+    found = [row for row in ok(rows, "kernels", **USUAL) if row["P"] == row["Q"]]
+    lengths = [row["T"] for row in found]
+    usual = max(set(lengths), key=lengths.count, default=0)
+    panels = defaultdict(list)
+    for row in found:
+        if row["T"] == usual:
+            panels[row["P"], row["heads"]].append(row)
+    panels = {key: chosen for key, chosen in panels.items() if len({r["B"] for r in chosen}) > 1}
+    if not panels:
+        return None
+    figure, axes = new(len(panels))
+    for axis, ((_, heads), chosen) in zip(axes, panels.items()):
+        lines(axis, chosen, "B", "ms_p50", lambda row: row["implementation"])
+        predicted = sorted((r["B"], r["predicted_ms"]) for r in chosen if "predicted_ms" in r)
+        floor = sorted(
+            (r["B"], r["floor_ms"]) for r in chosen if r["implementation"] == "kru triton"
+        )
+        for points, name, style in ((predicted, "predicted", ":"), (floor, "floor", "--")):
+            if points:
+                axis.plot(*zip(*points), style, color="black", label=name, linewidth=1)
+        axis.set_title(f"{chosen[0]['units']} units, {heads} heads, T={chosen[0]['T']}", fontsize=9)
+        finish(axis, "batch rows", "ms, forward + backward")
+    return figure, found
+
+
+def length(rows, new):
+    found = ok(rows, "kernels", **USUAL, B=64, P=32, Q=32, heads=1)
+    if len({row["T"] for row in found}) < 2:
+        return None
+    figure, (axis,) = new(1)
+    lines(axis, found, "T", "us_per_step", lambda row: row["implementation"])
+    finish(axis, "length", "microseconds per step, forward + backward")
+    return figure, found
+
+
+def train_step(rows, new):
+    found = [row for row in ok(rows, "train_step", direction="both") if "T" in row]
+    if len({row["T"] for row in found}) < 2:
+        return None
+    figure, (axis,) = new(1)
+    lines(axis, found, "T", "tokens_per_s", lambda row: row["implementation"])
+    finish(axis, "sequence length, tokens per step fixed", "tokens per second of training")
+    return figure, found
+
+
+def decode(rows, new):
+    found = ok(rows, "decode")
+    batches = list(dict.fromkeys(row["B"] for row in found))
+    if not batches:
+        return None
+    figure, axes = new(len(batches))
+    for axis, batch in zip(axes, batches):
+        chosen = [row for row in found if row["B"] == batch]
+        cached = [row for row in chosen if row["length"]]
+        lines(
+            axis,
+            cached,
+            "length",
+            "tokens_per_s",
+            lambda row: "transformer" + (" graph" if "graph" in row["implementation"] else ""),
+        )
+        for number, row in enumerate(r for r in chosen if not r["length"]):
+            name = row["implementation"]
+            axis.axhline(row["tokens_per_s"], color=f"C{number + 2}", label=name, linewidth=1.5)
+        axis.set_title(f"{batch} rows", fontsize=9)
+        finish(axis, "cached positions", "tokens per second")
+    return figure, found
+
+
+def growth(rows, new):
+    found = ok(rows, "cpu", section="growth")
+    found = [row for row in found if "value" in row]
+    families = list(dict.fromkeys(row["family"] for row in found))
+    if not families:
+        return None
+    figure, axes = new(len(families))
+    for axis, family in zip(axes, families):
+        points = sorted((r["value"], r["ms_p50"]) for r in found if r["family"] == family)
+        axis.plot(*zip(*points), marker="o", label="measured")
+        if not family.startswith("factors"):
+            first, ms = points[0]
+            axis.plot(
+                [x for x, _ in points],
+                [ms * x / first for x, _ in points],
+                "--",
+                color="black",
+                label="linear",
+                linewidth=1,
+            )
+        slopes = ok(rows, "cpu", section="exponent", family=family)
+        title = f"exponent {slopes[-1]['exponent']:.2f}" if slopes else ""
+        axis.set_title(title, fontsize=9)
+        finish(axis, family, "ms, forward + backward")
+    return figure, found
+
+
+def speed(rows, new):
+    found = [
+        row
+        for section in ("scan", "layer")
+        for row in ok(rows, "cpu", section=section)
+        if "ratio" in row
+    ]
+    if not found:
+        return None
+    figure, (axis,) = new(1)
+    names = [row["name"] for row in found]
+    axis.barh(names, [row["ms_p50"] for row in found], color="C0")
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=6)
+    axis.set_xscale("log")
+    axis.set_xlabel("ms, forward + backward")
+    return figure, found
+
+
+FIGURES = {
+    "kernels-scan": scan,
+    "kernels-length": length,
+    "train-step": train_step,
+    "decode": decode,
+    "cpu-growth": growth,
+    "cpu-speed": speed,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    parser.add_argument("--figures", type=Path, default=harness.ROOT / "bench" / "figures")
+    parser.add_argument("--format", choices=FORMATS, default="svg")
+    parser.add_argument("--toy", action="store_true", help="also rows of --quick runs")
+    options = parser.parse_args(argv)
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        parser.error("needs matplotlib: pip install 'kru-triton[plot]'")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kru_triton"  # the same rows give the same file
+    from matplotlib import pyplot
+
+    def new(panels: int):
+        figure, axes = pyplot.subplots(
+            1, panels, figsize=(4.2 * panels + 0.6, 3.8), squeeze=False, layout="constrained"
+        )
+        return figure, axes[0]
+
+    options.figures.mkdir(parents=True, exist_ok=True)
+    files = harness.result_files(options.results)
+    if not files:
+        parser.error(f"--results: no .jsonl files in {options.results}")
+    for path in files:
+        rows = harness.read_rows(path)
+        rows = harness.latest([row for row in rows if options.toy or not row.get("quick")])
+        for name, draw in FIGURES.items():
+            made = draw(rows, new)
+            if made is None:
+                continue
+            figure, used = made
+            commits = ", ".join(dict.fromkeys(row["commit"] for row in used))
+            figure.suptitle(
+                f"{used[0]['device']}, torch {used[0]['torch']}, triton {used[0].get('triton')}, "
+                f"commit {commits}, {max(row['date'] for row in used)[:10]}",
+                fontsize=7,
+            )
+            target = options.figures / f"{path.stem}-{name}.{options.format}"
+            figure.savefig(target, metadata={"Date": None} if options.format == "svg" else None)
+            pyplot.close(figure)
+            print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
