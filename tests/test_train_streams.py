@@ -731,7 +731,11 @@ def test_several_data_flags_and_a_toml_list(tmp_path):
 
 def test_a_run_on_a_stream_with_bpe_goes_on_exactly_and_is_sampled(tmp_path):
     spec = write_shards(tmp_path / "data", make_texts(1500), 3, "parquet")
-    flags = [*TINY, "--data", f"2:{spec}", "--data", "stdlib", "--tokenizer", "bpe:50"]
+    for folder in "ab":  # files of one name
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c.txt").write_text(f"{folder} " + "a text file " * 500)
+    text = f"text:{tmp_path}/[ab]/*.txt"
+    flags = [*TINY, "--data", f"2:{spec}", "--data", text, "--tokenizer", "bpe:50"]
     flags += ["--valid", f"parquet:{tmp_path}/data/1.parquet", "--valid-bytes", "3000"]
 
     def train(run_dir, *more):
@@ -741,14 +745,14 @@ def test_a_run_on_a_stream_with_bpe_goes_on_exactly_and_is_sampled(tmp_path):
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         return done.stdout, [json.loads(line)["train/loss_nats"] for line in lines]
 
-    out, whole = train(tmp_path / "whole", "--steps", "300", "--checkpoint-every", "290")
-    assert re.search(r"train: \d+ shards of 2:parquet:.*, stdlib, streamed, ", out)
+    out, whole = train(tmp_path / "whole", "--steps", "60", "--checkpoint-every", "50")
+    assert re.search(r"train: 4 shards of 2:parquet:.*, text:.*, streamed, ", out)
     assert "tokenizer: 307 tokens, sha256 " in out
     for path in (tmp_path / "whole/checkpoints").iterdir():
-        if path.name != "step-290":  # as if it had been killed after it
+        if path.name != "step-50":  # as if it had been killed after it
             shutil.rmtree(path)
-    out, resumed = train(tmp_path / "whole", "--steps", "300", "--workers", "1")
-    assert "step 290" in out
+    out, resumed = train(tmp_path / "whole", "--steps", "60", "--workers", "1")
+    assert "step 50" in out
     assert resumed == whole
 
     model, own, _ = sample.load_model(str(tmp_path / "whole"), "cpu", "torch")
