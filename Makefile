@@ -10,6 +10,9 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 RUN_DIR ?= runs/lm
 
+# Python may keep what it has compiled: uv leaves that to the first import, and torch is large
+export PYTHONDONTWRITEBYTECODE :=
+
 # uv is quicker than pip, but knows nothing of pip's find-links: hand them over where there are any
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
@@ -48,8 +51,10 @@ gpu-setup:
 	  || $(PYTHON) -m pip install -q --no-deps --no-build-isolation -e . \
 	  || { ln -sfn ../kernels kru_triton/kernels && ln -sfn ../train kru_triton/train; }
 
+GPU_TESTS := $(addprefix tests/test_,kernels.py kernels_lstm.py dispatch.py lstm.py)
+
 gpu-test: gpu-setup
-	$(PYTHON) -m pytest -m gpu tests/test_kernels.py tests/test_kernels_lstm.py tests/test_dispatch.py $(ARGS)
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
 
 # every part runs, whatever another one's end; the table comes last
 gpu: gpu-setup
@@ -59,7 +64,7 @@ gpu: gpu-setup
 	  test -z "$$failed" || { echo "failed parts:$$failed"; exit 1; }
 
 gpu-part-1:
-	timeout 560 $(PYTHON) -m pytest -m gpu tests/test_kernels.py tests/test_kernels_lstm.py tests/test_dispatch.py \
+	timeout 560 $(PYTHON) -m pytest -m gpu $(GPU_TESTS) \
 	  -q --junitxml $(OUT)/gpu-tests.xml $(ARGS); code=$$?; test $$code = 5 || exit $$code
 
 gpu-part-2:
