@@ -34,7 +34,7 @@ from kru_triton.train.lm import keep_freed_memory
 from kru_triton.train.sample import pick_dtype
 
 ROOT = Path(__file__).parent.parent
-MODELS = ("kru", "lstm", "gru", "rnn", "transformer")
+MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "transformer")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Draws the figures from the rows in bench/results alone, into bench/figures.
 
     python -m bench plot
-    python -m bench plot --results build/bench --figures /tmp/figures --format png --toy
+    python -m bench plot --results build/bench --figures build/figures --format png --toy
 
 Figures that have no rows are left out, and said so; nothing is computed but ratios. Each carries
 device, commit and date of its rows. Needs matplotlib (the extra `plot`).
