@@ -26,7 +26,7 @@ train: $(VENV)/.ok
 	$(PY) train/lm.py --minutes 7 --eval-every 1000 --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(VENV)/.ok
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # On a GPU machine, with its own python: torch, triton, numpy and pytest are all it needs.
 #   make gpu            everything, in order of worth

@@ -15,7 +15,6 @@ import pytest
 from kru_triton.kernels import support
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("compiled")  # one process compiles for all of them
 
 ROOT = Path(__file__).parents[1]
 BUDGET = json.loads((ROOT / "bench" / "compiled_budget.json").read_text())
