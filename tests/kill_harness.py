@@ -4,8 +4,8 @@
     python tests/kill_harness.py --kills 30 --processes 2 --seed 5
     python tests/kill_harness.py --flags='--workers 2 --tokenizer bpe:300' --data 'json:shards/*'
 
-Each leg is `main()` of train/lm.py in processes of its own, forked from this one, so that a leg
-does not import torch anew. The moments are drawn over start-up, steps, checkpoint writes and
+Each leg is `main()` of train/lm.py in processes of its own, forked from one that has torch
+imported. The moments are drawn over start-up, steps, checkpoint writes and
 renames. At the end every number of metrics.jsonl (but the speeds), and every byte of the last
 checkpoint's tensors and data positions, must be those of the run that never stopped. The exit code
 is 1 where they are not.
@@ -13,34 +13,38 @@ is 1 where they are not.
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
 import shlex
-import signal
 import socket
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
-import torch._dynamo  # noqa: F401 (the first call of an op imports it: once, here)
 
 from kru_triton.train import checkpoints, lm
 
 TINY = (
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
-    "--lr 1e-2 --dtype float32 --batch-size 4 --segment-length 32 --device cpu --dropout 0.1 "
-    "--wandb disabled --sample-tokens 10 --log-every 3 --warmup 10 --checkpoint-every 5"
+    "--backend torch --device cpu --dtype float32 --batch-size 4 --segment-length 32 --lr 1e-2 "
+    "--dropout 0.1 --wandb disabled --sample-tokens 10 --log-every 3 --warmup 10 "
+    "--checkpoint-every 5"
 )
 SPEEDS = ("tok_s", "data_wait")
+
+context = multiprocessing.get_context("forkserver")
+# torch's custom ops import torch._dynamo when they are first called
+context.set_forkserver_preload(["kru_triton.train.lm", "torch._dynamo"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--data", default="", help="as of train/lm.py; default: text made up here")
     parser.add_argument("--flags", default="", help="further flags of train/lm.py")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -67,89 +71,101 @@ def write_corpus(folder: Path) -> Path:
 
 
 class Leg:
-    """train/lm.py in processes forked from this one, as torchrun would start them."""
+    """train/lm.py in processes that stand by with torch imported, as torchrun would start them.
 
-    def __init__(self, flags: list[str], run_dir: Path, count: int):
+    Args:
+        file_limits: by rank, the largest file in bytes that the process may write.
+    """
+
+    def __init__(self, flags, run_dir: Path, count: int = 1, file_limits: dict | None = None):
+        self.run_dir = run_dir
         self.log = run_dir.with_name(f"{run_dir.name}.log")
+        self.log.touch()
+        self.settings = run_dir / "config.json"
+        self.settings_before = self.settings.exists() and self.settings.stat().st_ino
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.pids = []
+        flags = [*map(str, flags), "--run-dir", str(run_dir)]
+        self.processes = []
         for rank in range(count):
-            pid = os.fork()
-            if pid == 0:
-                self.child([*flags, "--run-dir", str(run_dir)], rank, count, port)
-            self.pids.append(pid)
-        self.codes = dict.fromkeys(self.pids)
-
-    def child(self, flags: list[str], rank: int, count: int, port: int) -> None:
-        """Run the script here, and never return."""
-        output = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-        os.environ.update({name: str(number) for name, number in numbers.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        sys.argv = ["train/lm.py", *flags]
-        code = 99
-        try:
-            lm.main()
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            limit = (file_limits or {}).get(rank)
+            arguments = (flags, self.log, rank, count, port, limit)
+            self.processes.append(context.Process(target=child, args=arguments))
+        for process in self.processes:
+            process.start()
 
     def wait(self, seconds: float = 60.0) -> list[int] | None:
         """The exit codes by rank; None where the processes go on for longer than that."""
         deadline = time.monotonic() + seconds
-        while True:
-            for pid in [pid for pid, code in self.codes.items() if code is None]:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    self.codes[pid] = os.waitstatus_to_exitcode(status)
-            if None not in self.codes.values():
-                return [self.codes[pid] for pid in self.pids]
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(0.002)
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else codes
 
     def busy(self) -> float:
         """Seconds that process 0 has computed: other load on the machine does not change it."""
-        return int(Path(f"/proc/{self.pids[0]}/schedstat").read_text().split()[0]) / 1e9
+        return int(Path(f"/proc/{self.processes[0].pid}/schedstat").read_text().split()[0]) / 1e9
 
     def wait_until(self, condition) -> float:
         """`busy()` when the condition came true; 0 where the processes ended before."""
         while self.wait(0) is None:
-            if condition():
-                return self.busy()
+            try:
+                if condition():
+                    return self.busy()
+            except FileNotFoundError:  # process 0 has just ended
+                continue
             time.sleep(0.001)
         return 0.0
 
+    def has_begun(self) -> bool:
+        """Whether start-up is over: config.json is then written anew."""
+        return self.settings.exists() and self.settings.stat().st_ino != self.settings_before
+
+    def wait_for_step(self, step: int) -> None:
+        """Until metrics.jsonl has a row of this step or a later one."""
+        path = self.run_dir / "metrics.jsonl"
+
+        def there() -> bool:
+            rows = path.read_text().splitlines() if path.exists() else []
+            return bool(rows) and json.loads(rows[-1])["step"] >= step
+
+        assert self.wait_until(there), self.output()
+
     def kill(self, victim: int) -> list[int]:
         """SIGKILL one process, SIGTERM to the others as torchrun does; all must end in a minute."""
-        os.kill(self.pids[victim], signal.SIGKILL)
+        self.processes[victim].kill()
         self.wait(0.1)
-        for pid, code in self.codes.items():
-            if code is None:
-                os.kill(pid, signal.SIGTERM)
+        for process in self.processes:
+            process.terminate()
         codes = self.wait()
-        if codes is None:
-            for pid in self.pids:
-                os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"a process goes on without its peer\n{self.output()}")
+        for process in self.processes:
+            process.kill()
+        assert codes is not None, f"a process goes on without its peer\n{self.output()}"
         return codes
 
     def output(self) -> str:
         return self.log.read_text()
 
 
+def child(flags: list[str], log: Path, rank: int, count: int, port: int, limit: int | None) -> None:
+    """Run the script in this process."""
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    sys.argv = ["train/lm.py", *flags]
+    lm.main()
+
+
 def kill_and_compare(folder: Path, flags: list[str], kills: int, processes: int, seed: int) -> dict:
     """Two runs in `folder`, one of them killed `kills` times; what came of it."""
     whole = Leg(flags, folder / "whole", processes)
-    start_up = whole.wait_until(lambda: (folder / "whole" / "config.json").exists())
-    total = whole.wait_until(lambda: (folder / "whole" / "summary.json").exists())
+    start_up = whole.wait_until(whole.has_begun)
+    seconds = whole.wait_until(lambda: (folder / "whole" / "summary.json").exists()) - start_up
     assert whole.wait() == [0] * processes, whole.output()
 
     draw = np.random.default_rng(seed)
@@ -157,9 +173,10 @@ def kill_and_compare(folder: Path, flags: list[str], kills: int, processes: int,
     while True:
         leg = Leg(flags, folder / "killed", processes)
         if len(steps) < kills:
-            moment = draw.uniform(0, start_up)
-            if draw.uniform() < 0.8:
-                moment = start_up + draw.uniform(0, 1.5 * (total - start_up) / kills)
+            if draw.uniform() < 0.2:
+                moment = draw.uniform(0, start_up)
+            else:
+                moment = leg.wait_until(leg.has_begun) + draw.uniform(0, 2 * seconds / kills)
             if leg.wait_until(lambda: leg.busy() > moment):  # noqa: B023 (called at once)
                 victim = int(draw.integers(processes))
                 codes = leg.kill(victim)

@@ -1,8 +1,11 @@
 """Checkpoints: complete or not there, verified, the last ones kept."""
 
 import errno
+import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kill_harness import context
 
 from kru_triton.train import checkpoints
 from kru_triton.train.config import UserError
@@ -132,6 +136,48 @@ def test_a_killed_write_is_ignored_and_cleaned_up(tmp_path):
     assert checkpoints.load_latest(tmp_path)[0].trainer["step"] == 1
     writer(tmp_path, [])
     assert not half.exists()
+
+
+def save_and_die(run_dir, fatal):
+    """Write checkpoint 3 and kill this process at call number `fatal` to the file system."""
+    count = itertools.count(1)
+
+    def deadly(call):
+        def inner(*arguments, **options):
+            if next(count) == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return inner
+
+    checkpoints.write_synced = deadly(checkpoints.write_synced)
+    checkpoints.sync_folder = deadly(checkpoints.sync_folder)
+    checkpoints.shutil.rmtree = deadly(checkpoints.shutil.rmtree)
+    Path.rename = deadly(Path.rename)
+    Path.mkdir = deadly(Path.mkdir)
+    save(run_dir, 3, keep=2)
+
+
+def test_a_kill_at_any_call_loses_no_checkpoint(tmp_path):
+    for fatal in range(1, 20):
+        run_dir = tmp_path / str(fatal)
+        save(run_dir, 1)
+        save(run_dir, 2)
+        process = context.Process(target=save_and_die, args=(run_dir, fatal))
+        process.start()
+        process.join(60)
+        newest, corrupt = checkpoints.load_latest(run_dir)
+        assert corrupt == []
+        assert newest.trainer["step"] in (2, 3)
+        checkpoints.remove_unfinished(run_dir)
+        steps = checkpoints.list_steps(run_dir)
+        assert steps[-2:] in ([1, 2], [2, 3])
+        assert all(checkpoints.verify(checkpoints.folder(run_dir, step)) for step in steps)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert fatal > 8  # files, folders, rename, removal of the oldest one
+    assert steps == [2, 3]
 
 
 # In the background

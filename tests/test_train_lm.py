@@ -24,8 +24,8 @@ from kru_triton.train.config import Config, UserError
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
-    "--lr 1e-2 --dtype float32 --batch-size 4 --segment-length 32 --device cpu --dropout 0.1 "
-    "--wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
+    "--backend torch --device cpu --dtype float32 --batch-size 4 --segment-length 32 --lr 1e-2 "
+    "--dropout 0.1 --wandb disabled --sample-tokens 20 --log-every 7 --warmup 10"
 )
 
 
@@ -353,6 +353,40 @@ def test_resume_must_and_never(tmp_path, corpus, monkeypatch, capsys):
     assert checkpoints.load_latest(tmp_path / "run" / "old-1")[0].trainer["step"] == 3
 
 
+def test_data_that_ends_stops_with_a_checkpoint_that_loses_nothing(
+    tmp_path, corpus, monkeypatch, capsys
+):
+    flags = [*TINY, *corpus, "--steps", 20]
+    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "whole") == 0
+    real, calls = data.Lanes.next, []
+
+    def broken(self):
+        calls.append(1)
+        if len(calls) == 12:
+            raise data.DataError("shard-7", "the server is gone")
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Lanes, "next", broken)
+        capsys.readouterr()
+        assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    step = tmp_path / "run" / "checkpoints" / "step-11"
+    assert re.search(rf"error: .*shard-7.*the server is gone.* after step 11, .* is {step}", err)
+    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run") == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_clock_that_is_set_back_changes_no_budget(tmp_path, corpus, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: next(hours) * 3600.0)
+    began = time.perf_counter()
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--minutes", 0.02]
+    assert run_in_process(monkeypatch, *flags) == 0
+    assert time.perf_counter() - began > 1.2
+    assert 1.2 <= json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] < 30
+
+
 def test_minutes_anneal_the_learning_rate_to_the_floor(tmp_path, corpus, monkeypatch):
     began = time.perf_counter()
     flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--minutes", 0.03, "--log-every", 1]
@@ -414,6 +448,7 @@ def test_bad_arguments_and_data_end_with_code_2_and_a_message(
         ([*corpus, "--match-params", "10"], "match_params"),
         ([*corpus, "--run-dir", tmp_path / "file" / "run"], "--run-dir"),
         ([*corpus, "--batch-size", "100000"], "too few for 100000 lanes"),
+        ([*corpus, "--grad-accumulation", "3"], "must divide --batch-size (4 lanes), got 3"),
     ]
     for flags, message in cases:
         code = run_in_process(

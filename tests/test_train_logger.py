@@ -92,6 +92,7 @@ def broken_wandb(failing):
     )
     module = types.ModuleType("wandb")
     module.Settings, module.init, module.Html = call("Settings"), call("init", run), call("Html")
+    module.teardown = call("teardown")
     return module, calls
 
 
@@ -117,7 +118,7 @@ def test_a_failing_call_turns_wandb_off_with_one_line(failing, tmp_path, monkeyp
         assert lines == [
             "wandb: off (ConnectionResetError: the service is gone); metrics.jsonl goes on"
         ]
-        assert calls[-1] == failing  # nothing was called after it
+        assert calls[-2:] == [failing, "teardown"]  # nothing else was called after it
 
 
 def test_a_figure_that_fails_costs_only_the_figures(tmp_path, monkeypatch, capsys):

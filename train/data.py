@@ -49,9 +49,10 @@ from kru_triton.train.sources import (
     is_url,
     matching_files,
     read,
+    relative_names,
     stdlib_files,
 )
-from kru_triton.train.streams import HELD_OUT_SHARE, Plan, StreamBatches, is_held_out, join
+from kru_triton.train.streams import HELD_OUT_SHARE, PANEL, Plan, StreamBatches, is_held_out, join
 from kru_triton.train.tokenizer import (
     TRAINING_BYTES,
     ByteTokenizer,
@@ -266,8 +267,7 @@ def read_documents(spec: str, limit: int = 1 << 62) -> list[Document]:
         texts = [read_text(file) for file in files]
         if not any(texts):
             raise UserError(f"{spec!r} is an empty corpus: all {len(files)} files have 0 bytes")
-        folder = os.path.commonpath([os.path.dirname(file) for file in files])
-        return [(os.path.relpath(file, folder), text) for file, text in zip(files, texts)]
+        return list(zip(relative_names(files), texts))
     return list(first_bytes(source_documents(find_source(spec)), limit))
 
 
@@ -488,26 +488,38 @@ class Lanes:
         lanes = range(rank * batch_size, (rank + 1) * batch_size + 1)
         self.cuts = [lane * len(stream) // self.num_lanes for lane in lanes]
         self.position = 0  # tokens that each lane has read
+        longest = min(PANEL, len(stream) // self.num_lanes)  # that is read at a time
+        self.panel_length = segment_length * max(1, longest // segment_length)
+        self.panel_begin = -self.panel_length  # nothing yet
         self.orders = {}  # epoch -> order of documents, and their starts in it; the last two
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, targets (int64) and reset (bool), each (batch_size, segment_length)."""
-        shape = len(self.cuts) - 1, self.segment_length
-        inputs, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        begin = self.position - self.panel_begin
+        if not 0 <= begin < self.panel_length:
+            self.panel, self.panel_begin, begin = self.fill(), self.position, 0
+        self.position += self.segment_length
+        inputs, targets, reset = (p[:, begin : begin + self.segment_length] for p in self.panel)
+        inputs, targets = (torch.from_numpy(p.astype(np.int64)) for p in (inputs, targets))
+        return inputs, targets, torch.from_numpy(reset.copy())
+
+    def fill(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, targets and reset of the next segments, each (batch_size, panel_length)."""
+        shape = len(self.cuts) - 1, self.panel_length
+        inputs, targets = (np.empty(shape, self.stream.tokens.dtype) for _ in range(2))
         reset = np.zeros(shape, bool)
         for lane, (begin, end) in enumerate(zip(self.cuts, self.cuts[1:])):
             done = 0
-            while done < self.segment_length:
+            while done < self.panel_length:
                 epoch, offset = divmod(self.position + done, end - begin)
-                count = min(self.segment_length - done, end - begin - offset)
+                count = min(self.panel_length - done, end - begin - offset)
                 tokens = self.read(epoch, begin + offset, count + 1)
                 inputs[lane, done : done + count] = tokens[:-1]
                 targets[lane, done : done + count] = tokens[1:]
                 reset[lane, done] = offset == 0
                 done += count
         reset |= inputs == self.stream.bos
-        self.position += self.segment_length
-        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(reset)
+        return inputs, targets, reset
 
     def read(self, epoch: int, begin: int, count: int) -> np.ndarray:
         """`count` tokens of an epoch's stream from `begin` on; one BOS follows its last token."""

@@ -130,7 +130,7 @@ def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Posit
     processes was: each process takes its part. (Not every source of data allows that; the random
     numbers of dropout are others then.)
     """
-    trainer = checkpoints.load(path, ranks=()).trainer
+    trainer = json.loads((path / "trainer.json").read_text())
     same = trainer["processes"] == processes.count
     checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
     parameters = dict(model.named_parameters())
@@ -302,6 +302,8 @@ def train(config: Config, processes: Processes) -> int:
     # Model
     with processes.together():
         device = pick_device(processes.device_name(config.device))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
         architecture = model_config(config, text.tokenizer.vocab_size)
         torch.manual_seed(config.seed)

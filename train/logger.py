@@ -1,5 +1,6 @@
 """Where a run's numbers go: `metrics.jsonl` is the record, Weights & Biases is best effort."""
 
+import contextlib
 import html
 import io
 import json
@@ -132,6 +133,8 @@ class Wandb:
                 self.off = True
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 print(f"wandb: off ({reason}); metrics.jsonl goes on")
+                with contextlib.suppress(Exception):  # it may be this that is broken
+                    self.wandb.teardown()
 
     def start(self, mode: str, run_dir: Path, run_id: str, config: dict, resume: bool) -> None:
         import wandb
@@ -139,7 +142,7 @@ class Wandb:
         self.wandb = wandb
         reason = ""
         if mode == "auto":
-            reason = why_offline(wandb.Settings().base_url)
+            reason = why_offline(wandb.setup().settings.base_url)
             mode = "offline" if reason else "online"
         settings = wandb.Settings(console="off", silent=True, init_timeout=10, disable_git=True)
         self.run = wandb.init(

@@ -79,7 +79,7 @@ def share(run_dir: Path, rank: int) -> None:
             "need one that they share"
         )
     try:
-        checkpoints.write_atomic(run_dir / f".rank-{rank}", "")
+        checkpoints.write_atomic(run_dir / f".rank-{rank}", "here")
         (run_dir / f".rank-{rank}").unlink()
     except OSError as error:
         raise UserError(f"{where} cannot be written: {error.strerror}") from error

@@ -16,7 +16,7 @@ shard can be cut into pieces that different readers read, each line or row by ex
 
 **Faults.** Shards have the size that was found when the run began, or reading fails: a reply or a
 file that is short, even one cut at a line end, is an error, not an end. Anything that goes wrong
-with a remote shard is tried again from the document that was to come, `RETRIES` times in a row with
+with a remote shard, a request or what comes of it, is tried again, `RETRIES` times in a row with
 growing pauses; then, and at once for local files, `DataError` names the shard.
 """
 
@@ -75,15 +75,11 @@ class Shard:
     url: str
     kind: str  # "json", "parquet" or "text"
     size: int | None  # bytes; None where the server does not say
+    name: str  # the URL; of local files, which may be moved, the path below their common folder
 
     @property
     def remote(self) -> bool:
         return "://" in self.url
-
-    @property
-    def name(self) -> str:
-        """The URL, or the name of a local file, which may lie elsewhere when a run goes on."""
-        return self.url if self.remote else os.path.basename(self.url)
 
     @property
     def compression(self) -> str | None:
@@ -137,7 +133,7 @@ def find_source(spec: str) -> Source:
     weight, rest = split_weight(spec)
     kind, _, where = rest.partition(":")
     if rest == "stdlib":
-        return Source(spec, weight, "", tuple(local_shard(p, "text") for p in stdlib_files()))
+        return Source(spec, weight, "", local_shards(stdlib_files(), "text"))
     if kind == "text" and where:
         return Source(spec, weight, "", find_shards(where, "text"))
     if kind in ("json", "parquet") and where:
@@ -164,7 +160,7 @@ def is_url(where: str) -> bool:
 def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
     """The files of a local or http(s) GLOB, sorted."""
     if not is_url(where):
-        return tuple(local_shard(path, kind) for path in matching_files(f"{kind}:{where}"))
+        return local_shards(matching_files(f"{kind}:{where}"), kind)
     import aiohttp
 
     check_host(where, urllib.parse.urlsplit(where))
@@ -179,7 +175,7 @@ def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
         reason = getattr(error.__cause__, "status", None)
         reason = f"HTTP {reason}" if reason else describe_error(error.__cause__ or error)
         raise UserError(f"cannot read {where}: {reason}") from error
-    return tuple(Shard(url, kind, size) for url, size in zip(urls, sizes))
+    return tuple(Shard(url, kind, size, url) for url, size in zip(urls, sizes))
 
 
 def matching_files(spec: str) -> list[str]:
@@ -191,8 +187,15 @@ def matching_files(spec: str) -> list[str]:
     return files
 
 
-def local_shard(path: str, kind: str) -> Shard:
-    return Shard(path, kind, os.stat(path).st_size)
+def local_shards(paths: list[str], kind: str) -> tuple[Shard, ...]:
+    names = relative_names(paths)
+    return tuple(Shard(p, kind, os.stat(p).st_size, name) for p, name in zip(paths, names))
+
+
+def relative_names(paths: list[str]) -> list[str]:
+    """Paths below their common folder."""
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, folder) for path in paths]
 
 
 def stdlib_files() -> list[str]:
@@ -225,13 +228,14 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
     name, config, split = match[1], match[2], match[3] or "train"
     check_hub(f"hub:{where}")
     import datasets
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         builder = datasets.load_dataset_builder(name, config)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        advice = "is its name right? A gated or private one needs HF_TOKEN"
+    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError) as error:
+        advice = "is the name right? A gated or private one needs HF_TOKEN"
         raise UserError(f"hub:{where}: {describe_error(error)} ({advice})") from error
-    except (ValueError, RuntimeError, OSError) as error:  # unknown config, code, no data files
+    except Exception as error:  # an unknown config, code, no data files, an odd server: many kinds
         raise UserError(f"hub:{where}: {describe_error(error, 3)}") from error
     splits = builder.config.data_files or {}
     if split not in splits:
@@ -246,16 +250,18 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
                 f"hub:{where}: {os.path.basename(url)} is not of a kind that is read here "
                 f"({', '.join(KINDS)}, plain or {', '.join(COMPRESSED)})"
             )
-        shards.append(Shard(url, kind, patiently(lambda url=url: files.info(url))["size"]))
+        size = patiently(lambda url=url: files.info(url))["size"]
+        shards.append(Shard(url, kind, size, url))
     return tuple(shards)
 
 
 def check_hub(what: str) -> None:
     """Raise UserError at once where the Hub cannot be reached."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         raise UserError(f"{what}: HF_HUB_OFFLINE is set; use local files, as in json:GLOB")
-    check_host(f"{what} (the Hub)", urllib.parse.urlsplit(endpoint))
+    check_host(f"{what} (the Hub)", urllib.parse.urlsplit(constants.ENDPOINT))
 
 
 def check_host(what: str, url: urllib.parse.SplitResult) -> None:
@@ -319,8 +325,8 @@ class RangeFile(io.RawIOBase):
     def __init__(self, shard: Shard):
         protocol = shard.url.partition("//")[0] + "//" if shard.remote else "/"
         self.files, self.options = file_system(protocol)
-        self.url, self.position, self.whole = shard.url, 0, None
-        self.size = shard.size
+        self.shard, self.url, self.size = shard, shard.url, shard.size
+        self.position, self.whole = 0, None
         if self.size is None:
             self.whole = self.files.cat_file(self.url, **self.options)
             self.size = len(self.whole)
@@ -352,18 +358,22 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
     def fetch(self, begin: int, count: int) -> bytes:
-        if self.whole is not None:
-            return self.whole[begin : begin + count]
-        data = self.files.cat_file(self.url, begin, begin + count, **self.options)
-        if len(data) == self.size > count:
-            self.whole = data
-            return self.fetch(begin, count)
-        if len(data) != count:
-            raise OSError(
-                f"{len(data)} bytes at {begin} where {count} should be; the size was "
-                f"{self.size} when the run began"
-            )
-        return data
+        failures = 0
+        while self.whole is None:
+            try:
+                data = self.files.cat_file(self.url, begin, begin + count, **self.options)
+                if len(data) == self.size > count:
+                    self.whole = data
+                    break
+                if len(data) == count:
+                    return data
+                raise OSError(
+                    f"{len(data)} bytes at {begin} where {count} should be; the size was "
+                    f"{self.size} when the run began"
+                )
+            except Exception as error:  # of many kinds below fsspec; see `wait`
+                failures = wait(self.shard, error, failures)
+        return self.whole[begin : begin + count]
 
 
 def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -383,17 +393,26 @@ def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterat
             return
         except UserError:
             raise
-        except Exception as error:  # whatever the layers below raise: it is not lost, see below
-            if not shard.remote or failures == RETRIES:
-                times = f" ({failures + 1} times)" if failures else ""
-                raise DataError(shard.url, f"{describe_error(error)}{times}") from error
-            seconds = pause(failures)
-            failures += 1
-            print(
-                f"warning: {shard.url}: {describe_error(error)}; again in {seconds:.0f} s",
-                file=sys.stderr,
-            )
-            time.sleep(seconds)
+        except Exception as error:  # what the parsers say of wrong bytes; see `wait`
+            failures = wait(shard, error, failures)
+
+
+def wait(shard: Shard, error: Exception, failures: int) -> int:
+    """Say what has gone wrong and pause, the longer the more often in a row; one failure more.
+
+    Raises:
+        DataError: it was once too often, or the shard is local and will not get better.
+    """
+    if not shard.remote or failures == RETRIES:
+        times = f" ({failures + 1} times)" if failures else ""
+        raise DataError(shard.url, f"{describe_error(error)}{times}") from error
+    seconds = pause(failures)
+    print(
+        f"warning: {shard.url}: {describe_error(error)}; again in {seconds:.0f} s",
+        file=sys.stderr,
+    )
+    time.sleep(seconds)
+    return failures + 1
 
 
 def pause(failures: int) -> float:
@@ -479,7 +498,7 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
     import pyarrow
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(RangeFile(shard))
+    file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
     schema = file.schema_arrow
     if field not in schema.names:
         missing_field(shard, field, ", ".join(f"{f.name} ({f.type})" for f in schema))

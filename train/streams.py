@@ -67,7 +67,10 @@ class Plan:
 
     def fingerprint(self) -> str:
         """A hash of everything here but the rank."""
-        sources = [source.as_json() for source in self.sources]
+        sources = [
+            [source.weight, source.field, [[shard.name, shard.size] for shard in source.shards]]
+            for source in self.sources
+        ]
         facts = [sources, self.tokenizer.sha256, self.seed, self.world_size, self.buffer]
         return hashlib.sha256(json.dumps([*facts, self.hold_out]).encode()).hexdigest()[:16]
 

@@ -1,0 +1,106 @@
+"""What checkpoints cost a training run: how long it waits, and how much of a core the writes take.
+
+    python bench/checkpoints.py                 preset base, at its default interval
+    python bench/checkpoints.py --preset tiny --rounds 2 --out rows.jsonl
+
+In each round one training step is timed, then one checkpoint: the seconds in which the training
+stands still (the tensors are copied), the seconds until it is on the disk, and the processor
+seconds that the thread takes for it meanwhile. If all of them were lost to the training, the
+overhead would be
+
+    share = (blocked + thread) / (checkpoint_every * step)
+
+Medians of the rounds, the first one left out.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from cpu import cpu_name
+
+from kru_triton.language_model import LanguageModel
+from kru_triton.train import checkpoints, lm
+from kru_triton.train.config import model_config, parse
+from kru_triton.train.processes import Processes
+from kru_triton.train.run_directory import commit
+from kru_triton.train.sample import pick_device, pick_dtype
+
+ROOT = Path(__file__).parent.parent
+
+
+class TimedWriter(checkpoints.Writer):
+    """Also takes the processor seconds of its thread."""
+
+    def write(self, *arguments) -> None:
+        began = time.thread_time()
+        super().write(*arguments)
+        self.thread_seconds = time.thread_time() - began
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/checkpoints.jsonl")
+    args = parser.parse_args(argv)
+
+    device = pick_device(args.device)
+    config = parse(["--preset", args.preset])
+    config.dtype = pick_dtype(config.dtype, device)
+    lm.keep_freed_memory()
+    torch.manual_seed(0)
+    model = LanguageModel(model_config(config, 257)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    tokens = torch.randint(256, (config.batch_size, config.segment_length))
+    batch = tokens, tokens, torch.zeros_like(tokens, dtype=torch.bool)
+    at = lm.Position()
+    seconds = {name: [] for name in ("step", "blocked", "write", "thread")}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        writer = TimedWriter(Path(folder), 1, Processes(), print, None)
+        for at.step in range(1 + args.rounds):
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            _, at.state = lm.backward(model, model, batch, at.state, config, autocast)
+            optimizer.step()
+            float(at.state[0].sum())  # a GPU has finished
+            stepped = time.perf_counter()
+            writer.save(at.step, *lm.pack(at, model, optimizer, Processes()))
+            saved = time.perf_counter()
+            writer.wait()
+            assert writer.saved_step == at.step
+            if at.step:
+                seconds["step"].append(stepped - began)
+                seconds["blocked"].append(saved - stepped)
+                seconds["write"].append(time.perf_counter() - saved)
+                seconds["thread"].append(writer.thread_seconds)
+    row = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
+    interval = config.checkpoint_every * row["step_s"]
+    row = {
+        "preset": args.preset,
+        "checkpoint_every": config.checkpoint_every,
+        "bytes": writer.bytes,
+        **row,
+        "blocked_share": row["blocked_s"] / interval,
+        "share": (row["blocked_s"] + row["thread_s"]) / interval,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
