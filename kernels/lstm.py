@@ -37,6 +37,7 @@ from .tile import (
     operand,
     row_bits,
     scale,
+    select,
     store,
     tanh,
     to_tile,
@@ -209,8 +210,8 @@ def lstm_forward_kernel(
         if p_alive is not None:
             alive = bits_of_rows(tl.load(p_live), PE, QE, PP, QP, S1)
             p_live += groups
-            c = scale(c, alive)
-            h = scale(h, alive)
+            c = select(c, alive)
+            h = select(h, alive)
         x = operand(h, SPLIT)
         store(p_out, o_h, mask, h, 0, PE, QE, V, ALIGNED)
         store(p_cell, o_h, mask, c, 0, PE, QE, V, ALIGNED)
@@ -335,16 +336,19 @@ def lstm_backward_kernel(
                 a, b, x, p_u, o_x, mask, None, F, PE, QE, S1, PP, QP, V, ALIGNED, SPLIT, NVIDIA
             )
         p_u -= x_stride_t
+        if p_ends is not None:
+            end = bits_of_rows(tl.load(p_end), PE, QE, PP, QP, S1)
+            p_end -= groups
+            live += end
+            i, f = select((i, f), live)
+            g, o = select((g, o), live)
         if p_dh is not None:
             d = read(p_d, o_d, mask, PE, QE, V, ALIGNED)
             p_d -= d_stride_t
         else:
             d = zeros(PE, QE, 1)
         if p_ends is not None:
-            end = bits_of_rows(tl.load(p_end), PE, QE, PP, QP, S1)
-            p_end -= groups
-            live += end
-            d = scale(d, live)
+            d = select(d, live)
             if p_dh_n is not None:
                 d = add(d, scale(read(p_dh_n + start, o_h, mask, PE, QE, V, ALIGNED), end))
             if p_dc_n is not None:
@@ -388,7 +392,7 @@ def lstm_forward(
         a, b: (4, H, P, P) and (4, H, Q, Q) float32.
         h_0, c_0: (B, H·N) float32, or None for zeros.
         reset: (B, T) bool or None; True replaces h and c before that step by zero.
-        lengths: (B,) int64, each at least 1, or None.
+        lengths: (B,) int64, each from 0 to T, or None.
         precision: "fp32" or "bf16", of the products.
 
     Returns:
@@ -492,6 +496,10 @@ def lstm_backward(
             **constants,
             **options,
         )
+    if lengths is not None:  # without a step, a row's last state and cell are its h_0 and c_0
+        none = (lengths == 0)[:, None].to(h.device)
+        dh_0 = torch.where(none, 0 if dh_n is None else dh_n, dh_0)
+        dc_0 = torch.where(none, 0 if dc_n is None else dc_n, dc_0)
     return dx_proj, dh_0, dc_0
 
 

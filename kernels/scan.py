@@ -50,6 +50,7 @@ from .tile import (
     row_bits,
     rsqrt,
     scale,
+    select,
     store,
     tanh,
     to_tile,
@@ -344,7 +345,7 @@ def scan_forward_kernel(
         else:
             h = activate(z, beta, ACT, not SPLIT, NVIDIA)
         if p_alive is not None:
-            h = scale(
+            h = select(
                 h,
                 row_bits(
                     tl.load(p_alive),
@@ -522,17 +523,6 @@ def scan_backward_kernel(
                 z = kron(a, b, operand(before, SPLIT), z, None, PE, QE, PARTS, SPLIT, S1, PP, QP)
         else:
             z = h
-        if p_alive is not None:
-            g = scale(
-                g,
-                row_bits(
-                    tl.load(p_live),
-                    tl.arange(0, PE)[:, None] // PP,
-                    tl.arange(0, QE)[None, :] // QP,
-                    S1,
-                ),
-            )
-            p_live -= groups
         if ACT == "modrelu" and BETA_IN_LOOP:
             g = activate_adjoint(
                 g,
@@ -546,6 +536,17 @@ def scan_backward_kernel(
             )
         else:
             g = activate_adjoint(g, h, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
+        if p_alive is not None:
+            g = select(
+                g,
+                row_bits(
+                    tl.load(p_live),
+                    tl.arange(0, PE)[:, None] // PP,
+                    tl.arange(0, QE)[None, :] // QP,
+                    S1,
+                ),
+            )
+            p_live -= groups
         store(p_out, o_h, mask, g, IM, PE, QE, V, ALIGNED)
         p_out -= h_stride_t
         if p_keep is not None:
@@ -791,19 +792,3 @@ def scan_backward(
             **options,
         )
     return dx_proj, dh_0
-
-
-def table_grad(dx_proj, tokens, rows) -> torch.Tensor:
-    """Gradient of the table of a scan over tokens: the sum of dx_proj over each row's places.
-
-    Args:
-        dx_proj: (T, B, parts·H·N), as `scan_backward` returned it.
-        tokens: (B, T), as given to `scan_forward`.
-        rows: number of rows of the table.
-
-    Returns:
-        (rows, parts·H·N) float32, summed in an order that does not change from run to run.
-    """
-    table = torch.zeros(rows, dx_proj.shape[-1], device=dx_proj.device)
-    # accumulating index_put_ sorts the indices first: deterministic, which index_add_ is not
-    return table.index_put_((tokens.t(),), dx_proj.float(), accumulate=True)

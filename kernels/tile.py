@@ -164,6 +164,15 @@ def scale(x, factor):
 
 
 @triton.jit
+def select(x, bits):
+    """x where the bit is 1; else 0, were x infinite or NaN."""
+    if len(x) == 2:
+        return tl.where(bits > 0, x[0], 0.0), tl.where(bits > 0, x[1], 0.0)
+    else:
+        return (tl.where(bits > 0, x[0], 0.0),)
+
+
+@triton.jit
 def add(x, y):
     if len(x) == 2:
         return x[0] + y[0], x[1] + y[1]

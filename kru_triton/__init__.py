@@ -2,23 +2,29 @@
 
 from kru_triton import diagnostics
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
+from kru_triton.lstm import KRULSTM
+from kru_triton.lstm_scan import kru_lstm_scan, why_not_triton_lstm
 from kru_triton.modules import KRU, KRUCell
-from kru_triton.scan import kru_scan, kru_step, why_not_triton
+from kru_triton.scan import kru_embedding_scan, kru_scan, kru_step, why_not_triton
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KRU",
+    "KRULSTM",
     "KRUCell",
     "diagnostics",
     "group_factors",
     "kron_dense",
     "kron_matvec",
+    "kru_embedding_scan",
+    "kru_lstm_scan",
     "kru_scan",
     "kru_step",
     "nearest_kronecker",
     "unitarity_penalty",
     "unitary_",
     "why_not_triton",
+    "why_not_triton_lstm",
 ]

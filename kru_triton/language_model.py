@@ -2,15 +2,16 @@
 
     embedding -> num_layers × [ x += mixer(norm(x));  x += MLP(norm(x)) ] -> norm -> tied head
 
-The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, or one of `torch.nn`'s LSTM,
-GRU and RNN with a projection, or causal attention over a sliding window. Each carries its state
-from one call to the next, so the context of a recurrent model has no fixed length, and `reset`
-cuts the state where a document starts.
+The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, a Kronecker LSTM or one of
+`torch.nn`'s LSTM, GRU and RNN with a projection, or causal attention over a sliding window. Each
+carries its state from one call to the next, so the context of a recurrent model has no fixed
+length, and `reset` cuts the state where a document starts.
 
 B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time-first `(T, B, D)`.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from kru_triton.modules import KRU
+from kru_triton.lstm import KRULSTM
+from kru_triton.lstm_scan import why_not_triton_lstm
+from kru_triton.modules import KRU, in_chunks
 from kru_triton.scan import why_not_triton
 from kru_triton.unitarity import unitarity_penalty
 
-MODELS = ("kru", "lstm", "gru", "rnn", "transformer")
+MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "transformer")
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,20 @@ class LanguageModelConfig:
     """Every size and choice of a `LanguageModel`; plain values, so it can be stored as JSON."""
 
     vocab_size: int = 257
-    model: Literal["kru", "lstm", "gru", "rnn", "transformer"] = "kru"
+    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
     d_model: int = 128
     num_layers: int = 2
     hidden_size: int = 256  # units per recurrent layer (complex ones for a complex KRU)
     mlp_ratio: float = 2.0
     dropout: float = 0.0
-    factors: tuple[int, ...] | None = None  # KRU: sizes of square factors; None: two balanced ones
-    num_heads: int = 1  # KRU: independent blocks of the recurrence; transformer: attention heads
+    factors: tuple[int, ...] | None = None  # Kronecker models: sizes of square factors; None: two
+    num_heads: int = 1  # Kronecker models: independent blocks; transformer: attention heads
     field: Literal["complex", "real"] = "complex"
     nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "relu"
     radius: float = 1.0  # KRU: the recurrent matrix starts as this times a unitary one
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     context_length: int = 256  # transformer: how many earlier positions are attended to
+    recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
     backend: Literal["auto", "triton", "torch"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
@@ -70,6 +74,10 @@ class LanguageModel(nn.Module):
         for name in ("vocab_size", "d_model", "num_layers", "context_length"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(config, name)}")
+        if config.recompute < 0:
+            raise ValueError(
+                f"recompute: must be a number of steps, or 0 for none, got {config.recompute}"
+            )
         if config.model not in MODELS:
             raise ValueError(
                 f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
@@ -96,18 +104,24 @@ class LanguageModel(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
+        states = sum(block.mixer.num_states for block in self.blocks)
+        if state is not None and len(state) != states:
+            raise ValueError(f"state: expected {states} tensors, got {len(state)}")
         x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
-        new_state, taken = [], 0
+        x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
+        logits = nnf.linear(self.norm(x), self.embedding.weight)
+        return logits.transpose(0, 1), state
+
+    def _run_blocks(self, x: Tensor, state, reset, lengths=None) -> tuple[Tensor, list[Tensor]]:
+        """All blocks on `x (T, B, D)`."""
+        new_state = []
         for block in self.blocks:
-            size = block.mixer.num_states
-            own = None if state is None else state[taken : taken + size]
+            own = None
+            if state is not None:
+                own = state[len(new_state) : len(new_state) + block.mixer.num_states]
             x, out = block(x, own, reset)
             new_state += out
-            taken += size
-        if state is not None and len(state) != taken:
-            raise ValueError(f"state: expected {taken} tensors, got {len(state)}")
-        logits = nnf.linear(self.norm(x), self.embedding.weight)
-        return logits.transpose(0, 1), new_state
+        return x, new_state
 
     @property
     def num_parameters(self) -> int:
@@ -142,22 +156,20 @@ class LanguageModel(nn.Module):
 
     def backend_report(self) -> str:
         """One line: what runs the time loop on the model's device, and why."""
-        if self.config.model != "kru":
-            return f"{self.config.model}: torch.nn"
-        kru = self.blocks[0].mixer.kru
-        x = kru.weight_ih_l0.new_empty(1, 1, kru.output_size)
-        reason = why_not_triton(
-            x,
-            kru.recurrent_factors(0),
-            kru.beta(),
-            nonlinearity=kru.nonlinearity,
-            precision=kru.precision,
-        )
-        if kru.backend == "torch":
-            return 'kru_scan: torch backend, because backend="torch"'
-        return (
-            "kru_scan: triton" if reason is None else f"kru_scan: torch backend, because {reason}"
-        )
+        model, mixer = self.config.model, self.blocks[0].mixer
+        if model == "kru":
+            op, layers = "kru_scan", mixer.kru
+            options = {"beta": layers.beta(), "nonlinearity": layers.nonlinearity}
+            why_not = functools.partial(why_not_triton, **options)
+        elif model == "krulstm":
+            op, layers, why_not = "kru_lstm_scan", mixer.lstm, why_not_triton_lstm
+        else:
+            return f"{model}: torch.nn"
+        if layers.backend == "torch":
+            return f'{op}: torch backend, because backend="torch"'
+        x_proj = layers.weight_ih_l0.new_empty(1, 1, layers.weight_ih_l0.shape[0])
+        reason = why_not(x_proj, layers.recurrent_factors(0), precision=layers.precision)
+        return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
 
 
 def _is_recurrent(name: str) -> bool:
@@ -171,7 +183,7 @@ class _Block(nn.Module):
         super().__init__()
         d = config.d_model
         inner = max(1, round(config.mlp_ratio * d))
-        mixers = {"kru": _KRUMixer, "transformer": _AttentionMixer}
+        mixers = {"kru": _KRUMixer, "krulstm": _KRULSTMMixer, "transformer": _AttentionMixer}
         self.mixer_norm = nn.LayerNorm(d, bias=False)
         self.mixer = mixers.get(config.model, _RNNMixer)(config)
         self.mlp_norm = nn.LayerNorm(d, bias=False)
@@ -219,6 +231,29 @@ class _KRUMixer(nn.Module):
             gate = nnf.silu(self.gate(x))
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
         return self.projection(h), [h_n[0]]
+
+
+class _KRULSTMMixer(nn.Module):
+    """A projected Kronecker LSTM."""
+
+    num_states = 2
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        self.lstm = KRULSTM(
+            config.d_model,
+            config.hidden_size,
+            factors=config.factors,
+            num_heads=config.num_heads,
+            backend=config.backend,
+            precision=config.precision,
+        )
+        self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        hx = None if state is None else tuple(s[None] for s in state)
+        h, last = self.lstm(x, hx, reset=reset)
+        return self.projection(h), [s[0] for s in last]
 
 
 class _RNNMixer(nn.Module):
@@ -309,7 +344,7 @@ def _rotate(x: Tensor, position: Tensor) -> Tensor:
 def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelConfig:
     """The config of nearly `count` parameters: d_model is scaled, and a baseline's hidden_size.
 
-    A KRU keeps its hidden_size and factors: its width does not cost recurrent parameters.
+    A Kronecker model keeps its hidden_size and factors: width hardly costs it recurrent parameters.
 
     Raises:
         ValueError: no d_model from 8 to 8192 comes within 10 % of `count`.
@@ -318,7 +353,9 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
     unit = 2 * config.num_heads if config.model == "transformer" else 4
 
     def scaled(d_model: int) -> LanguageModelConfig:
-        hidden = config.hidden_size if config.model == "kru" else max(1, round(ratio * d_model))
+        hidden = max(1, round(ratio * d_model))
+        if config.model in ("kru", "krulstm"):
+            hidden = config.hidden_size
         return dataclasses.replace(config, d_model=d_model, hidden_size=hidden)
 
     def parameters(d_model: int) -> int:

@@ -4,26 +4,30 @@
 
 B batch, T time, D input_size, H heads, N units per head, hidden_size = H·N, F = parts·hidden_size
 features of a state (parts = 2: real parts, then imaginary parts; 1 in the real field), L layers,
-R directions.
+R directions, V rows of an embedding.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from kru_triton.kronecker import factor_shapes, kron_dense
 from kru_triton.nonlinearity import check_nonlinearity
-from kru_triton.scan import BACKENDS, PRECISIONS, check_choice, kru_scan
+from kru_triton.scan import BACKENDS, PRECISIONS, check_choice, kru_embedding_scan, kru_scan
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
 
 
 class _Recurrence(nn.Module):
-    """Sizes and parameters that `KRU` and `KRUCell` share; a suffix names layer and direction."""
+    """Sizes and parameters that all recurrences share; a suffix names layer and direction."""
+
+    gates = 1  # recurrent matrices of a head, each with an input projection of its own
 
     def __init__(
         self,
@@ -60,13 +64,14 @@ class _Recurrence(nn.Module):
         def parameter(*shape):
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        setattr(self, f"weight_ih{suffix}", parameter(self.output_size, input_size))
+        features, heads = self.gates * self.output_size, self.gates * self.num_heads
+        setattr(self, f"weight_ih{suffix}", parameter(features, input_size))
         if self.has_bias:
-            setattr(self, f"bias{suffix}", parameter(self.output_size))
+            setattr(self, f"bias{suffix}", parameter(features))
         if self.nonlinearity == "modrelu":
             setattr(self, f"beta{suffix}", parameter(self.hidden_size))
         for f, (p, q) in enumerate(self.factor_shapes):
-            setattr(self, f"factor{f}{suffix}", parameter(self.parts, self.num_heads, p, q))
+            setattr(self, f"factor{f}{suffix}", parameter(self.parts, heads, p, q))
 
     def _factors(self, suffix: str) -> list[Tensor]:
         return [getattr(self, f"factor{f}{suffix}") for f in range(len(self.factor_shapes))]
@@ -81,17 +86,22 @@ class _Recurrence(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
-    def _scan(self, x_proj: Tensor, suffix: str, h_0, reset) -> tuple[Tensor, Tensor]:
-        return kru_scan(
-            x_proj,
-            self._factors(suffix),
-            getattr(self, f"beta{suffix}", None),
-            h_0,
-            nonlinearity=self.nonlinearity,
-            reset=reset,
-            backend=self.backend,
-            precision=self.precision,
-        )
+    def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, table=None):
+        """h `(T, B, F)` and h_n of `x (T, B, ·)`, or with a table `(V, F)` of tokens `(T, B)`."""
+        arguments = (self._factors(suffix), getattr(self, f"beta{suffix}", None), h_0)
+        options = {
+            "nonlinearity": self.nonlinearity,
+            "reset": reset,
+            "lengths": lengths,
+            "backend": self.backend,
+            "precision": self.precision,
+        }
+        if table is None:
+            x_proj = self._project(x, suffix).transpose(0, 1)
+            h, h_n = kru_scan(x_proj, *arguments, **options)
+        else:
+            h, h_n = kru_embedding_scan(x.t(), table, *arguments, **options)
+        return h.transpose(0, 1), h_n
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
         return nnf.linear(
@@ -115,11 +125,202 @@ class _Recurrence(nn.Module):
         )
 
 
-class KRU(_Recurrence):
+class RecurrentLayers(_Recurrence):
+    """Stacked layers and directions with the calling convention of `torch.nn.RNN`.
+
+    A recurrence is one if it says how one layer and direction runs (`_scan`), with all that goes
+    from step to step in one tensor of `states` parts of F features.
+    """
+
+    states = 1
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        recompute: int,
+        device,
+        dtype,
+        **recurrence,
+    ):
+        super().__init__(input_size, hidden_size, **recurrence)
+        self.num_layers = _positive("num_layers", num_layers)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout: must be a number, got {type(dropout).__name__} {dropout!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: must be in [0, 1), got {dropout}")
+        if isinstance(recompute, bool) or not isinstance(recompute, int):
+            raise TypeError(f"recompute: must be an int, got {type(recompute).__name__}")
+        if recompute < 0:
+            raise ValueError(
+                f"recompute: must be a number of steps, or 0 for none, got {recompute}"
+            )
+        self.recompute = recompute
+        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
+        self.num_directions = 2 if bidirectional else 1
+        for layer in range(num_layers):
+            size = input_size if layer == 0 else self.num_directions * self.output_size
+            for direction in range(self.num_directions):
+                self._add_parameters(_suffix(layer, direction), size, device, dtype)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        h_0: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        embedding: Tensor | None = None,
+        h_n_only: bool = False,
+    ) -> tuple[Tensor | PackedSequence | None, Tensor]:
+        """Run all layers.
+
+        Args:
+            input: `(T, B, D)`, `(B, T, D)` with batch_first, `(T, D)` unbatched, or a
+                `PackedSequence`. With `embedding`, int64 tokens: the same without the D.
+            h_0: `(L·R, B, F)`, or `(L·R, F)` unbatched; zeros if None.
+            reset: bool, `(B, T)` whatever batch_first says, or `(T,)` unbatched: a document starts
+                at t, so no state crosses into it from before. Not with a `PackedSequence`.
+            embedding: `(V, D)`, of which the input's tokens are rows: as `kru(embedding[input])`.
+            h_n_only: return None in place of output. With `recompute`, no tensor over all steps is
+                then made beside the input.
+
+        Returns:
+            output `(T, B, R·F)` (or as the input came) and h_n `(L·R, B, F)`: for each row the
+            state after its last step, which for the reverse direction is its first time step.
+        """
+        packed = isinstance(input, PackedSequence)
+        if not packed and not isinstance(input, Tensor):
+            raise TypeError(
+                f"input: must be a tensor or PackedSequence, got {type(input).__name__}"
+            )
+        data = input.data if packed else input
+        unbatched_dim = 2 if embedding is None else 1
+        if not packed and data.dim() not in (unbatched_dim, unbatched_dim + 1):
+            raise ValueError(
+                f"input: must have {unbatched_dim} (unbatched) or {unbatched_dim + 1} dimensions, "
+                f"got shape {tuple(input.shape)}"
+            )
+        if embedding is None:
+            _check_features("input", data, self.input_size, self.weight_ih_l0)
+        else:
+            _check_embedding(data, embedding, self.input_size, self.weight_ih_l0)
+        check_state("h_0", h_0)
+        if reset is not None and not isinstance(reset, Tensor):
+            raise TypeError(f"reset: must be a bool tensor, got {type(reset).__name__}")
+        if packed:
+            if reset is not None:
+                raise ValueError("reset: not with a PackedSequence; pad the batch to use it")
+            return self._forward_packed(input, h_0, embedding, h_n_only)
+        batched = input.dim() > unbatched_dim
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            h_0 = None if h_0 is None else h_0.unsqueeze(1)
+            reset = None if reset is None else reset.unsqueeze(0)
+        x = input.transpose(0, 1) if self.batch_first else input
+        h_0 = self._check_h_0(h_0, x.shape[1], batched)
+        output, h_n = self._run(x, h_0, reset, None, embedding, h_n_only)
+        if output is not None:
+            output = output.transpose(0, 1) if self.batch_first else output
+            output = output if batched else output.squeeze(batch_dim)
+        return output, h_n if batched else h_n.squeeze(1)
+
+    def _forward_packed(self, input: PackedSequence, h_0, embedding, h_n_only):
+        data, batch_sizes, order, original_order = input
+        # longest row first, as packed: rows that run equally long lie side by side
+        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        h_0 = self._check_h_0(h_0, x.shape[1], True)
+        h_0 = h_0 if h_0 is None or order is None else h_0[:, order]
+        output, h_n = self._run(x, h_0, None, lengths.to(x.device), embedding, h_n_only)
+        if not h_n_only:
+            output = pack_padded_sequence(output, lengths).data
+            output = PackedSequence(output, batch_sizes, order, original_order)
+        return output, h_n if order is None else h_n[:, original_order]
+
+    def _run(self, x: Tensor, h_0, reset, lengths, embedding, h_n_only):
+        """`x (T, B, ·)` through all layers; `lengths (B,)` of rows that end earlier."""
+        tables = [None] * self.num_directions
+        if embedding is not None:
+            tables = [self._project(embedding, _suffix(0, d)) for d in range(self.num_directions)]
+        run = functools.partial(self._layers, tables, h_n_only)
+        # a reverse direction has to end before the next layer begins: each is cut by itself
+        return in_chunks(run, 0 if self.bidirectional else self.recompute, x, h_0, reset, lengths)
+
+    def _layers(self, tables, h_n_only: bool, x: Tensor, h_0, reset, lengths):
+        steps = self.recompute if self.bidirectional else 0
+        flip = None
+        if self.bidirectional and lengths is not None:
+            flip = _reversal(x.shape[0], lengths)
+        last_states = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                x = nnf.dropout(x, self.dropout, self.training)
+            drop = h_n_only and layer == self.num_layers - 1
+            outputs = []
+            for direction in range(self.num_directions):
+                table = None if layer else tables[direction]
+                run = functools.partial(self._direction, _suffix(layer, direction), table, drop)
+                inputs, cut = x, reset
+                if direction:
+                    inputs = _reversed(x, flip)
+                    cut = None if reset is None else _reverse_reset(reset)
+                start = None if h_0 is None else h_0[layer * self.num_directions + direction]
+                y, h_n = in_chunks(run, steps, inputs, start, cut, lengths)
+                outputs.append(_reversed(y, flip) if direction and not drop else y)
+                last_states.append(h_n)
+            if not drop:
+                x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return None if h_n_only else x, torch.stack(last_states)
+
+    def _direction(self, suffix: str, table, drop: bool, x: Tensor, h_0, reset, lengths):
+        y, h_n = self._scan(x, suffix, h_0, reset, lengths, table)
+        return None if drop else y, h_n
+
+    def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
+        """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
+        x_proj = self._project(x, _suffix(layer, direction))
+        return x_proj if self.batch_first else x_proj.transpose(0, 1)
+
+    def recurrent_factors(self, layer: int | None = None, direction: int = 0):
+        """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
+        if layer is not None:
+            return self._factors(_suffix(layer, direction))
+        return [
+            self._factors(_suffix(i, d))
+            for i in range(self.num_layers)
+            for d in range(self.num_directions)
+        ]
+
+    def _check_h_0(self, h_0, batch: int, batched: bool):
+        if h_0 is None:
+            return None
+        shape = (self.num_layers * self.num_directions, batch, self.output_size)
+        if tuple(h_0.shape) != (*shape[:2], self.states * self.output_size):
+            got = (*h_0.shape[:-1], *(n // self.states for n in h_0.shape[-1:]))
+            want = shape
+            if not batched:
+                want, got = (shape[0], shape[2]), (got[0], *got[2:])
+            raise ValueError(
+                f"h_0: must have shape {want} (layers · directions, batch, "
+                f"parts · hidden_size), got {got}"
+            )
+        return h_0
+
+
+class KRU(RecurrentLayers):
     """Kronecker recurrent layers: `output, h_n = kru(input, h_0=None, *, reset=None)`.
 
     `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t + b)`, with a complex state by default. A layer's
     output is planar real, `(…, parts·hidden_size)`: real parts, then imaginary parts.
+
+    The input may be tokens: `kru(tokens, embedding=E)` is `kru(E[tokens])`, with one product over
+    the vocabulary in place of one over all tokens.
 
     Args:
         input_size: D, real input features.
@@ -134,6 +335,10 @@ class KRU(_Recurrence):
         batch_first: input and output are `(B, T, …)` instead of `(T, B, …)`.
         dropout: probability on the output of every layer but the last.
         bidirectional: a second recurrence runs from the end; outputs are concatenated.
+        recompute: a number of steps k keeps for the backward only the input and every k-th state:
+            all layers run in chunks of k steps, each computed again in the backward (with
+            directions, each direction of each layer by itself). 0: keep every state. Gradients
+            differ by the rounding of their sums.
         backend, precision: as in `kru_scan`.
         device, dtype: of the parameters.
 
@@ -161,6 +366,7 @@ class KRU(_Recurrence):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        recompute: int = 0,
         backend: str = "auto",
         precision: str = "auto",
         device=None,
@@ -169,6 +375,13 @@ class KRU(_Recurrence):
         super().__init__(
             input_size,
             hidden_size,
+            num_layers,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            recompute=recompute,
+            device=device,
+            dtype=dtype,
             factors=factors,
             num_heads=num_heads,
             field=field,
@@ -177,115 +390,6 @@ class KRU(_Recurrence):
             backend=backend,
             precision=precision,
         )
-        self.num_layers = _positive("num_layers", num_layers)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout: must be a number, got {type(dropout).__name__} {dropout!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: must be in [0, 1), got {dropout}")
-        self.batch_first, self.dropout, self.bidirectional = batch_first, dropout, bidirectional
-        self.num_directions = 2 if bidirectional else 1
-        for layer in range(num_layers):
-            size = input_size if layer == 0 else self.num_directions * self.output_size
-            for direction in range(self.num_directions):
-                self._add_parameters(_suffix(layer, direction), size, device, dtype)
-        self.reset_parameters()
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        h_0: Tensor | None = None,
-        *,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Run all layers.
-
-        Args:
-            input: `(T, B, D)`, `(B, T, D)` with batch_first, `(T, D)` unbatched, or a
-                `PackedSequence`.
-            h_0: `(L·R, B, F)`, or `(L·R, F)` unbatched; zeros if None.
-            reset: bool, `(B, T)` whatever batch_first says, or `(T,)` unbatched: a document starts
-                at t, so no state crosses into it from before. Not with a `PackedSequence`.
-
-        Returns:
-            output `(T, B, R·F)` (or as the input came) and h_n `(L·R, B, F)`: for each row the
-            state after its last step, which for the reverse direction is its first time step.
-        """
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, h_0, reset)
-        if not isinstance(input, Tensor):
-            raise TypeError(
-                f"input: must be a tensor or PackedSequence, got {type(input).__name__}"
-            )
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"input: must have 2 (unbatched) or 3 dimensions, got shape {tuple(input.shape)}"
-            )
-        _check_features("input", input, self.input_size, self.weight_ih_l0)
-        _check_state("h_0", h_0)
-        if reset is not None and not isinstance(reset, Tensor):
-            raise TypeError(f"reset: must be a bool tensor, got {type(reset).__name__}")
-        batched = input.dim() == 3
-        batch_dim = 0 if self.batch_first else 1
-        if not batched:
-            input = input.unsqueeze(batch_dim)
-            h_0 = None if h_0 is None else h_0.unsqueeze(1)
-            reset = None if reset is None else reset.unsqueeze(0)
-        x = input.transpose(0, 1) if self.batch_first else input
-        output, h_n = self._run(x, self._check_h_0(h_0, x.shape[1], batched), reset)
-        output = output.transpose(0, 1) if self.batch_first else output
-        return (output, h_n) if batched else (output.squeeze(batch_dim), h_n.squeeze(1))
-
-    def _forward_packed(self, input: PackedSequence, h_0, reset):
-        if reset is not None:
-            raise ValueError("reset: not with a PackedSequence; pad the batch to use it")
-        _check_features("input", input.data, self.input_size, self.weight_ih_l0)
-        _check_state("h_0", h_0)
-        x, lengths = pad_packed_sequence(input)  # in the order in which the user packed them
-        lengths = lengths.to(x.device)
-        output, h_n = self._run(x, self._check_h_0(h_0, x.shape[1], True), None, lengths)
-        in_order = input.sorted_indices is None
-        packed = pack_padded_sequence(output, lengths.cpu(), enforce_sorted=in_order)
-        return packed, h_n
-
-    def _run(self, x: Tensor, h_0: Tensor | None, reset, lengths: Tensor | None = None):
-        """`x (T, B, ·)` through all layers; `lengths (B,)` of rows that end earlier."""
-        last_states = []
-        flip = None if not self.bidirectional else _reversal(x.shape[0], lengths, x.device)
-        for layer in range(self.num_layers):
-            if layer and self.dropout:
-                x = nnf.dropout(x, self.dropout, self.training)
-            outputs = []
-            for direction in range(self.num_directions):
-                suffix = _suffix(layer, direction)
-                x_proj = self._project(x, suffix).transpose(0, 1)  # (B, T, F)
-                cut = reset
-                if direction:
-                    x_proj = _reorder(x_proj, flip)
-                    cut = None if reset is None else _reverse_reset(reset)
-                start = None if h_0 is None else h_0[layer * self.num_directions + direction]
-                h, h_n = self._scan(x_proj, suffix, start, cut)
-                if lengths is not None:
-                    rows = torch.arange(h.shape[0], device=h.device)
-                    h_n = h[rows, lengths - 1].to(h_n.dtype)
-                outputs.append((_reorder(h, flip) if direction else h).transpose(0, 1))
-                last_states.append(h_n)
-            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return x, torch.stack(last_states)
-
-    def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
-        """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
-        x_proj = self._project(x, _suffix(layer, direction))
-        return x_proj if self.batch_first else x_proj.transpose(0, 1)
-
-    def recurrent_factors(self, layer: int | None = None, direction: int = 0):
-        """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
-        if layer is not None:
-            return self._factors(_suffix(layer, direction))
-        return [
-            self._factors(_suffix(i, d))
-            for i in range(self.num_layers)
-            for d in range(self.num_directions)
-        ]
 
     def beta(self, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The modReLU threshold `(hidden_size,)`, None for other nonlinearities."""
@@ -295,20 +399,6 @@ class KRU(_Recurrence):
         """W_0 ⊗ … ⊗ W_{F-1} of one head as a complex `(N, N)` matrix (real in the real field)."""
         w = kron_dense(self.recurrent_factors(layer, direction))[:, head]
         return torch.complex(w[0], w[1]) if self.parts == 2 else w[0]
-
-    def _check_h_0(self, h_0, batch: int, batched: bool):
-        if h_0 is None:
-            return None
-        shape = (self.num_layers * self.num_directions, batch, self.output_size)
-        if tuple(h_0.shape) != shape:
-            want, got = shape, tuple(h_0.shape)
-            if not batched:
-                want, got = (shape[0], shape[2]), (got[0], *got[2:])
-            raise ValueError(
-                f"h_0: must have shape {want} (layers · directions, batch, "
-                f"parts · hidden_size), got {got}"
-            )
-        return h_0
 
 
 class KRUCell(_Recurrence):
@@ -358,11 +448,11 @@ class KRUCell(_Recurrence):
         if input.dim() not in (1, 2):
             raise ValueError(f"input: must be (B, D) or (D,), got shape {tuple(input.shape)}")
         _check_features("input", input, self.input_size, self.weight_ih)
-        _check_state("h", h)
+        check_state("h", h)
         batched = input.dim() == 2
         if not batched:
             input, h = input.unsqueeze(0), None if h is None else h.unsqueeze(0)
-        _, h_n = self._scan(self._project(input, "").unsqueeze(1), "", h, None)
+        _, h_n = self._scan(input.unsqueeze(0), "", h, None)
         return h_n if batched else h_n.squeeze(0)
 
     def recurrent_factors(self):
@@ -382,7 +472,7 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _check_state(name: str, h) -> None:
+def check_state(name: str, h) -> None:
     if h is not None and not isinstance(h, Tensor):
         raise TypeError(f"{name}: must be a tensor, got {type(h).__name__}")
     if h is not None and h.is_complex():
@@ -408,20 +498,51 @@ def _check_features(name: str, x: Tensor, size: int, weight: Tensor) -> None:
         raise TypeError(f"{name}: must be {weight.dtype} like the parameters, got {x.dtype}")
 
 
-def _reversal(time: int, lengths: Tensor | None, device) -> Tensor:
-    """`(B or 1, T)` time indices that reverse each row within its length."""
-    t = torch.arange(time, device=device)
-    if lengths is None:
-        return (time - 1 - t)[None]
-    reverse = lengths[:, None] - 1 - t
-    return torch.where(reverse >= 0, reverse, t)
+def _check_embedding(tokens: Tensor, embedding: Tensor, size: int, weight: Tensor) -> None:
+    if not isinstance(embedding, Tensor):
+        raise TypeError(f"embedding: must be a tensor, got {type(embedding).__name__}")
+    if embedding.dim() != 2:
+        raise ValueError(
+            f"embedding: must be (V, input_size), one row per token, got shape "
+            f"{tuple(embedding.shape)}"
+        )
+    _check_features("embedding", embedding, size, weight)
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"input: must be int64 tokens with an embedding, got {tokens.dtype}")
+    if tokens.device != weight.device:
+        raise ValueError(f"input: is on {tokens.device} but the parameters are on {weight.device}")
 
 
-def _reorder(x: Tensor, index: Tensor) -> Tensor:
-    """`x (B, T, F)` with each row's time steps in the order of `index (B or 1, T)`."""
-    if index.shape[0] == 1:
-        return x.flip(1)
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+def in_chunks(run, steps: int, x: Tensor, state, reset=None, lengths=None):
+    """`output, state = run(x, state, reset, lengths)`, `steps` time steps of x `(T, …)` at a time.
+
+    The backward computes each chunk again, from its x and the state before it: nothing else is
+    kept. With `steps` 0 there is one chunk, and everything is kept. `output` may be None.
+    """
+    if not 0 < steps < x.shape[0]:
+        return run(x, state, reset, lengths)
+    outputs = []
+    for i, piece in enumerate(x.split(steps)):
+        start, count = i * steps, piece.shape[0]
+        cut = None if reset is None else reset[:, start : start + count]
+        remaining = None if lengths is None else (lengths - start).clamp(0, count)
+        output, state = checkpoint(run, piece, state, cut, remaining, use_reentrant=False)
+        outputs.append(output)
+    return None if outputs[0] is None else torch.cat(outputs), state
+
+
+def _reversal(time: int, lengths: Tensor) -> Tensor:
+    """Places `(T·B,)` in `x (T, B, …)` that reverse each row within its length."""
+    t = torch.arange(time, device=lengths.device)[:, None]
+    reverse = torch.where(t < lengths, lengths - 1 - t, t)
+    return (reverse * len(lengths) + torch.arange(len(lengths), device=lengths.device)).flatten()
+
+
+def _reversed(x: Tensor, places: Tensor | None) -> Tensor:
+    """`x (T, B, …)` with each row's time steps backwards, or where `places` says."""
+    if places is None:
+        return x.flip(0)
+    return x.flatten(0, 1).index_select(0, places).view_as(x)
 
 
 def _reverse_reset(reset: Tensor) -> Tensor:

@@ -78,3 +78,43 @@ def _from_planar(x: Tensor, shape) -> Tensor:
 def _to_planar(x: Tensor) -> Tensor:
     x = torch.stack((x.real, x.imag), 1) if x.is_complex() else x
     return x.flatten(1)
+
+
+def kru_lstm_scan_reference(
+    x_proj: Tensor,
+    factors,
+    h_0: Tensor | None = None,
+    c_0: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+):
+    """The loop that defines `kru_triton.kru_lstm_scan`; same arguments, shapes and results.
+
+    z_k = A_k X_{t-1} B_kᵀ + x_k for the gates k = i, f, g, o;
+    c_t = σ(z_f) c_{t-1} + σ(z_i) tanh(z_g);  h_t = σ(z_o) tanh(c_t).
+    """
+    a, b = group_factors(factors)
+    p, q = a.shape[-1], b.shape[-1]
+    a, b = (w.view(4, -1, *w.shape[2:]) for w in (a, b))
+    batch = x_proj.shape[0]
+    h = x_proj.new_zeros(batch, x_proj.shape[2] // 4) if h_0 is None else h_0
+    c = torch.zeros_like(h) if c_0 is None else c_0
+    states = []
+    for t, u in enumerate(x_proj.unbind(1)):
+        last = before, c_before = h, c
+        if reset is not None:
+            before, c_before = (v.masked_fill(reset[:, t, None], 0) for v in last)
+        x = before.view(batch, 1, -1, p, q)
+        z = a @ x @ b.transpose(-1, -2) + u.reshape(batch, 4, -1, p, q)
+        i, f, g, o = z.flatten(2).unbind(1)
+        c = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        out = h
+        if lengths is not None:
+            alive = (t < lengths)[:, None]
+            h, c = torch.where(alive, h, last[0]), torch.where(alive, c, last[1])
+            out = h.masked_fill(~alive, 0)
+        states.append(out)
+    out = torch.stack(states, 1) if states else x_proj.new_zeros(batch, 0, h.shape[1])
+    return out, (h, c)

@@ -1,12 +1,14 @@
-"""`kru_scan`, the recurrence as one differentiable operation, and the choice of its backend.
+"""`kru_scan` and `kru_embedding_scan`, the recurrence as one operation, and the choice of backend.
 
     z_t = (W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t        h_t = σ(z_t)
 
 Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, section 3. The factors are
 regrouped into two matrices A and B by small Kronecker products under autograd; one `torch.library`
-op then runs the whole sequence, and a second one its adjoint.
+op then runs the whole sequence, and a second one its adjoint. Its input is a sequence, or a table
+of which each step reads the row of its token.
 """
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -32,6 +34,7 @@ def kru_scan(
     *,
     nonlinearity: str = "modrelu",
     reset: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -50,13 +53,15 @@ def kru_scan(
         h_0: `(B, parts·H·N)` initial state, zeros if None.
         nonlinearity: "modrelu", "modtanh", "tanh", "relu" (both on Re and Im apart) or "identity".
         reset: `(B, T)` bool; where True, h_{t-1} of that row is replaced by 0 before step t.
+        lengths: `(B,)` int64 from 0 to T, the steps of each row; T for all if None. Beyond its
+            length a row's h is 0, x_proj and reset are not looked at, and no gradient arises.
         backend: "auto", "triton" or "torch".
         precision: "auto", "fp32" or "bf16": of the products inside the Triton kernels. The torch
             backend always computes in the dtype of the factors.
 
     Returns:
-        `h (B, T, parts·H·N)` in the dtype of `x_proj` (its memory is time-first), and the last
-        state `h_n (B, parts·H·N)` in the dtype of the factors.
+        `h (B, T, parts·H·N)` in the dtype of `x_proj` (its memory is time-first), and each row's
+        last state `h_n (B, parts·H·N)` in the dtype of the factors (h_0 for a row of length 0).
 
     Raises:
         ValueError: a shape or value breaks a rule; TypeError: a dtype or kind does;
@@ -68,14 +73,70 @@ def kru_scan(
         >>> h.shape, h_n.shape
         (torch.Size([2, 5, 12]), torch.Size([2, 12]))
     """
-    units = _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision)
+    args = (x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision)
+    return _run(*args, lengths, None)
+
+
+def kru_embedding_scan(
+    tokens: Tensor,
+    table: Tensor,
+    factors: Sequence[Tensor],
+    beta: Tensor | None = None,
+    h_0: Tensor | None = None,
+    *,
+    nonlinearity: str = "modrelu",
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`kru_scan` whose input at each step is the row of an embedding table.
+
+    `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + table[tokens_t])`: the results are those of
+    `kru_scan(table[tokens], …)`, but the rows are read inside the recurrence: no tensor of
+    `(B, T, parts·H·N)` is gathered. An embedding E and an input projection U, b are one table,
+    `E @ U.T + b`, for the price of one product over the vocabulary.
+
+    Args:
+        tokens: `(B, T)` int64, rows of the table.
+        table: `(V, parts·H·N)`, float64, float32, bfloat16 or float16, as `x_proj` of `kru_scan`.
+        factors, beta, h_0, nonlinearity, reset, lengths, backend, precision: as in `kru_scan`.
+            Beyond a row's length its tokens must still be in the table (0 is).
+
+    Returns:
+        `h (B, T, parts·H·N)` in the dtype of the table and `h_n (B, parts·H·N)`, as `kru_scan`.
+        The table's gradient is summed in an order that does not change from run to run.
+
+    Raises:
+        As `kru_scan`; ValueError: a token is outside the table (on a GPU a device-side assertion,
+        which does not wait for the device).
+
+    Example:
+        >>> w = [unitary_(torch.empty(2, 1, p, p)) for p in (2, 3)]
+        >>> h, h_n = kru_embedding_scan(torch.tensor([[0, 3, 1]]), torch.randn(4, 2 * 6), w)
+        >>> h.shape, h_n.shape
+        (torch.Size([1, 3, 12]), torch.Size([1, 12]))
+    """
+    _check_tensor("tokens", tokens)
+    args = (table, factors, beta, h_0, nonlinearity, reset, backend, precision)
+    return _run(*args, lengths, tokens)
+
+
+def _run(
+    x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision, lengths, tokens
+) -> tuple[Tensor, Tensor]:
+    units = _check(
+        *(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision, lengths, tokens)
+    )
     dtype = _state_dtype(x_proj)
     if nonlinearity == "modrelu" and beta is None:
         beta = x_proj.new_zeros(units, dtype=dtype)
     a, b = _grouped(factors, dtype)
     beta = None if beta is None else beta.to(dtype)
     h_0 = None if h_0 is None else h_0.to(dtype)
-    h, h_n = _scan(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision)
+    h, h_n = _scan(
+        *(x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision)
+    )
     return h.transpose(0, 1), h_n
 
 
@@ -120,25 +181,27 @@ def why_not_triton(
     *,
     nonlinearity: str = "modrelu",
     reset: Tensor | None = None,
+    lengths: Tensor | None = None,
     precision: str = "auto",
 ) -> str | None:
     """Why the fused kernels cannot run these arguments, in one sentence; None if they can.
 
-    The arguments are those of `kru_scan`.
+    The arguments are those of `kru_scan`. What it says of `x_proj` holds for the table of
+    `kru_embedding_scan` as well.
 
     Example:
         >>> x, w = torch.zeros(1, 1, 512, device="meta"), torch.zeros(2, 1, 256, 256, device="meta")
         >>> why_not_triton(x, [w]) is None
         False
     """
-    _check(x_proj, factors, beta, h_0, nonlinearity, reset, "auto", precision)
+    _check(x_proj, factors, beta, h_0, nonlinearity, reset, "auto", precision, lengths)
     a, b = _grouped(factors, _state_dtype(x_proj))
-    return _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision)
+    return _why_not(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision)
 
 
-def _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision) -> str | None:
+def _why_not(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision) -> str | None:
     return support.why_not(
-        *(x_proj, a, b, beta, h_0, reset),
+        *(x_proj, a, b, beta, h_0, reset, lengths),
         nonlinearity=nonlinearity,
         precision=_kernel_precision(x_proj, precision),
     )
@@ -164,24 +227,31 @@ def _state_dtype(x_proj: Tensor) -> torch.dtype:
     return torch.float64 if x_proj.dtype == torch.float64 else torch.float32
 
 
-def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) -> int:
-    """Check every argument of `kru_scan`; returns the number of units H·N."""
+def _check(
+    x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision, lengths=None, tokens=None
+) -> int:
+    """Check every argument of `kru_scan`, or with tokens of `kru_embedding_scan`, whose table comes
+    as `x_proj`; returns the number of units H·N."""
     check_nonlinearity(nonlinearity)
     check_choice("backend", backend, BACKENDS)
     check_choice("precision", precision, PRECISIONS)
-    _check_tensor("x_proj", x_proj)
+    name = "x_proj" if tokens is None else "table"
+    _check_tensor(name, x_proj)
     if x_proj.is_complex():
         raise TypeError(
-            "x_proj: must be planar real (all real parts, then all imaginary parts), got "
+            f"{name}: must be planar real (all real parts, then all imaginary parts), got "
             f"{x_proj.dtype}; convert with torch.cat((x.real, x.imag), -1)"
         )
     if x_proj.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
-            "x_proj: must be float64, float32, bfloat16 or float16, got "
+            f"{name}: must be float64, float32, bfloat16 or float16, got "
             f"{x_proj.dtype}; convert with .float()"
         )
-    if x_proj.dim() != 3:
-        raise ValueError(f"x_proj: must be (B, T, parts·H·N), got shape {tuple(x_proj.shape)}")
+    shape = "(B, T, parts·H·N)" if tokens is None else "(V, parts·H·N)"
+    if x_proj.dim() != (3 if tokens is None else 2):
+        raise ValueError(f"{name}: must be {shape}, got shape {tuple(x_proj.shape)}")
+    if tokens is not None:
+        _check_tokens(tokens, x_proj)
     factors = check_factors(factors)
     for f, w in enumerate(factors):
         if w.is_complex() or w.dim() != 4:
@@ -190,7 +260,7 @@ def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) 
                 f", got {w.dtype} of shape {tuple(w.shape)}; convert a complex (H, P, Q) factor "
                 "with torch.stack((w.real, w.imag))"
             )
-    _check_same("factors", factors[0], x_proj)
+    _check_same("factors", factors[0], x_proj, name)
     parts, heads = factors[0].shape[:2]
     rows, columns = product_shape(factors)
     shapes = [tuple(w.shape[2:]) for w in factors]
@@ -200,28 +270,26 @@ def _check(x_proj, factors, beta, h_0, nonlinearity, reset, backend, precision) 
             "both products must be N, the units per head"
         )
     units = heads * rows
-    if x_proj.shape[2] != parts * units:
+    if x_proj.shape[-1] != parts * units:
         raise ValueError(
-            f"x_proj: the last dimension must be {parts}·{heads}·{rows} = {parts * units} "
-            f"(parts · heads · product of the factor sizes {shapes}), got {x_proj.shape[2]}"
+            f"{name}: the last dimension must be {parts}·{heads}·{rows} = {parts * units} "
+            f"(parts · heads · product of the factor sizes {shapes}), got {x_proj.shape[-1]}"
         )
-    batch, time = x_proj.shape[:2]
+    batch, time = (x_proj if tokens is None else tokens).shape[:2]
     if beta is not None:
         if nonlinearity != "modrelu":
             raise ValueError(f'beta: only "modrelu" has one; leave it out for "{nonlinearity}"')
-        _check_same("beta", beta, x_proj)
+        _check_same("beta", beta, x_proj, name)
         _check_shape("beta", beta, (units,), "one per unit, (H·N,)")
     if h_0 is not None:
-        _check_same("h_0", h_0, x_proj)
+        _check_same("h_0", h_0, x_proj, name)
         _check_shape("h_0", h_0, (batch, parts * units), "(B, parts·H·N)")
     if reset is not None:
         _check_shape("reset", reset, (batch, time), "(B, T)")
-        if reset.dtype != torch.bool:
-            raise TypeError(
-                f"reset: must be a bool tensor, got {reset.dtype}; convert with .bool()"
-            )
-        if reset.device != x_proj.device:
-            raise ValueError(f"reset: is on {reset.device} but x_proj is on {x_proj.device}")
+        _check_kind("reset", reset, "a bool", x_proj, name)
+    if lengths is not None:
+        _check_shape("lengths", lengths, (batch,), "steps of each row, (B,)")
+        _check_kind("lengths", lengths, "an int64", x_proj, name)
     return units
 
 
@@ -243,7 +311,22 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: must have shape {shape} ({meaning}), got {tuple(x.shape)}")
 
 
-def _check_same(name: str, x: Tensor, x_proj: Tensor) -> None:
+def _check_kind(name: str, x: Tensor, kind: str, x_proj: Tensor, x_name: str) -> None:
+    """`x` is "a bool" or "an int64" tensor on the input's device."""
+    dtype, convert = {"a bool": (torch.bool, ".bool()"), "an int64": (torch.int64, ".long()")}[kind]
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: must be {kind} tensor, got {x.dtype}; convert with {convert}")
+    if x.device != x_proj.device:
+        raise ValueError(f"{name}: is on {x.device} but {x_name} is on {x_proj.device}")
+
+
+def _check_tokens(tokens: Tensor, table: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
+    _check_kind("tokens", tokens, "an int64", table, "table")
+
+
+def _check_same(name: str, x: Tensor, x_proj: Tensor, x_name: str = "x_proj") -> None:
     """`x` is a real tensor of x_proj's precision class and on its device."""
     _check_tensor(name, x)
     if x.is_complex():
@@ -254,9 +337,9 @@ def _check_same(name: str, x: Tensor, x_proj: Tensor) -> None:
     allowed = {_state_dtype(x_proj), x_proj.dtype}
     if x.dtype not in allowed:
         names = " or ".join(sorted(str(d) for d in allowed))
-        raise TypeError(f"{name}: must be {names} with x_proj of {x_proj.dtype}, got {x.dtype}")
+        raise TypeError(f"{name}: must be {names} with {x_name} of {x_proj.dtype}, got {x.dtype}")
     if x.device != x_proj.device:
-        raise ValueError(f"{name}: is on {x.device} but x_proj is on {x_proj.device}; move one")
+        raise ValueError(f"{name}: is on {x.device} but {x_name} is on {x_proj.device}; move one")
 
 
 def _say_once(message: str) -> None:
@@ -266,6 +349,7 @@ def _say_once(message: str) -> None:
 
 
 # The ops. Time-first results: (T, B, F) is what the loop writes and what costs no copy.
+# With tokens, x_proj is the table (V, F).
 
 
 @torch.library.custom_op("kru_triton::scan", mutates_args=())
@@ -276,41 +360,88 @@ def _scan(
     beta: Tensor | None,
     h_0: Tensor | None,
     reset: Tensor | None,
+    lengths: Tensor | None,
+    tokens: Tensor | None,
     nonlinearity: str,
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
+    batch, time = (x_proj if tokens is None else tokens).shape[:2]
+    if lengths is not None:
+        _check_values("lengths", lengths, 0, time, "the steps of a row")
+    if tokens is not None:
+        _check_values("tokens", tokens, 0, x_proj.shape[0] - 1, "rows of the table")
+    like_x = x_proj if tokens is None else x_proj.new_empty(1).expand(batch, time, x_proj.shape[1])
     args = (x_proj, a, b, beta, h_0, reset)
-    if not _on_triton(*args, nonlinearity, backend, precision):
-        return torch_backend.scan_forward(*args, nonlinearity)
+    if not _on_triton(like_x, *args[1:], lengths, nonlinearity, backend, precision):
+        return torch_backend.scan_forward(*args, nonlinearity, lengths, tokens)
     from kru_triton.kernels.scan import scan_forward
 
     options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(x_proj, precision)}
-    h = scan_forward(*args, **options)
-    last = h[-1] if h.shape[0] else a.new_zeros(h.shape[1:]) if h_0 is None else h_0
-    return h, last.to(a.dtype, copy=True)
+    with _way_out():
+        h = scan_forward(*args, lengths, tokens=tokens, **options)
+    return h, last_state(h, h_0, lengths)
 
 
-def _on_triton(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision) -> bool:
+def last_state(h: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The last of each row's states `h (T, B, F)`, in float32; h_0 for a row without a step."""
+    time, batch, features = h.shape
+    start = h.new_zeros(batch, features, dtype=torch.float32) if h_0 is None else h_0
+    if time == 0:
+        return start.clone()
+    if lengths is None:
+        return h[-1].to(torch.float32, copy=True)
+    ends = h[(lengths - 1).clamp(min=0), torch.arange(batch, device=h.device)].float()
+    return torch.where(lengths[:, None] > 0, ends, start)
+
+
+def _on_triton(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, backend, precision) -> bool:
     """Choose the backend of one call: the kernels on a GPU wherever they can run, or as told."""
     if backend == "torch":
         return False
-    reason = _why_not(x_proj, a, b, beta, h_0, reset, nonlinearity, precision)
+    reason = _why_not(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision)
+    return choose_triton("kru_scan", x_proj, backend, reason)
+
+
+def choose_triton(op: str, x_proj: Tensor, backend: str, reason: str | None) -> bool:
+    """Whether `op` runs on the kernels, given why they cannot; says so once, or raises as told."""
     if backend == "auto" and x_proj.device.type == "cpu":  # the interpreter runs when asked for
         reason = reason or "the tensors are on the CPU"
     if backend == "triton" and reason is not None:
         raise RuntimeError(f'backend="triton" cannot run here: {reason}')
     _say_once(
-        "kru_scan runs on the triton backend"
+        f"{op} runs on the triton backend"
         if reason is None
-        else f"kru_scan runs on the torch backend: {reason}"
+        else f"{op} runs on the torch backend: {reason}"
     )
     return reason is None
 
 
+@contextlib.contextmanager
+def _way_out():
+    """Errors of the kernels, of their compilation say, name what works without them."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            'raised by the fused kernels; backend="torch" computes the same without them'
+        )
+        raise
+
+
+def _check_values(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:
+    """low <= x <= high: at once on a CPU; elsewhere the device asserts it and nothing waits."""
+    rule = f"{name}: must be from {low} to {high} ({meaning})"
+    if x.device.type != "cpu":
+        torch._assert_async(((x >= low) & (x <= high)).all(), rule)
+    elif x.numel() and not (low <= x.min() and x.max() <= high):
+        raise ValueError(f"{rule}, got values from {x.min()} to {x.max()}")
+
+
 @_scan.register_fake
-def _(x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision):
-    batch, time, features = x_proj.shape
+def _(x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision):
+    batch, time = (x_proj if tokens is None else tokens).shape[:2]
+    features = x_proj.shape[-1]
     return x_proj.new_empty(time, batch, features), a.new_empty(batch, features)
 
 
@@ -325,30 +456,45 @@ def _scan_backward(
     beta: Tensor | None,
     h_0: Tensor | None,
     reset: Tensor | None,
+    lengths: Tensor | None,
+    tokens: Tensor | None,
     nonlinearity: str,
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    args = (x_proj, a, b, beta, h_0, reset)
-    like_x = h.transpose(0, 1) if x_proj is None else x_proj
-    if not _on_triton(like_x, *args[1:], nonlinearity, backend, precision):
-        return torch_backend.scan_backward(dh, dh_n, h, *args, nonlinearity)
-    from kru_triton.kernels.scan import scan_backward
-    from kru_triton.kernels.weight_grad import weight_grad
+    args = (a, b, beta, h_0, reset)
+    source = x_proj if nonlinearity == "modtanh" else None
+    if _on_triton(h.transpose(0, 1), *args, lengths, nonlinearity, backend, precision):
+        from kru_triton.kernels.scan import scan_backward
+        from kru_triton.kernels.weight_grad import weight_grad
 
-    options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(h, precision)}
-    dx, dh_0 = scan_backward(dh, dh_n, h, *args, **options)
-    da, db, d_beta = weight_grad(dx, h, a, b, h_0, reset, **options)
-    d_beta = a.new_zeros(h.shape[2] // a.shape[0]) if d_beta is None else d_beta
-    dh_0 = a.new_zeros(h.shape[1:]) if dh_0 is None else dh_0
+        options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(h, precision)}
+        with _way_out():
+            dx, dh_0 = scan_backward(dh, dh_n, h, source, *args, lengths, tokens=tokens, **options)
+            da, db, d_beta = weight_grad(dx, h, a, b, h_0, reset, **options)
+        d_beta = a.new_zeros(h.shape[2] // a.shape[0]) if d_beta is None else d_beta
+        dh_0 = a.new_zeros(h.shape[1:]) if dh_0 is None else dh_0
+        if lengths is not None and dh_n is not None:  # a row without a step hands it on
+            dh_0 = torch.where(lengths[:, None] > 0, dh_0, dh_n.to(dh_0.dtype))
+    else:
+        dx, da, db, d_beta, dh_0 = torch_backend.scan_backward(
+            dh, dh_n, h, source, *args, nonlinearity, lengths, tokens
+        )
+    if tokens is not None:  # sums in a fixed order, which index_add does not
+        dx = torch.ops.aten.embedding_dense_backward(
+            dx.to(a.dtype), tokens.t(), x_proj.shape[0], -1, False
+        ).to(x_proj.dtype)
     return dx, da, db, d_beta, dh_0
 
 
 @_scan_backward.register_fake
-def _(dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precision):
+def _(
+    dh, dh_n, h, x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision
+):
     units = a.shape[1] * a.shape[2] * b.shape[2]
+    like_x = h if tokens is None else x_proj
     return (
-        torch.empty_like(h, memory_format=torch.contiguous_format),
+        torch.empty_like(like_x, memory_format=torch.contiguous_format),
         torch.empty_like(a, memory_format=torch.contiguous_format),
         torch.empty_like(b, memory_format=torch.contiguous_format),
         a.new_empty(units),
@@ -357,44 +503,50 @@ def _(dh, dh_n, h, x_proj, a, b, beta, h_0, reset, nonlinearity, backend, precis
 
 
 def _setup_context(ctx, inputs, output):
-    x_proj, a, b, beta, h_0, reset, *ctx.options = inputs
-    x_proj = x_proj if ctx.options[0] == "modtanh" else None  # the others are inverted from h
-    ctx.save_for_backward(output[0], x_proj, a, b, beta, h_0, reset)
+    x_proj, a, b, beta, h_0, reset, lengths, tokens, *ctx.options = inputs
+    if ctx.options[0] != "modtanh" and tokens is None:  # the others are inverted from h
+        x_proj = None
+    ctx.save_for_backward(output[0], x_proj, a, b, beta, h_0, reset, lengths, tokens)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dh, dh_n):
     if dh is None and dh_n is None:
-        return (None,) * 9
-    h, x_proj, a, b, beta, h_0, reset = ctx.saved_tensors
+        return (None,) * 11
+    h, x_proj, a, b, beta, h_0, reset, lengths, tokens = ctx.saved_tensors
     dx, da, db, d_beta, dh_0 = _scan_backward(
-        dh, dh_n, h, x_proj, a, b, beta, h_0, reset, *ctx.options
+        dh, dh_n, h, x_proj, a, b, beta, h_0, reset, lengths, tokens, *ctx.options
     )
+    dx = dx.transpose(0, 1) if tokens is None else dx
     d_beta = None if beta is None else d_beta
-    return dx.transpose(0, 1), da, db, d_beta, None if h_0 is None else dh_0, None, None, None, None
+    dh_0 = None if h_0 is None else dh_0
+    return dx, da, db, d_beta, dh_0, None, None, None, None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _register_autocast(device_type: str) -> None:
+def register_autocast(name: str, op, backward) -> None:
     """Under autocast x_proj becomes the autocast dtype; weights and state keep their precision."""
-    key = f"Autocast{device_type.upper()}"
 
-    def scan(x_proj, *args):
-        with torch.autocast(device_type, enabled=False):
-            if x_proj.dtype != torch.float64:
-                x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
-            return _scan(x_proj, *args)
+    def register(device_type: str) -> None:
+        def forward_rule(x_proj, *args):
+            with torch.autocast(device_type, enabled=False):
+                if x_proj.dtype != torch.float64:
+                    x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
+                return op(x_proj, *args)
 
-    def scan_backward(*args):  # where backward() is called under autocast
-        with torch.autocast(device_type, enabled=False):
-            return _scan_backward(*args)
+        def backward_rule(*args):  # where backward() is called under autocast
+            with torch.autocast(device_type, enabled=False):
+                return backward(*args)
 
-    _library.impl("scan", scan, key)
-    _library.impl("scan_backward", scan_backward, key)
+        key = f"Autocast{device_type.upper()}"
+        _library.impl(name, forward_rule, key)
+        _library.impl(f"{name}_backward", backward_rule, key)
+
+    register("cpu")
+    register("cuda")
 
 
 _library = torch.library.Library("kru_triton", "FRAGMENT")
-_register_autocast("cpu")
-_register_autocast("cuda")
+register_autocast("scan", _scan, _scan_backward)

@@ -11,6 +11,8 @@ q. In that order `X Bᵀ` is one product with a real `(cQ, cQ)` block matrix and
 `(cP, cP)` block matrix, and nothing is ever permuted between them. Time is cut into chunks that
 stay in the cache: a chunk of inputs is copied in and a chunk of results out at once, so a time step
 is two matrix products and the nonlinearity, all in place on views that are made once per call.
+With tokens, the rows of a chunk are looked up as it is copied in. Rows of different length are
+sorted by length: in each interval between two lengths, only the rows that still run are computed.
 
 B batch, T time, H heads, c parts (2 complex, 1 real), P, Q sizes of A and B, F = c·H·P·Q features.
 """
@@ -127,23 +129,55 @@ class _Step:
 
 
 def scan_forward(
-    x_proj: Tensor,  # (B, T, F)
+    x_proj: Tensor,  # (B, T, F), or with tokens the table (V, F)
     a: Tensor,  # (c, H, P, P)
     b: Tensor,  # (c, H, Q, Q)
     beta: Tensor | None,  # (H·N,)
     h_0: Tensor | None,  # (B, F)
     reset: Tensor | None,  # (B, T) bool
     nonlinearity: str,
+    lengths: Tensor | None = None,  # (B,) int64, from 0 to T
+    tokens: Tensor | None = None,  # (B, T) int64
 ) -> tuple[Tensor, Tensor]:
     """h `(T, B, F)` in the dtype of x_proj, and h_n `(B, F)` in that of a."""
-    step = _Step(x_proj, a, b, a.dtype)
-    x = x_proj.transpose(0, 1)
-    out = torch.empty(x.shape, dtype=x_proj.dtype, device=x_proj.device)
+    batch, time = (x_proj if tokens is None else tokens).shape[:2]
+    if lengths is not None and not _descending(lengths):
+        order, back = _by_length(lengths)
+        if tokens is None:
+            x_proj = x_proj[order]
+        h, h_n = scan_forward(
+            *(x_proj, a, b, beta, _rows(h_0, order), _rows(reset, order), nonlinearity),
+            *(lengths[order], _rows(tokens, order)),
+        )
+        return h[:, back], h_n[back]
+    allocate = torch.empty if lengths is None else torch.zeros  # zero beyond a row's length
+    h = allocate(time, batch, x_proj.shape[-1], dtype=x_proj.dtype, device=x_proj.device)
+    h_n = h.new_zeros(h.shape[1:], dtype=a.dtype) if h_0 is None else h_0.to(a.dtype, copy=True)
+    for start, end, rows in _intervals(batch, time, lengths):
+        _forward(
+            h[start:end, :rows],
+            _inputs(x_proj, tokens, start, end, rows),
+            *(a, b, beta, h_n[:rows]),
+            None if reset is None else reset[:rows, start:end],
+            nonlinearity,
+        )
+    return h, h_n
+
+
+def _forward(
+    out: Tensor,  # (T, B, F), written
+    inputs,  # see `_inputs`
+    a: Tensor,
+    b: Tensor,
+    beta: Tensor | None,
+    state_0: Tensor,  # (B, F), the state before the first step; the last one is written over it
+    reset: Tensor | None,
+    nonlinearity: str,
+) -> None:
+    """All rows for all steps of one interval."""
+    step = _Step(out.transpose(0, 1), a, b, a.dtype)
     state = step.buffer(step.chunk + 1)
-    if h_0 is None:
-        state[0].zero_()
-    else:
-        step.load(state[:1], h_0[None])
+    step.load(state[:1], state_0[None])
     rows, blocks = step.rows(state), step.blocks(state)
     if step.has_left:
         middle = step.buffer(1)
@@ -155,7 +189,7 @@ def scan_forward(
         if start:
             state[0].copy_(state[last])
         last = end - start
-        step.load(state[1 : last + 1], x[start:end])
+        step.load(state[1 : last + 1], inputs(start, end))
         for i in range(last):
             previous = rows[i]
             if cuts[start + i]:  # not in place: slot i is still to be copied out
@@ -167,9 +201,42 @@ def scan_forward(
                 rows[i + 1].baddbmm_(previous, step.right)
             activate(i + 1)
         step.planar(out[start:end]).copy_(state[1 : last + 1])
-    h_n = torch.empty(x.shape[1:], dtype=a.dtype, device=x.device)
-    step.planar(h_n[None]).copy_(state[last : last + 1])
-    return out, h_n
+    step.planar(state_0[None]).copy_(state[last : last + 1])
+
+
+def _inputs(x_proj: Tensor, tokens: Tensor | None, start: int, end: int, rows: int):
+    """A function of two steps, counted from `start`: the inputs `(n, rows, F)` between them."""
+    if tokens is None:
+        x = x_proj[:rows, start:end].transpose(0, 1)
+        return lambda i, j: x[i:j]
+    tokens = tokens[:rows, start:end].t()
+    return lambda i, j: x_proj[tokens[i:j]]
+
+
+def _intervals(batch: int, time: int, lengths: Tensor | None) -> list[tuple[int, int, int]]:
+    """`(start, end, rows)`: the times in which the same leading rows run; lengths descend."""
+    if not batch * time:
+        return []
+    intervals, start = [], 0
+    for i, end in enumerate([time] if lengths is None else lengths.flip(0).tolist()):
+        if end > start:
+            intervals.append((start, end, batch - i))
+            start = end
+    return intervals
+
+
+def _descending(lengths: Tensor) -> bool:
+    return bool((lengths[1:] <= lengths[:-1]).all())
+
+
+def _by_length(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of rows by descending length, and the order that undoes it."""
+    order = lengths.argsort(descending=True, stable=True)
+    return order, order.argsort()
+
+
+def _rows(x: Tensor | None, order: Tensor) -> Tensor | None:
+    return None if x is None else x[order]
 
 
 def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | None):
@@ -227,18 +294,64 @@ def scan_backward(
     dh: Tensor | None,  # (T, B, F)
     dh_n: Tensor | None,  # (B, F)
     h: Tensor,  # (T, B, F)
-    x_proj: Tensor | None,  # (B, T, F), for modtanh only
+    x_proj: Tensor | None,  # as in the forward; for modtanh only
     a: Tensor,  # (c, H, P, P)
     b: Tensor,  # (c, H, Q, Q)
     beta: Tensor | None,  # (H·N,)
     h_0: Tensor | None,  # (B, F)
     reset: Tensor | None,  # (B, T) bool
     nonlinearity: str,
+    lengths: Tensor | None = None,  # (B,) int64, from 0 to T
+    tokens: Tensor | None = None,  # (B, T) int64, for modtanh only
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x_proj as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
+    """Gradients of a step's input as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
+    time, batch, features = h.shape
+    if lengths is not None and not _descending(lengths):
+        order, back = _by_length(lengths)
+        if x_proj is not None and tokens is None:
+            x_proj = x_proj[order]
+        dx, da, db, d_beta, dh_0 = scan_backward(
+            *(None if dh is None else dh[:, order], _rows(dh_n, order), h[:, order], x_proj),
+            *(a, b, beta, _rows(h_0, order), _rows(reset, order), nonlinearity),
+            *(lengths[order], _rows(tokens, order)),
+        )
+        return dx[:, back], da, db, d_beta, dh_0[back]
+    allocate = torch.empty if lengths is None else torch.zeros
+    dx = allocate(h.shape, dtype=h.dtype, device=h.device)
+    dh_0 = a.new_zeros(batch, features) if dh_n is None else dh_n.to(a.dtype, copy=True)
+    first = a.new_zeros(batch, features) if h_0 is None else h_0
+    d_weights = [torch.zeros_like(a), torch.zeros_like(b), a.new_zeros(features // a.shape[0])]
+    for start, end, rows in reversed(_intervals(batch, time, lengths)):
+        parts = _backward(
+            dx[start:end, :rows],
+            None if dh is None else dh[start:end, :rows],
+            h[start:end, :rows],
+            None if x_proj is None else _inputs(x_proj, tokens, start, end, rows),
+            *(a, b, beta, h[start - 1, :rows] if start else first[:rows], dh_0[:rows]),
+            None if reset is None else reset[:rows, start:end],
+            nonlinearity,
+        )
+        for total, part in zip(d_weights, parts):
+            total += part
+    return dx, *d_weights, dh_0
+
+
+def _backward(
+    dx: Tensor,  # (T, B, F), written
+    dh: Tensor | None,  # (T, B, F)
+    h: Tensor,  # (T, B, F)
+    inputs,  # see `_inputs`; for modtanh only
+    a: Tensor,
+    b: Tensor,
+    beta: Tensor | None,
+    state_0: Tensor,  # (B, F), the state before the first step
+    d_state: Tensor,  # (B, F), gradient of the last state; that of state_0 is written over it
+    reset: Tensor | None,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows for all steps of one interval; returns the gradients of a, b and beta."""
     step = _Step(h.transpose(0, 1), a, b, a.dtype)
-    parts, features = step.parts, h.shape[2]
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    parts = step.parts
     grad = step.buffer(step.chunk + 1)  # slot 0: the gradient handed to the chunk before
     states = step.buffer(step.chunk + 1)  # slot i: h before step i of the chunk
     inner = step.buffer(step.chunk)  # Aᴴ G_t, as it falls out of the loop
@@ -255,9 +368,8 @@ def scan_backward(
         product = a.new_empty(inner.numel())
     adjoint = _Adjoint(step, grad, nonlinearity, beta, torch.finfo(h.dtype).eps / 2)
     cut, cuts = step.cut(reset)
-    carry = step.buffer(1).zero_()
-    if dh_n is not None:
-        carry.copy_(step.planar(dh_n[None]))
+    carry = step.buffer(1)
+    step.load(carry, d_state[None])
     for start, end in reversed(step.chunks()):
         n = end - start
         if dh is None:
@@ -267,12 +379,7 @@ def scan_backward(
         grad[n].add_(carry[0])
         grad[0].zero_()
         step.load(states[1 : n + 1], h[start:end])
-        if start:
-            step.load(states[:1], h[start - 1 : start])
-        elif h_0 is None:
-            states[0].zero_()
-        else:
-            step.load(states[:1], h_0[None])
+        step.load(states[:1], h[start - 1 : start] if start else state_0[None])
         before = states[:n]
         if any(cuts[start:end]):
             before = before.masked_fill(cut[start:end], 0)
@@ -282,7 +389,7 @@ def scan_backward(
             forward = _from_heads(step, forward, n)
         z = None
         if nonlinearity == "modtanh":
-            z = _pre_activation(step, forward, x_proj[:, start:end])
+            z = _pre_activation(step, forward, inputs(start, end))
         adjoint.prepare(states[1 : n + 1], z)
         for i in range(n - 1, -1, -1):
             adjoint.step(i)
@@ -302,10 +409,9 @@ def scan_backward(
             torch.bmm(grad[1 : n + 1].view(shape), forward.view(shape).transpose(-1, -2), out=pairs)
             d_left += pairs.view(n, step.heads, step.batch, pc, pc).sum((0, 2))
         step.planar(dx[start:end]).copy_(grad[1 : n + 1])
-    dh_0 = torch.empty(step.batch, features, dtype=a.dtype, device=a.device)
-    step.planar(dh_0[None]).copy_(carry)
+    step.planar(d_state[None]).copy_(carry)
     da = left_block_grad(d_left, parts) if step.has_left else torch.zeros_like(a)
-    return dx, da, right_block_grad(d_right, parts), adjoint.d_beta.view(-1), dh_0
+    return da, right_block_grad(d_right, parts), adjoint.d_beta.view(-1)
 
 
 def _from_heads(step: _Step, x: Tensor, n: int) -> Tensor:
@@ -314,10 +420,10 @@ def _from_heads(step: _Step, x: Tensor, n: int) -> Tensor:
     return x.view(n, step.heads, step.batch, step.p, step.parts, step.q)
 
 
-def _pre_activation(step: _Step, forward: Tensor, x_proj: Tensor) -> Tensor:
-    """z of a chunk, from X Bᵀ of its states and its inputs `(B, n, F)`."""
-    z = step.buffer(x_proj.shape[1])
-    step.load(z, x_proj.transpose(0, 1))
+def _pre_activation(step: _Step, forward: Tensor, x: Tensor) -> Tensor:
+    """z of a chunk, from X Bᵀ of its states and its inputs `(n, B, F)`."""
+    z = step.buffer(x.shape[0])
+    step.load(z, x)
     if not step.has_left:
         return z.add_(forward)
     for zt, vt in zip(step.blocks(z), step.blocks(forward)):

@@ -5,8 +5,9 @@ Without a GPU the kernels run in Triton's interpreter (see conftest.py).
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from kru_triton import KRU, kru_scan, unitary_, why_not_triton
+from kru_triton import KRU, kru_embedding_scan, kru_scan, unitary_, why_not_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
@@ -112,3 +113,212 @@ def test_what_the_kernels_refuse(change, reason):
     assert reason in why_not_triton(x, factors)
     with pytest.raises(RuntimeError, match=f'backend="triton" cannot run here: .*{reason}'):
         kru_scan(x, factors, backend="triton")
+
+
+# Every form of the call: a sequence, rows of different length, rows of a table
+
+
+VOCABULARY = 7
+FORMS = ("plain", "lengths", "tokens", "tokens and lengths")
+forms = pytest.mark.parametrize("form", FORMS)
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def arguments(form, batch=5, time=4, act="modrelu", shapes=(8, 8), heads=1, dtype=torch.float32):
+    """(scan, leaves by name, keyword arguments): all that the form takes, and reset and h_0."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    units = heads * torch.Size(shapes).numel()
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    rows = (VOCABULARY,) if "tokens" in form else (batch, time)
+    leaves = {"x": randn(*rows, 2 * units).to(dtype), "h_0": randn(batch, 2 * units)}
+    leaves |= {f"w{i}": unitary_(torch.empty(2, heads, p, p)) for i, p in enumerate(shapes)}
+    if act == "modrelu":
+        leaves["beta"] = -0.05 * randn(units).abs()  # β > 0 magnifies the errors of tiny |z|
+    leaves = {k: v.to(DEVICE).requires_grad_() for k, v in leaves.items()}
+    reset = torch.rand(batch, time, generator=generator) < 0.3
+    reset[: batch // 2] = False
+    options = {"reset": reset.to(DEVICE), "nonlinearity": act}
+    if "lengths" in form:
+        options["lengths"] = (time - torch.arange(batch) % (time + 1)).flip(0).to(DEVICE)
+    if "tokens" in form:
+        tokens = torch.randint(VOCABULARY, (batch, time), generator=generator)
+        options["tokens"] = tokens.to(DEVICE)
+    return leaves, options
+
+
+def call(leaves, options):
+    factors = [v for k, v in leaves.items() if k[0] == "w"]
+    rest = (factors, leaves.get("beta"), leaves["h_0"])
+    options = dict(options)
+    if "tokens" in options:
+        return kru_embedding_scan(options.pop("tokens"), leaves["x"], *rest, **options)
+    return kru_scan(leaves["x"], *rest, **options)
+
+
+def outputs_and_gradients(leaves, options):
+    h, h_n = call(leaves, options)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in (h, h_n))
+    return [h, h_n, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+@pytest.mark.parametrize("act", ["modrelu", "modtanh"])
+@pytest.mark.parametrize(("shapes", "batch"), [((8, 8), 5), ((16, 16), 3)], ids=["packed", "alone"])
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_both_backends_give_the_same_numbers_for(form, act, shapes, batch):
+    """Lengths from 0 to T, cotangents on the zeros beyond them, NaN in the padding."""
+    leaves, options = arguments(form, batch, 3, act=act, shapes=shapes)
+    if form == "lengths":
+        padding = torch.arange(3, device=DEVICE) >= options["lengths"][:, None]
+        x = leaves["x"].detach().masked_fill(padding[..., None], float("nan"))
+        leaves["x"] = x.requires_grad_()
+    want = outputs_and_gradients(leaves, {**options, "backend": "torch"})
+    got = outputs_and_gradients(leaves, {**options, "backend": "triton"})
+    for index, (g, w) in enumerate(zip(got, want)):
+        assert g.dtype == w.dtype
+        assert relative_error(g, w) < (2e-5 if index < 2 else 3e-4), index
+
+
+@backends
+@forms
+@pytest.mark.parametrize(("batch", "time"), [(0, 4), (3, 0), (0, 0)])
+def test_empty(form, backend, batch, time):
+    leaves, options = arguments(form, batch, time)
+    results = outputs_and_gradients(leaves, {**options, "backend": backend})
+    h, h_n, dx, dh_0, *d_weights = results
+    assert h.shape == (batch, time, 128)
+    assert torch.equal(h_n, leaves["h_0"])
+    assert dx.shape == leaves["x"].shape
+    assert dh_0.shape == (batch, 128)
+    assert not any(d.any() for d in (dx, *d_weights))
+    assert dh_0.all()  # of h_n, which is h_0
+
+
+@backends
+@forms
+def test_opcheck(form, backend):
+    leaves, options = arguments(form, batch=2, time=2, act="tanh")
+    x, a, b, h_0 = (leaves[k] for k in ("x", "w0", "w1", "h_0"))
+    flags = (options["reset"], options.get("lengths"), options.get("tokens"))
+    how = ("tanh", backend, "auto")
+    ops = torch.ops.kru_triton
+    torch.library.opcheck(ops.scan.default, (x, a, b, None, h_0, *flags, *how))
+    x, a, b, h_0 = (v.detach() for v in (x, a, b, h_0))
+    h, h_n = ops.scan(x, a, b, None, h_0, *flags, *how)
+    source = x if "tokens" in form else None
+    saved = (h, source, a, b, None, h_0, *flags, *how)
+    cotangents = torch.randn_like(h), torch.randn_like(h_n)
+    torch.library.opcheck(ops.scan_backward.default, (*cotangents, *saved))
+
+
+@backends
+@forms
+def test_autocast_gives_bfloat16_in_and_out_and_a_float32_state(form, backend):
+    leaves, options = arguments(form, time=2)
+    options["backend"] = backend
+    with torch.autocast(DEVICE, torch.bfloat16):
+        h, h_n = call(leaves, options)
+    assert h.dtype == torch.bfloat16
+    assert h_n.dtype == torch.float32
+    rounded = {**leaves, "x": leaves["x"].bfloat16()}
+    expected, expected_n = call(rounded, options)
+    assert torch.equal(h, expected)
+    assert torch.equal(h_n, expected_n)
+    loss = h.float().square().sum() + h_n.square().sum()
+    for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
+        assert gradient.dtype == torch.float32, name
+        assert gradient.isfinite().all(), name
+
+
+@forms
+def test_compile_makes_one_graph_for_marked_batch_and_length(form):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for time, batch in ((2, 3), (3, 2), (2, 5)):
+        leaves, options = arguments(form, batch, time)
+        options["backend"] = "triton"
+        dynamic = [(options["reset"], (0, 1)), (leaves["h_0"], (0,))]
+        dynamic += [] if "tokens" in form else [(leaves["x"], (0, 1))]
+        dynamic += [(options[k], range(options[k].dim())) for k in form.split() if k in options]
+        for tensor, dims in dynamic:
+            for dim in dims:
+                torch._dynamo.mark_dynamic(tensor, dim)
+        for got, want in zip(compiled(leaves, options), call(leaves, options)):
+            assert torch.equal(got, want)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs are made of launches on a GPU")
+@forms
+def test_a_cuda_graph_replays_forward_and_backward(form):
+    """Nothing in a call waits for the device, and new inputs give new results."""
+    leaves, options = arguments(form, batch=33, time=17, shapes=(16, 16))
+    options["backend"] = "triton"
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    cotangents = [torch.randn_like(y) for y in call(leaves, options)]
+
+    def step():
+        return torch.autograd.grad(call(leaves, options), list(leaves.values()), cotangents)
+
+    with torch.cuda.stream(side):  # compiles the kernels and warms the allocator
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for leaf in leaves.values():
+                leaf.add_(0.1 * torch.randn_like(leaf))
+            if "tokens" in options:
+                options["tokens"].copy_(torch.randint_like(options["tokens"], VOCABULARY))
+        graph.replay()
+        for got, want in zip(captured, step()):
+            assert torch.equal(got, want)
+
+
+def test_an_error_of_the_kernels_names_the_way_out(monkeypatch):
+    """As one that the compiler raises on a device that nobody tried."""
+    from kru_triton.kernels import scan
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("PassManager::run failed")
+
+    leaves, options = arguments("plain")
+    h, _ = call(leaves, {**options, "backend": "triton"})
+    monkeypatch.setattr(scan, "scan_forward", broken)
+    monkeypatch.setattr(scan, "scan_backward", broken)
+    for run in (
+        lambda: call(leaves, {**options, "backend": "triton"}),
+        lambda: torch.autograd.grad(h.sum(), leaves["x"]),
+    ):
+        with pytest.raises(RuntimeError, match="PassManager::run failed") as caught:
+            run()
+        assert 'backend="torch"' in "".join(caught.value.__notes__)
+    call(leaves, {**options, "backend": "torch"})
+
+
+def test_packed_sequences_and_tokens_of_a_module_on_the_kernels():
+    """Two layers, both directions: the numbers of the torch backend, gradients too."""
+    torch.manual_seed(0)
+    kru = KRU(5, 64, 2, bidirectional=True, nonlinearity="relu").to(DEVICE)
+    embedding = torch.randn(VOCABULARY, 5, device=DEVICE, requires_grad=True)
+    rows = [torch.randint(VOCABULARY, (n,), device=DEVICE) for n in (2, 4, 1)]
+    packed = torch.nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
+    results = {}
+    for backend in ("torch", "triton"):
+        kru.backend = backend
+        output, h_n = kru(packed, embedding=embedding)
+        loss = output.data.sin().sum() + h_n.square().sum()
+        grads = torch.autograd.grad(loss, [embedding, *kru.parameters()])
+        results[backend] = [output.data, h_n, *grads]
+    for index, (got, want) in enumerate(zip(results["triton"], results["torch"])):
+        assert relative_error(got, want) < (5e-5 if index < 2 else 5e-4), index

@@ -118,7 +118,7 @@ def test_against_the_definition(case):
         reset[0, 0] = reset[-1, -1] = True
     lengths = torch.full((case.B,), case.T)
     if case.lengths:
-        lengths = torch.arange(case.B) * 2 % case.T + 1
+        lengths = torch.arange(case.B) * 2 % (case.T + 1)  # the first row has no step
     cotangents = {
         "dh": normal(case.T, case.B, F).to(dtype),
         "dh_n": normal(case.B, F),
@@ -128,9 +128,12 @@ def test_against_the_definition(case):
 
     leaves = {k: None if v is None else v.double().requires_grad_() for k, v in inputs.items()}
     h, c = definition(case, **leaves, reset=reset, lengths=lengths)
-    ends = (lengths - 1, torch.arange(case.B))
+    ends = (lengths.clamp(min=1) - 1, torch.arange(case.B))
     alive = (torch.arange(case.T)[:, None] < lengths)[..., None]
-    outputs = {"dh": h * alive, "dh_n": h[ends], "dc_n": c[ends]}
+    outputs = {"dh": h * alive}
+    for name, last, first in (("dh_n", h[ends], leaves["h_0"]), ("dc_n", c[ends], leaves["c_0"])):
+        start = torch.zeros_like(last) if first is None else first
+        outputs[name] = torch.where((lengths == 0)[:, None], start, last)
     sum((outputs[k] * v.double()).sum() for k, v in cotangents.items() if v is not None).backward()
     want = {k: v.grad for k, v in leaves.items() if v is not None}
     want["x_proj"] = want["x_proj"].transpose(0, 1)

@@ -137,7 +137,7 @@ def test_parameter_groups(model):
         assert all(is_factor) or not any(is_factor)
         assert group["lr"] == (1e-4 if all(is_factor) else 1e-3)
     assert any(g["weight_decay"] for g in groups)
-    assert (model == "kru") == any(g["lr"] == 1e-4 for g in groups)
+    assert (model in ("kru", "krulstm")) == any(g["lr"] == 1e-4 for g in groups)
     torch.optim.AdamW(groups)
 
 
@@ -162,7 +162,7 @@ def test_presets_build(preset, model):
     assert lm.num_parameters > 0
     recurrent = lm.num_recurrent_parameters
     assert recurrent == 0 if model == "transformer" else 0 < recurrent < lm.num_parameters
-    if model == "kru":  # the paper's claim: a small part of all
+    if model in ("kru", "krulstm"):  # the paper's claim: a small part of all
         assert recurrent < 0.2 * lm.num_parameters
 
 
@@ -204,7 +204,7 @@ def test_state_sizes_are_constant(model):
     assert [tuple(s.shape) for s in state] == sizes[-1]
 
 
-@pytest.mark.parametrize("model", ["kru", "lstm", "transformer"])
+@pytest.mark.parametrize("model", ["kru", "krulstm", "lstm", "transformer"])
 def test_overfits_a_string(model):
     """200 bytes with repeats, so that a model without a state cannot reach the bound."""
     text = ("the quick brown fox jumps over the lazy dog; " * 4 + "a different ending, once")[:200]
@@ -245,7 +245,7 @@ def test_dropout_acts_in_training_only():
 def test_backend_report_is_one_line(model):
     report = make(model).backend_report()
     assert "\n" not in report
-    assert ("torch.nn" in report) == (model != "kru")
+    assert ("torch.nn" in report) == (model not in ("kru", "krulstm"))
 
 
 def test_unitarity_penalty():

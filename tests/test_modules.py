@@ -3,6 +3,9 @@
 import copy
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from kru_triton import KRU, KRUCell, unitarity_penalty
+from kru_triton import KRU, KRUCell, modules, unitarity_penalty
 from kru_triton.nonlinearity import NONLINEARITIES
 
 EXACT = 1e-12  # float64, a few steps, relative to entries of order one
@@ -202,6 +205,181 @@ def test_padding_is_never_read():
     again, again_n = kru(pack_padded_sequence(x, lengths))
     assert torch.equal(output.data, again.data)
     assert torch.equal(h_n, again_n)
+
+
+def test_packed_rows_run_longest_first_and_no_further(monkeypatch):
+    """What reaches the operation: lengths in descending order, whatever order was packed."""
+    seen = []
+    original = modules.kru_scan
+
+    def spy(*args, lengths, **kwargs):
+        seen.append(lengths.tolist())
+        return original(*args, lengths=lengths, **kwargs)
+
+    monkeypatch.setattr(modules, "kru_scan", spy)
+    kru = make(5, 12, 2)
+    kru(pack_sequence([randn(n, 5) for n in (2, 6, 1, 6)], enforce_sorted=False))
+    assert seen == [[6, 6, 2, 1]] * 2
+
+
+# Tokens
+
+
+TOKEN_MODULES = {
+    "plain": dict(factors=(3, 4)),
+    "layers": dict(num_layers=2, num_heads=2, nonlinearity="modtanh"),
+    "bidirectional": dict(num_layers=2, bidirectional=True, bias=False),
+    "recompute": dict(num_layers=2, recompute=4),
+    "recompute bidirectional": dict(bidirectional=True, recompute=4),
+}
+tokens_of = torch.tensor([[4, 0, 6], [1, 1, 3], [6, 4, 0], [5, 5, 5], [0, 4, 1], [3, 3, 3]])
+token_modules = pytest.mark.parametrize("kwargs", TOKEN_MODULES.values(), ids=TOKEN_MODULES.keys())
+
+
+@token_modules
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("rest", [False, True], ids=["", "h_0_and_reset"])
+def test_tokens_are_their_rows_of_the_embedding(kwargs, rest, packed):
+    kru = make(5, 12, **kwargs)
+    embedding = randn(7, 5, seed=3).requires_grad_()
+    h_0 = reset = None
+    if rest:
+        h_0 = randn(kru.num_layers * kru.num_directions, 3, 24, seed=2).requires_grad_()
+    if rest and not packed:
+        reset = torch.rand(3, 6, generator=torch.Generator().manual_seed(4)) < 0.3
+    results = []
+    for tokens in (True, False):
+        x = tokens_of if tokens else embedding[tokens_of]
+        if packed:
+            x = pack_padded_sequence(x, torch.tensor([2, 6, 1]), enforce_sorted=False)
+        output, h_n = kru(x, h_0, reset=reset, embedding=embedding if tokens else None)
+        outputs = (output.data if packed else output, h_n)
+        leaves = [embedding] + ([] if h_0 is None else [h_0])
+        results.append((outputs, gradients(kru, outputs, *leaves)))
+    assert_same(results[0][0], results[1][0])
+    assert_same(results[0][1], results[1][1], 1e-10)
+    unused = embedding.new_zeros(5)
+    assert torch.equal(results[0][1][len(list(kru.parameters()))][2], unused)  # 2 never occurs
+
+
+def test_tokens_batch_first_and_unbatched():
+    kru = make(5, 12, num_layers=2)
+    embedding = randn(7, 5, seed=3)
+    output, h_n = kru(tokens_of, embedding=embedding)
+    assert_same(kru(tokens_of[:, 1], embedding=embedding), (output[:, 1], h_n[:, 1]))
+    kru.batch_first = True
+    swapped, swapped_n = kru(tokens_of.t(), embedding=embedding)
+    assert_same((swapped.transpose(0, 1), swapped_n), (output, h_n))
+
+
+def test_tokens_under_autocast():
+    torch.manual_seed(0)
+    kru = KRU(5, 12, num_layers=2)
+    embedding = torch.randn(7, 5)
+    exact, _ = kru(embedding[tokens_of])
+    with torch.autocast("cpu"):
+        output, h_n = kru(tokens_of, embedding=embedding)
+    assert output.dtype == torch.bfloat16
+    assert h_n.dtype == torch.float32
+    # bfloat16 projections: 2^-9 per number, over six steps and two layers
+    assert (output.float() - exact).norm() < 2e-2 * exact.norm()
+
+
+# Recompute
+
+
+@pytest.mark.parametrize("kwargs", MODULES.values(), ids=MODULES.keys())
+@pytest.mark.parametrize("steps", [1, 3])
+def test_recompute_changes_nothing_but_the_order_of_sums(kwargs, steps):
+    x = randn(7, 3, 5).requires_grad_()
+    reset = torch.rand(3, 7, generator=torch.Generator().manual_seed(4)) < 0.3
+    results = []
+    for recompute in (0, steps):
+        kru = make(5, 12, recompute=recompute, **kwargs)
+        h_0 = randn(kru.num_layers * kru.num_directions, 3, kru.output_size, seed=2)
+        h_0.requires_grad_()
+        outputs = kru(x, h_0, reset=reset)
+        results.append((outputs, gradients(kru, outputs, x, h_0)))
+    assert_same(results[1][0], results[0][0], 1e-13)
+    assert_same(results[1][1], results[0][1], 1e-12)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_recompute_of_packed_sequences(bidirectional):
+    sequences = [randn(n, 5, seed=n).requires_grad_() for n in (2, 7, 1, 5)]
+    results = []
+    for recompute in (0, 3):
+        kru = make(5, 12, num_layers=2, bidirectional=bidirectional, recompute=recompute)
+        output, h_n = kru(pack_sequence(sequences, enforce_sorted=False))
+        outputs = (output.data, h_n)
+        results.append((outputs, gradients(kru, outputs, *sequences)))
+    assert_same(results[1][0], results[0][0], 1e-13)
+    assert_same(results[1][1], results[0][1], 1e-12)
+
+
+def test_recompute_draws_the_same_dropout_again():
+    """The masks of the forward, or the gradient would not be that of the output."""
+    kru = make(5, 12, num_layers=2, dropout=0.5, recompute=3)
+    x = randn(7, 3, 5).requires_grad_()
+
+    def run(x):
+        torch.manual_seed(1)
+        output, h_n = kru(x)
+        return output.sum() + h_n.sum()
+
+    assert torch.autograd.gradcheck(run, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(recompute=3), dict(bidirectional=True, recompute=3)])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_h_n_only(kwargs, packed):
+    kru = make(5, 12, num_layers=2, **kwargs)
+    x = randn(7, 3, 5)
+    x = pack_padded_sequence(x, torch.tensor([2, 7, 3]), enforce_sorted=False) if packed else x
+    output, h_n = kru(x, h_n_only=True)
+    assert output is None
+    _, expected = kru(x)
+    assert torch.equal(h_n, expected)
+    assert_same(gradients(kru, (h_n,)), gradients(kru, (expected,)), 0)
+
+
+MEMORY = """
+import ctypes, gc, sys
+from pathlib import Path
+import torch
+from kru_triton import KRU
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+def train_step(x):
+    kru(x, h_n_only=True)[1].sum().backward()
+
+torch.manual_seed(0)
+kru = KRU(8, 256, 3, recompute=int(sys.argv[1]))
+x = torch.randn(2048, 8, 8)
+train_step(x[:128])
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+train_step(x)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's VmHWM")
+def test_recompute_takes_a_fraction_of_the_memory():
+    """Growth of the resident set, each in a process of its own. All states of three layers are 96
+    MiB, and without recompute they are kept; chunks of 128 steps hold a sixteenth of that."""
+    peak = {}
+    for steps in (0, 128):
+        command = [sys.executable, "-c", MEMORY, str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak[steps] = int(done.stdout)
+    assert peak[0] > 96 << 20
+    assert peak[128] < peak[0] / 3
 
 
 # Reset, dropout, chunks, cell
@@ -448,6 +626,9 @@ def test_errors_when_built(cls, kind, match, changed):
         (ValueError, r"dropout: must be in \[0, 1\), got nan", dict(dropout=float("nan"))),
         (TypeError, "dropout: must be a number, got str", dict(dropout="0.5")),
         (TypeError, "dropout: must be a number, got bool", dict(dropout=True)),
+        (TypeError, "recompute: must be an int, got float", dict(recompute=2.0)),
+        (TypeError, "recompute: must be an int, got bool", dict(recompute=True)),
+        (ValueError, "recompute: must be a number of steps, or 0", dict(recompute=-1)),
     ],
 )
 def test_errors_of_kru_when_built(kind, match, changed):
@@ -481,6 +662,62 @@ INPUT_ERRORS = {
         torch.zeros(2, 4, device="meta"),
     ),
 }
+TOKENS = torch.zeros(5, 3, dtype=torch.int64)
+TOKEN_ERRORS = {
+    "no embedding": (TypeError, "input: must be torch.float32 .* got torch.int64", (5, 4), None),
+    "float": (
+        TypeError,
+        "input: must be int64 tokens with an embedding, got torch.float32",
+        TOKENS.float(),
+        torch.zeros(7, 4),
+    ),
+    "rank": (
+        ValueError,
+        r"input: must have 1 \(unbatched\) or 2 dimensions, got shape \(1, 5, 3\)",
+        TOKENS[None],
+        torch.zeros(7, 4),
+    ),
+    "outside": (ValueError, "tokens: must be from 0 to 6", TOKENS + 7, torch.zeros(7, 4)),
+    "width": (
+        ValueError,
+        "embedding: the last dimension must be input_size=4, got 5",
+        TOKENS,
+        torch.zeros(7, 5),
+    ),
+    "embedding rank": (
+        ValueError,
+        r"embedding: must be \(V, input_size\), .* got shape \(4,\)",
+        TOKENS,
+        torch.zeros(4),
+    ),
+    "embedding kind": (
+        TypeError,
+        "embedding: must be a tensor, got Embedding",
+        TOKENS,
+        nn.Embedding(7, 4),
+    ),
+    "embedding dtype": (
+        TypeError,
+        "embedding: must be torch.float32 like the parameters, got torch.float64",
+        TOKENS,
+        torch.zeros(7, 4).double(),
+    ),
+    "device": (
+        ValueError,
+        "input: is on meta but the parameters are on cpu",
+        TOKENS.to("meta"),
+        torch.zeros(7, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "x", "embedding"), TOKEN_ERRORS.values(), ids=TOKEN_ERRORS.keys()
+)
+def test_errors_of_tokens(kind, match, x, embedding):
+    x = torch.zeros(x, dtype=torch.int64) if isinstance(x, tuple) else x
+    with pytest.raises(kind, match=match):
+        KRU(4, 12)(x, embedding=embedding)
 
 
 @pytest.mark.parametrize("cls", [KRU, KRUCell])

@@ -581,13 +581,14 @@ def test_opcheck(act, dtype, optional):
     beta = x.new_zeros(12) if act == "modrelu" and beta is None else beta
     leaves = [t if t is None else t.requires_grad_() for t in (x, a, b, beta, h_0)]
     op, backward = torch.ops.kru_triton.scan.default, torch.ops.kru_triton.scan_backward.default
-    torch.library.opcheck(op, (*leaves, reset, act, "torch", "auto"))
-    h, _ = op(*leaves, reset, act, "torch", "auto")
+    options = (None, None, act, "torch", "auto")  # no lengths, no tokens
+    torch.library.opcheck(op, (*leaves, reset, *options))
+    h, _ = op(*leaves, reset, *options)
     dh = dh.transpose(0, 1)
     saved = [None if t is None else t.detach() for t in (h, x, a, b, beta, h_0, reset)]
     saved[1] = saved[1] if act == "modtanh" else None
     cotangents = (dh, dh_n) if optional else (dh, None)
-    torch.library.opcheck(backward, (*cotangents, *saved, act, "torch", "auto"))
+    torch.library.opcheck(backward, (*cotangents, *saved, *options))
 
 
 @pytest.mark.parametrize("shapes", [(5,), (1, 4)], ids=str)
@@ -596,8 +597,9 @@ def test_opcheck_backward_of_one_matrix(shapes, field):
     x, factors, _, _, _, dh, _ = inputs(Case(square(*shapes), "tanh", field=field, B=2, T=3))
     b = reduce(lambda v, w: v * w, factors) if shapes[0] == 1 else factors[0]
     a = torch.eye(len(b), 1, dtype=b.dtype).view(-1, 1, 1, 1)
-    h, _ = torch.ops.kru_triton.scan(x, a, b, None, None, None, "tanh", "torch", "auto")
-    arguments = (dh.transpose(0, 1), None, h, None, a, b, None, None, None, "tanh", "torch", "auto")
+    options = (*[None] * 5, "tanh", "torch", "auto")
+    h, _ = torch.ops.kru_triton.scan(x, a, b, *options)
+    arguments = (dh.transpose(0, 1), None, h, None, a, b, *options)
     torch.library.opcheck(torch.ops.kru_triton.scan_backward.default, arguments)
 
 

@@ -476,7 +476,7 @@ def test_a_config_file_that_is_not_one_is_refused(tmp_path):
 # Other ways to run
 
 
-@pytest.mark.parametrize("model", ["lstm", "gru", "rnn", "transformer"])
+@pytest.mark.parametrize("model", ["krulstm", "lstm", "gru", "rnn", "transformer"])
 def test_baselines_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model):
     flags = [*TINY, *corpus, "--model", model, "--eval-every", 6]
     for directory, legs in (("whole", [12]), ("parts", [5, 12])):

@@ -62,7 +62,7 @@ class Config:
     """Named sizes and training settings; every other flag overrides its part of the preset."""
     config: str = ""
     """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
-    model: Literal["kru", "lstm", "gru", "rnn", "transformer"] = "kru"
+    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
     """The recurrent layer, or a baseline in the same frame."""
     match_params: int = 0
     """Scale the widths until the model has about this many parameters. 0: sizes as given."""
@@ -129,6 +129,9 @@ class Config:
     (GPUs, CPUs with AMX)."""
     compile: bool = False
     """torch.compile the model."""
+    recompute: int = 0
+    """Run the blocks in chunks of this many steps and compute each again in the backward: less
+    memory for more time. 0: keep everything."""
 
     run_dir: str = "runs/lm"
     """Everything the run writes goes here."""
@@ -160,7 +163,7 @@ IDENTITY_FREE = {
     *("steps", "minutes", "preset", "config", "run_dir", "resume", "keep", "wandb"),
     *("checkpoint_every", "eval_every", "log_every"),
     *("prompt", "sample_tokens", "temperature", "top_p"),
-    *("backend", "precision", "device", "compile", "workers"),
+    *("backend", "precision", "device", "compile", "recompute", "workers"),
     *("batch_size", "grad_accumulation", "processes"),  # the lanes of all processes must stay
 }
 
@@ -254,7 +257,8 @@ def validate(config: Config) -> None:
         1: "d_model num_layers hidden_size num_heads context_length batch_size segment_length "
         "log_every keep valid_bytes shuffle_buffer grad_accumulation",
         0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
-        "checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed workers",
+        "recompute checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed "
+        "workers",
     }
     for least, names in at_least.items():
         for name in names.split():
