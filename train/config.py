@@ -213,14 +213,14 @@ def model_config(config: Config, vocab_size: int) -> LanguageModelConfig:
         raise UserError(f"model: {error}") from error
 
 
-def read_toml(path: str) -> dict:
-    """A flat TOML file as settings; unknown names and wrong kinds are errors."""
+def read_toml(path: str, kind: type = Config) -> dict:
+    """A flat TOML file as settings of `kind`; unknown names and wrong types are errors."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from error
     table = {key.replace("-", "_"): value for key, value in table.items()}
-    hints = get_type_hints(Config)
+    hints = get_type_hints(kind)
     unknown = sorted(set(table) - set(hints))
     if unknown:
         raise UserError(f"--config {path}: unknown keys {unknown}; known: {', '.join(hints)}")
