@@ -76,7 +76,7 @@ class TaskConfig:
     frozen_factors: bool = False
     """Control: leave the recurrent matrices of kru or krulstm as they were drawn."""
     input_std: float = 0.0
-    """Standard deviation of the initial input weights of kru, unitary and orthogonal. 0: 1/sqrt(D)."""
+    """Standard deviation of the initial input weights of kru, unitary, orthogonal. 0: 1/sqrt(D)."""
     dropout: float = 0.0
     """Between stacked layers and before the readout."""
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -320,7 +320,7 @@ def diagnose(model: SequenceModel, x: Tensor) -> dict:
         return {}
     radii = diagnostics.spectrum(kru.recurrent_factors(0)).abs()
     lags, norms = diagnostics.gradient_norm_by_lag(kru, x.transpose(0, 1), relative=True)
-    shown = sorted({int(round((len(lags) - 1) * k / 8)) for k in range(9)})
+    shown = sorted({round((len(lags) - 1) * k / 8) for k in range(9)})
     errors = diagnostics.unitarity_error(kru)
     return {
         "unitarity_error": {name: error.flatten().tolist() for name, error in errors.items()},
