@@ -41,8 +41,7 @@ class Config(TaskConfig):
     preset: str = "paper"
     T: int = 1000
     """Steps between the last symbol to be copied and its first place in the output."""
-    steps: int = 1500
-    lr: float = 1e-2
+    steps: int = 1000
     input_std: float = 0.01
     run_dir: str = "runs/copy"
 

@@ -97,16 +97,16 @@ def copy_cells(config: Config) -> list[Cell]:
     found = []
     for length in (1000, 2000):
         models = {
-            "kru": "--steps 1500",
-            "kru-frozen": "--steps 1500 --frozen-factors",
-            "lstm": "--steps 1500 --model lstm --lr 3e-3",
+            "kru": "",
+            "kru-frozen": "--frozen-factors",
+            "lstm": "--model lstm",
         }
         if config.scale == "gpu":
             models |= {
-                "unitary": "--steps 1500 --model unitary",
-                "orthogonal": "--steps 1500 --model orthogonal",
-                "gru": "--steps 1500 --model gru --lr 3e-3",
-                "rnn": "--steps 1500 --model rnn --lr 3e-3",
+                "unitary": "--model unitary",
+                "orthogonal": "--model orthogonal",
+                "gru": "--model gru",
+                "rnn": "--model rnn",
             }
         for model, flags in models.items():
             name = f"{model}-T{length}"
@@ -116,9 +116,9 @@ def copy_cells(config: Config) -> list[Cell]:
 
 def adding_cells(config: Config) -> list[Cell]:
     budget = {100: 5000, 200: 8000, 400: 15000, 750: 30000}
-    models = {"kru": "", "lstm": "--model lstm --lr 3e-3"}
+    models = {"kru": "", "lstm": "--model lstm"}
     if config.scale == "gpu":
-        models |= {"unitary": "--model unitary", "gru": "--model gru --lr 3e-3"}
+        models |= {"unitary": "--model unitary", "gru": "--model gru"}
     return [
         cell("adding", f"{m}-T{T}", "adding.py", f"--T {T} --steps {steps} {flags}")
         for T, steps in budget.items()
