@@ -64,7 +64,7 @@ class Config:
     results: str = str(RESULTS)
     """Directory of reproduction.json, .md and the figures."""
     flags: str = ""
-    """Further flags for every cell, as in --flags '--wandb disabled'."""
+    """Further flags for every cell, as in --flags='--wandb disabled'."""
 
 
 # Cells

@@ -507,7 +507,7 @@ def train(config: TaskConfig, task: Task) -> int:
                 row |= {
                     "steps_s": round((at.step - marked_step) / (time.perf_counter() - marked), 2),
                     "grad_norm": sum(at.norms) / len(at.norms),
-                    "unitarity": float(unitarity_penalty(model)),
+                    "unitarity": unitarity_penalty(model).item(),
                     "lr": config.lr * factor,
                 }
                 at.losses, at.norms = [], []
