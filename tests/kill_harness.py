@@ -83,6 +83,8 @@ class Leg:
         self.log.touch()
         self.settings = run_dir / "config.json"
         self.settings_before = self.settings.exists() and self.settings.stat().st_ino
+        rows = run_dir / "metrics.jsonl"
+        self.rows_before = rows.stat().st_size if rows.exists() else 0
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         flags = [*map(str, flags), "--run-dir", str(run_dir)]
@@ -120,6 +122,11 @@ class Leg:
     def has_begun(self) -> bool:
         """Whether start-up is over: config.json is then written anew."""
         return self.settings.exists() and self.settings.stat().st_ino != self.settings_before
+
+    def has_logged(self) -> bool:
+        """Whether this leg has added a row to metrics.jsonl."""
+        rows = self.run_dir / "metrics.jsonl"
+        return self.has_begun() and rows.exists() and rows.stat().st_size > self.rows_before
 
     def wait_for_step(self, step: int) -> None:
         """Until metrics.jsonl has a row of this step or a later one."""
@@ -173,10 +180,12 @@ def kill_and_compare(folder: Path, flags: list[str], kills: int, processes: int,
     while True:
         leg = Leg(flags, folder / "killed", processes)
         if len(steps) < kills:
-            if draw.uniform() < 0.2:
-                moment = draw.uniform(0, start_up)
-            else:
-                moment = leg.wait_until(leg.has_begun) + draw.uniform(0, 2 * seconds / kills)
+            # From the start on, or from the end of start-up, or from the first row of metrics.jsonl
+            since, window = None, start_up
+            if draw.uniform() < 0.8:
+                since = leg.has_begun if draw.uniform() < 0.4 else leg.has_logged
+                window = seconds / kills
+            moment = (leg.wait_until(since) if since else 0.0) + draw.uniform(0, window)
             if leg.wait_until(lambda: leg.busy() > moment):  # noqa: B023 (called at once)
                 victim = int(draw.integers(processes))
                 codes = leg.kill(victim)

@@ -30,7 +30,8 @@ TINY = shlex.split(
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """A user's: Triton's interpreter, slow as it is, is for the tests of the kernels."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 
 
 def start(script, *arguments, **options):
@@ -200,7 +201,7 @@ def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path, long_flags, finishe
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     out, _ = run("lm.py", *long_flags, "--run-dir", tmp_path / "run", "--resume", "must")
-    assert re.search(r"resumed from .*step-3\d0: step 3\d0", out)
+    assert re.search(r"resumed from .*step-(\d+): step \1,", out)
     same_end(tmp_path / "run", finished)
 
 
@@ -269,6 +270,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path, long_flags):
     flags = [*long_flags, "--run-dir", tmp_path / "run"]
     process = start("lm.py", *flags)
     wait_for_row(process, tmp_path / "run", 56)
+    while not checkpoints.list_steps(tmp_path / "run"):  # it is written in the background
+        assert process.poll() is None, process.communicate()
     process.kill()
     process.communicate()
     kept = checkpoints.list_steps(tmp_path / "run")
@@ -526,15 +529,15 @@ def test_wandb_offline_holds_numbers_sample_and_spectrum(tmp_path, corpus):
 
 
 def test_samples_stream_to_the_terminal(finished):
-    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 4000)
+    process = start("sample.py", finished[0], "--prompt", "the ", "--tokens", 2000)
     first = process.stdout.read(10)
     assert process.poll() is None  # it is still writing
-    rest, err = process.communicate(timeout=60)
+    rest, err = process.communicate(timeout=120)
     assert process.returncode == 0
     text = first + rest
     assert text.startswith(b"the ")
     assert b"parameters" in err
-    assert len(text.decode()) <= len("the ") + 4000 + 1
+    assert len(text.decode()) <= len("the ") + 2000 + 1
 
 
 def test_samples_are_repeatable_and_follow_the_seed(finished):

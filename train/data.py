@@ -58,7 +58,7 @@ from kru_triton.train.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
     bpe_merges,
-    check_lossless,
+    is_lossless,
     read_tokenizer,
     train_bpe,
 )
@@ -113,14 +113,20 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
             held_out = held_out_documents(sources, config.valid_bytes)
         else:
             held_out = read_documents(config.valid, config.valid_bytes)
-        check_not_empty("validation", held_out, config.data, config.valid)
+        if not held_out:
+            raise UserError("no document of --data is in the held-out part (1 in 50); give --valid")
         sample = sample_documents(sources, hold_out_some)
         found["sources"] = [source.as_json() for source in sources]
         found["held_out"] = [(name, text.decode("utf-8", "replace")) for name, text in held_out]
     tokenizer = make_tokenizer(config, run_dir, saved, sample)
     found["tokenizer_sha256"] = tokenizer.sha256
-    if not saved and not (in_memory and tokenizer.sha256 == ""):
+    if rank == 0 and not saved and not (in_memory and tokenizer.sha256 == ""):
         remember(config, run_dir, found, tokenizer)
+    if rank == 0 and tokenizer.sha256 and not is_lossless(tokenizer, [t for _, t in held_out]):
+        print(
+            f"warning: --tokenizer {config.tokenizer} does not give texts back as they were: "
+            "bits per byte come out too low"
+        )
 
     valid = Stream(held_out, tokenizer)
     if len(valid) <= config.segment_length:
@@ -143,15 +149,7 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
             hold_out_some,
         )
         batches = StreamBatches(plan, *sizes, config.workers)
-    rivals = {}
-    if rank == 0:
-        rivals = compressed_bits_per_byte(held_out)
-        texts = [text for _, text in held_out]
-        if not check_lossless(tokenizer, texts):
-            print(
-                f"warning: --tokenizer {config.tokenizer} does not give texts back as they were: "
-                "bits per byte would come out too low"
-            )
+    rivals = compressed_bits_per_byte(held_out) if rank == 0 else {}
     return Data(tokenizer, batches, valid, {"train": known, "valid": facts(held_out)}, rivals)
 
 
@@ -169,7 +167,10 @@ def remembered(config: Config, run_dir: Path, rank: int) -> dict | None:
     path = run_dir / "data.json"
     if not path.exists() or (rank == 0 and config.resume == "never"):
         return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; choose another --run-dir") from error
     if saved["settings"] == data_settings(config):
         return saved
     if rank == 0 and not (run_dir / "config.json").exists():
@@ -224,10 +225,13 @@ def run_tokenizer(run_dir: Path, sha256: str = "") -> ByteTokenizer | FileTokeni
 
 def fits_in_memory(specs: tuple[str, ...]) -> bool:
     """Whether the data is one `stdlib` or local `text:` source that is not too large."""
-    (first, *more) = specs
-    if more or first == "stdlib" or not first.startswith("text:") or is_url(first[5:]):
-        return not more and first == "stdlib"
-    return sum(os.path.getsize(file) for file in matching_files(first)) <= MEMORY_LIMIT
+    if len(specs) > 1 or not is_local_text(specs[0]):
+        return specs == ("stdlib",)
+    return sum(os.path.getsize(file) for file in matching_files(specs[0])) <= MEMORY_LIMIT
+
+
+def is_local_text(spec: str) -> bool:
+    return spec.startswith("text:") and not is_url(spec.removeprefix("text:"))
 
 
 def load_documents(
@@ -242,7 +246,7 @@ def load_documents(
         if valid == "stdlib":
             held_out = hold_out(held_out)[1]
         train = documents
-        if data.startswith("text:") and valid.startswith("text:") and not is_url(valid[5:]):
+        if is_local_text(data) and is_local_text(valid):
             held_out_files = set(matching_files(valid))
             files = matching_files(data)
             train = [d for d, file in zip(documents, files) if file not in held_out_files]
@@ -262,7 +266,7 @@ def read_documents(spec: str, limit: int = 1 << 62) -> list[Document]:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = stdlib_files()
         return [(Path(file).relative_to(root).as_posix(), read_text(file)) for file in files]
-    if spec.startswith("text:") and not is_url(spec[5:]):
+    if is_local_text(spec):
         files = matching_files(spec)
         texts = [read_text(file) for file in files]
         if not any(texts):

@@ -293,14 +293,13 @@ def describe(row: dict) -> str:
     return text
 
 
-def train(config: Config, processes: Processes) -> int:
-    """Run to the end of the budget, or to the first signal. Returns the exit code."""
+def prepare(config: Config, processes: Processes) -> int:
+    """Take the run directory, open the data, and train. Returns the exit code."""
     keep_freed_memory()
     stop = Stop()
     run_dir = Path(config.run_dir)
     first = processes.rank == 0
-
-    # Run directory and data: the first process before the others
+    # The first process before the others
     with processes.together():
         _lock, path = claim(run_dir, config.resume) if first else (None, None)
     path = processes.gather(path)[0]
@@ -309,6 +308,20 @@ def train(config: Config, processes: Processes) -> int:
             if turn:
                 share(run_dir, processes.rank)
                 text = data.build(config, run_dir, processes.rank, processes.count)
+    with contextlib.closing(text.train):
+        return train(config, processes, stop, text, path)
+
+
+def train(
+    config: Config, processes: Processes, stop: Stop, text: data.Data, path: Path | None
+) -> int:
+    """Run to the end of the budget, or to the first signal. Returns the exit code.
+
+    Args:
+        path: the checkpoint to go on from.
+    """
+    run_dir = Path(config.run_dir)
+    first = processes.rank == 0
 
     # Model
     with processes.together():
@@ -553,7 +566,6 @@ def train(config: Config, processes: Processes) -> int:
         return 3
     finally:
         bar.close()
-        text.train.close()
         wandb.finish()
 
 
@@ -584,7 +596,7 @@ def main() -> None:
     if processes.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
     try:
-        code = train(config, processes)
+        code = prepare(config, processes)
         leave()
     except UserError as error:  # all processes have this one
         if processes.rank == 0:
@@ -601,7 +613,8 @@ def main() -> None:
             f"the same command goes on from the last checkpoint ({str(error).splitlines()[0]})",
             file=sys.stderr,
         )
-        code = 1
+        sys.stderr.flush()
+        os._exit(1)  # threads may be waiting for that process
     sys.exit(code)
 
 

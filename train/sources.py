@@ -266,7 +266,7 @@ def check_hub(what: str) -> None:
 
 def check_host(what: str, url: urllib.parse.SplitResult) -> None:
     """Raise UserError where nothing answers at the host of `url`."""
-    if urllib.request.getproxies():
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return  # the way is through the proxy
     address = url.hostname, url.port or (80 if url.scheme == "http" else 443)
     try:
@@ -380,8 +380,7 @@ def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterat
     """The documents from position `at` on of piece `piece` of `pieces` of one shard.
 
     Raises:
-        DataError: the shard cannot be read.
-        UserError: it has no such field, or something else than text there.
+        DataError: the shard cannot be read, or has no text in that field.
     """
     shard, failures = source.shards[index], 0
     rows = {"json": json_rows, "parquet": parquet_rows, "text": text_rows}[shard.kind]
@@ -391,7 +390,7 @@ def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterat
                 yield row
                 at, failures = row.next, 0
             return
-        except UserError:
+        except DataError:
             raise
         except Exception as error:  # what the parsers say of wrong bytes; see `wait`
             failures = wait(shard, error, failures)
@@ -468,29 +467,31 @@ def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[by
     except ValueError as error:
         raise OSError(f"not JSON lines: {error} in the line at byte {offset}") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"{shard.url} is not JSON lines: the line at byte {offset} is "
-            f"{type(value).__name__}, not an object with a field {field!r}"
-        )
+        kind = type(value).__name__
+        reason = f"the line at byte {offset} is {kind}, not an object with a field {field!r}"
+        raise DataError(shard.url, f"not JSON lines: {reason}")
     text = value.get(field)
     if text is None:
-        if field not in value:
-            known = ", ".join(f"{key} ({type(v).__name__})" for key, v in value.items())
-            return (None, False) if offset else missing_field(shard, field, known)
+        if field not in value and offset == 0:
+            raise missing_field(
+                shard, field, (f"{k} ({type(v).__name__})" for k, v in value.items())
+            )
         return None, False
     if not isinstance(text, str):
-        raise UserError(
-            f"{shard.url}: field {field!r} of the line at byte {offset} is "
-            f"{type(text).__name__}, not text; name another one with #field"
-        )
+        raise not_text(shard, field, type(text).__name__)
     try:
         return text.encode("utf-8"), replaced
     except UnicodeEncodeError:  # half of a surrogate pair
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
 
 
-def missing_field(shard: Shard, field: str, known: str):
-    raise UserError(f"{shard.url} has no field {field!r}; it has {known}; name one with #field")
+def missing_field(shard: Shard, field: str, known: Iterable[str]) -> DataError:
+    there = ", ".join(known)
+    return DataError(shard.url, f"no field {field!r}; it has {there}; name one with #field")
+
+
+def not_text(shard: Shard, field: str, kind: str) -> DataError:
+    return DataError(shard.url, f"field {field!r} is {kind}, not text; name another with #field")
 
 
 def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -501,12 +502,10 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
     file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
     schema = file.schema_arrow
     if field not in schema.names:
-        missing_field(shard, field, ", ".join(f"{f.name} ({f.type})" for f in schema))
+        raise missing_field(shard, field, (f"{column.name} ({column.type})" for column in schema))
     kind = schema.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(
-            f"{shard.url}: field {field!r} is {kind}, not text; name another one with #field"
-        )
+        raise not_text(shard, field, kind)
     count = file.metadata.num_rows
     first, last = max(at, count * piece // pieces), count * (piece + 1) // pieces
     begin = 0  # row number of the group

@@ -44,6 +44,7 @@ import numpy as np
 import torch
 
 from kru_triton.train.sources import START, DataError, Source, read
+from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, token_dtype
 
 LINES = 4  # of each rank and source, where there are so many pieces
 PANEL = 8192  # tokens per lane and panel, or one segment
@@ -58,7 +59,7 @@ class Plan:
     """All that the order of documents depends on."""
 
     sources: tuple[Source, ...]
-    tokenizer: object
+    tokenizer: ByteTokenizer | FileTokenizer
     seed: int
     rank: int
     world_size: int
@@ -111,8 +112,9 @@ def lines_of_rank(plan: Plan, source: int, epoch: int) -> list[list[Piece]]:
         readers = ranks if compressed else LINES * ranks  # a compressed file is read by each
         while len(shards) * count % readers and len(shards) * count < 16 * ranks:
             count += 1
-    order = np.random.default_rng([plan.seed, source, epoch]).permutation(len(shards) * count)
-    mine = [Piece(*divmod(int(p), count), count) for p in order[plan.rank :: ranks]]
+    total = len(shards) * count
+    order = np.random.default_rng([plan.seed, source, epoch]).permutation(max(total, ranks))
+    mine = [Piece(*divmod(int(p), count), count) for p in order[plan.rank :: ranks] if p < total]
     lines = min(LINES, len(mine))
     return [mine[line::lines] for line in range(lines)]
 
@@ -192,7 +194,7 @@ def join(tokenizer, texts: list[bytes]) -> tuple[np.ndarray, list[int]]:
     starts = [0]
     for document in documents:
         starts.append(starts[-1] + 1 + len(document))
-    tokens = np.empty(starts[-1], np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    tokens = np.empty(starts[-1], token_dtype(tokenizer))
     tokens[starts[:-1]] = tokenizer.bos
     for start, document in zip(starts, documents):
         tokens[start + 1 : start + 1 + len(document)] = document
@@ -200,10 +202,11 @@ def join(tokenizer, texts: list[bytes]) -> tuple[np.ndarray, list[int]]:
 
 
 def start_worker(plan: Plan, parent: Connection) -> None:
-    """Make a process a worker: Ctrl-C is its parent's matter, and it ends when `parent` closes."""
+    """Make a process a worker: it ends when `parent` closes, and leaves signals to its parent."""
     global reader
     reader = Reader(plan)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a group
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
 
 
@@ -221,7 +224,10 @@ class Background:
 
     def submit(self, call: Callable, *arguments) -> Future:
         future = Future()
-        self.tasks.put((future, call, arguments))
+        if self.closed:
+            future.cancel()
+        else:
+            self.tasks.put((future, call, arguments))
         return future
 
     def run(self) -> None:
@@ -386,7 +392,7 @@ class StreamBatches:
     """
 
     def __init__(self, plan: Plan, batch_size: int, segment_length: int, workers: int = 0):
-        self.plan, self.segment_length = plan, segment_length
+        self.plan, self.fingerprint, self.segment_length = plan, plan.fingerprint(), segment_length
         self.batch_size, self.num_workers = batch_size, workers
         self.segments = max(1, PANEL // segment_length)  # of a panel
         self.waited = 0.0
@@ -398,7 +404,11 @@ class StreamBatches:
         """Inputs, targets (int64) and reset (bool), each (batch_size, segment_length)."""
         began = time.perf_counter()
         if self.workers is None:
-            self.start()
+            try:
+                self.start()
+            except DataError:
+                self.close()
+                raise
         if self.segment == self.segments:
             self.panel, self.segment = self.ahead.result(), 0
             self.position = self.panel.before
@@ -413,13 +423,12 @@ class StreamBatches:
 
     def start(self) -> None:
         """Begin to read at `self.position`."""
-        self.workers = Workers(self.plan, self.num_workers)
+        self.workers, self.filler = Workers(self.plan, self.num_workers), Background()
         self.sources = [
             Documents(self.plan, source, self.workers, state)
             for source, state in enumerate(self.position["sources"])
         ]
         self.lanes = self.reopen(self.position["lanes"])
-        self.filler = Background()
         self.panel = self.fill()
         self.position = self.panel.before
         self.ahead = self.filler.submit(self.fill)
@@ -447,8 +456,8 @@ class StreamBatches:
             "lanes": [[lane[0], *lane[1], lane[3]] if lane else None for lane in self.lanes],
         }
         length = self.segments * self.segment_length
-        dtype = np.uint16 if self.plan.tokenizer.vocab_size <= 1 << 16 else np.uint32
-        panel = np.full((self.batch_size, length + 1), self.plan.tokenizer.bos, dtype)
+        tokenizer = self.plan.tokenizer
+        panel = np.full((self.batch_size, length + 1), tokenizer.bos, dtype=token_dtype(tokenizer))
         for number, row in enumerate(panel):
             lane, at = self.lanes[number], 0
             while at < length:
@@ -474,15 +483,12 @@ class StreamBatches:
     def epochs_read(self) -> float:
         """How many times the source that was read least has been read, by finished pieces."""
 
-        def epochs(state: dict | None) -> float:
-            if state is None:
-                return 0.0
-            done = [
-                line[0] if line else count for line, count in zip(state["lines"], state["pieces"])
-            ]
-            return state["epoch"] + sum(done) / max(1, sum(state["pieces"]))
+        def epochs(state: dict) -> float:
+            lines = zip(state["lines"], state["pieces"])
+            done = sum(line[0] if line else pieces for line, pieces in lines)
+            return state["epoch"] + done / max(1, sum(state["pieces"]))
 
-        return min(map(epochs, self.position["sources"]))
+        return min(epochs(state) if state else 0.0 for state in self.position["sources"])
 
     def counts(self) -> dict[str, int]:
         """Documents and bytes of all finished blocks; documents without text; invalid UTF-8."""
@@ -495,7 +501,7 @@ class StreamBatches:
         return {
             **self.position,
             "segment": self.segment,
-            "plan": self.plan.fingerprint(),
+            "plan": self.fingerprint,
             "rank": [self.plan.rank, self.plan.world_size],
             "shape": [self.batch_size, self.segment_length],
         }
@@ -513,7 +519,7 @@ class StreamBatches:
                 f"its batches have (lanes, tokens) {state['shape']}, now {shape}; keep "
                 "--batch-size and --segment-length"
             )
-        if state["plan"] != self.plan.fingerprint():
+        if state["plan"] != self.fingerprint:
             raise ValueError("its streams are of other data, tokenizer, seed or --shuffle-buffer")
         self.close()
         self.position = {key: state[key] for key in ("sources", "lanes")}

@@ -90,7 +90,7 @@ class FileTokenizer:
         """Token ids of each text, which is UTF-8; on all cores."""
         decoded = [text.decode("utf-8", "replace") for text in texts]
         encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=token_dtype(self)) for encoding in encodings]
 
     def decode(self, tokens: list[int]) -> bytes:
         tokens = [int(token) for token in tokens if token != self.bos]
@@ -111,6 +111,11 @@ class FileTokenizer:
 
     def describe(self) -> str:
         return f"{self.vocab_size:,} tokens, sha256 {self.sha256[:16]}"
+
+
+def token_dtype(tokenizer: ByteTokenizer | FileTokenizer) -> type:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
 def byte_values() -> dict[str, int]:
@@ -184,6 +189,6 @@ def read_tokenizer(spec: str) -> FileTokenizer:
     )
 
 
-def check_lossless(tokenizer: FileTokenizer, documents: list[bytes]) -> bool:
-    """Whether the first documents come back as they were."""
-    return all(tokenizer.decode(tokenizer.encode(text).tolist()) == text for text in documents[:20])
+def is_lossless(tokenizer: FileTokenizer, texts: list[bytes]) -> bool:
+    """Whether the first of the texts come back as they were."""
+    return all(tokenizer.decode(tokenizer.encode(text).tolist()) == text for text in texts[:20])
