@@ -515,7 +515,7 @@ def test_wandb_offline_holds_numbers_sample_and_spectrum(tmp_path, corpus):
     out, _ = run("lm.py", *flags)
     assert "wandb: offline" in out
     assert "wandb: off " not in out
-    assert "no spectrum" not in out
+    assert "no figures" not in out
     (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
     for key in (b"train/loss_nats", b"val/bpb", b"grad_norm", b"unitarity"):

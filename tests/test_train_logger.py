@@ -129,7 +129,7 @@ def test_a_figure_that_fails_costs_only_the_figures(tmp_path, monkeypatch, capsy
         wandb.log({"step": step}, draw=lambda: 1 / 0)
     assert wandb.finish()
     assert calls.count("log") == 2
-    assert capsys.readouterr().out.count("no spectrum figures: division by zero") == 1
+    assert capsys.readouterr().out.count("no figures: division by zero") == 1
 
 
 def test_wandb_missing_is_one_line(tmp_path, monkeypatch, capsys):

@@ -108,11 +108,7 @@ def pack(at: Position, model, optimizer, processes: Processes) -> tuple[dict, di
     tensors, documents = {name: own}, {name: {"data": at.data}}
     if processes.rank == 0:
         tensors["model"] = model.state_dict()
-        tensors["optimizer"] = {
-            f"{name}:{key}": value
-            for name, parameter in model.named_parameters()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
+        tensors["optimizer"] = optimizer_tensors(model, optimizer)
         documents["trainer"] = {
             **{key: getattr(at, key) for key in ("step", "tokens", "seconds", "counts")},
             "norms": list(map(float, at.norms)),
@@ -133,12 +129,9 @@ def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Posit
     trainer = json.loads((path / "trainer.json").read_text())
     same = trainer["processes"] == processes.count
     checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
-    parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.tensors["model"])
-    for key, value in checkpoint.tensors["optimizer"].items():
-        name, entry = key.rsplit(":", 1)
-        optimizer.state[parameters[name]][entry] = value.to(device)
+    load_optimizer(model, optimizer, checkpoint.tensors["optimizer"])
 
     at = Position(**{key: trainer[key] for key in ("step", "tokens", "seconds", "counts", "norms")})
     ranks = [processes.rank] if same else range(trainer["processes"])
@@ -157,6 +150,24 @@ def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Posit
         if device.type == "cuda" and "rng.cuda" in own[0]:
             torch.cuda.set_rng_state(own[0]["rng.cuda"], device)
     return at
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors, by parameter name and entry."""
+    return {
+        f"{name}:{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(model: torch.nn.Module, optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, entry = key.rsplit(":", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = value.to(parameter.device)
 
 
 # Pieces of the loop
@@ -261,14 +272,14 @@ def unitarity(model: LanguageModel) -> float:
     return float(model.unitarity_penalty())
 
 
-def spectrum_figure(model: LanguageModel):
-    """Eigenvalues of the first Kronecker recurrent matrix; None where the model has none."""
+def draw(model: LanguageModel) -> dict:
+    """Figure of the eigenvalues of the first Kronecker matrix, by name; {} where there is none."""
     from kru_triton import diagnostics
 
     for module in model.modules():
         if isinstance(module, KRU):
-            return diagnostics.spectrum_figure(module.recurrent_factors(0))
-    return None
+            return {"spectrum": diagnostics.spectrum_figure(module.recurrent_factors(0))}
+    return {}
 
 
 def describe(row: dict) -> str:
@@ -478,7 +489,7 @@ def train(
                         sample = write_sample(model, text.tokenizer, config, at.step)
                 if first:
                     metrics.write(row)
-                    wandb.log(row, sample, (lambda: spectrum_figure(model)) if evaluating else None)
+                    wandb.log(row, sample, (lambda: draw(model)) if evaluating else None)
                 say(describe(row))
                 if sample:
                     say(textwrap.indent(sample, "    | ", lambda line: True))

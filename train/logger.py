@@ -90,18 +90,17 @@ class Wandb:
         self.calls.put((self.start, mode, run_dir, run_id, config, resume))
 
     def log(self, row: dict, sample: str = "", draw: Callable | None = None) -> None:
-        """A row of metrics.jsonl, a text sample, and the matplotlib figure that `draw` returns."""
+        """A row of metrics.jsonl, a text sample, the matplotlib figures (by name) of `draw`."""
         if self.off:
             return
-        picture = None
+        pictures = {}
         if draw and self.draws:
             try:
-                figure = draw()
-                picture = None if figure is None else as_picture(figure)
+                pictures = {name: as_picture(figure) for name, figure in draw().items()}
             except Exception as error:  # a picture is never worth a run
                 self.draws = False
-                print(f"wandb: no spectrum figures: {error}")
-        self.calls.put((self.send, row, sample, picture))
+                print(f"wandb: no figures: {error}")
+        self.calls.put((self.send, row, sample, pictures))
 
     def summarize(self, summary: dict) -> None:
         if not self.off:
@@ -159,12 +158,10 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
         print(f"wandb: {mode}{f' ({reason})' if reason else ''}, files in {run_dir}/wandb")
 
-    def send(self, row: dict, sample: str, picture) -> None:
-        media = {}
+    def send(self, row: dict, sample: str, pictures: dict) -> None:
+        media = {name: self.wandb.Image(picture) for name, picture in pictures.items()}
         if sample:
             media["sample"] = self.wandb.Html(f"<pre>{html.escape(sample)}</pre>")
-        if picture is not None:
-            media["spectrum"] = self.wandb.Image(picture)
         self.run.log({**row, **media})
 
 

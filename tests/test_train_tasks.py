@@ -1,0 +1,778 @@
+"""The paper's tasks: data, models, the shared loop, and the scripts as a user runs them."""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
+from kru_triton.train import adding, copy_memory, music, pixel_mnist, reproduce, task_loop, timit
+from kru_triton.train.config import UserError, parse
+from kru_triton.train.task_loop import SequenceModel
+from kru_triton.train.tokenizer import character_tokenizer
+
+TRAIN = Path(__file__).parents[1] / "train"
+MODELS = ("kru", "krulstm", "rnn", "lstm", "gru", "unitary", "orthogonal")
+FAST = "--wandb disabled --no-pictures --device cpu --backend torch"
+TOY_COPY = f"--preset tiny --T 5 --hidden-size 16 --factors 4 4 --batch-size 16 {FAST}"
+
+
+def start(script, flags):
+    command = [sys.executable, str(TRAIN / script), *shlex.split(flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def run(script, flags, code=0):
+    process = start(script, flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def train(script, flags, run_dir):
+    """Train here; the exit code and the summary."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = task_loop.train(*script.setup(shlex.split(f"{flags} --run-dir {run_dir}")))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    path = run_dir / "summary.json"
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def rows(run_dir):
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "steps_s"} for row in found]
+
+
+# Data
+
+
+def test_copy_sequences_are_those_of_the_protocol():
+    T = 12
+    inputs, targets = copy_memory.sequences(50, T, torch.Generator().manual_seed(0))
+    assert inputs.shape == (50, T + 20, 10)
+    assert (inputs.sum(-1) == 1).all()
+    inputs = inputs.argmax(-1)
+    assert set(inputs[:, :10].unique().tolist()) == set(range(1, 9))
+    assert (inputs[:, 10 : T + 9] == 0).all()
+    assert (inputs[:, T + 9] == 9).all()
+    assert (inputs[:, T + 10 :] == 0).all()
+    assert (targets[:, :-10] == 0).all()
+    assert torch.equal(targets[:, -10:], inputs[:, :10])
+
+
+def test_copy_fraction_of_the_memoryless_predictor_is_one():
+    _, task = copy_memory.setup(shlex.split("--T 7"))
+
+    def memoryless(x):
+        """Blanks are certain, then eight symbols are equally likely."""
+        logits = torch.full((*x.shape[:2], 10), -1e4)
+        logits[:, :-10, 0] = 0
+        logits[:, -10:, 1:9] = 0
+        return logits
+
+    measures = task.evaluate(memoryless, "test")
+    assert measures["fraction"] == pytest.approx(1, rel=1e-5)
+    assert measures["loss_nats"] == pytest.approx(10 * math.log(8) / 27, rel=1e-5)
+    assert measures["recall"] == pytest.approx(1 / 8, abs=0.03)
+
+
+def test_adding_marks_one_number_in_each_half():
+    inputs, targets = adding.sequences(200, 9, torch.Generator().manual_seed(0))
+    values, marks = inputs.unbind(-1)
+    assert (marks[:, :4].sum(1) == 1).all()
+    assert (marks[:, 4:].sum(1) == 1).all()
+    assert torch.equal(targets, (values * marks).sum(1))
+    assert ((values >= 0) & (values < 1)).all()
+
+
+def test_always_one_has_the_baseline_of_adding():
+    _, task = adding.setup(["--T", "20"])
+    measures = task.evaluate(lambda x: torch.ones(len(x), 1), "val")
+    assert measures["loss_mse"] == pytest.approx(task.baseline, rel=0.1)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    for script in (copy_memory, adding):
+        batch = script.setup(["--T", "6", "--seed", "3"])[1].batch
+        first, other = batch(5)[0], script.setup(["--T", "6", "--seed", "3"])[1].batch
+        batch(6)
+        assert torch.equal(first, batch(5)[0])
+        assert torch.equal(first, other(5)[0])
+        assert not torch.equal(first, batch(6)[0])
+        assert not torch.equal(first, script.setup(["--T", "6", "--seed", "4"])[1].batch(5)[0])
+
+
+def test_an_epoch_reads_each_example_once():
+    steps = [task_loop.epoch_batch(10, 3, seed=1, step=step) for step in range(6)]
+    for epoch in (steps[:3], steps[3:]):
+        seen = torch.cat(epoch).tolist()
+        assert len(set(seen)) == 9
+        assert set(seen) <= set(range(10))
+    assert torch.cat(steps[:3]).tolist() != torch.cat(steps[3:]).tolist()
+    assert task_loop.epoch_batch(2, 8, seed=0, step=7).sort().values.tolist() == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def mnist_file(tmp_path_factory):
+    """Twelve images per digit; pixel k of an image of digit d is bright where k % 10 = d."""
+    draw = np.random.default_rng(0)
+    digits = draw.permutation(np.repeat(np.arange(10), 12))
+    images = draw.integers(0, 50, (120, 784))
+    images[np.arange(784) % 10 == digits[:, None]] = 255
+    path = tmp_path_factory.mktemp("mnist") / "images.csv.gz"
+    table = np.concatenate([images, digits[:, None]], 1)
+    text = "\n".join(",".join(map(str, row)) for row in table)
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
+def test_pixel_mnist_splits_by_digit_and_permutes(mnist_file):
+    config, task = pixel_mnist.setup(["--data", str(mnist_file)])
+    parts, facts = pixel_mnist.read(str(mnist_file))
+    assert {split: len(digits) for split, (_, digits) in parts.items()} == {
+        "train": 100,
+        "val": 10,
+        "test": 10,
+    }
+    assert parts["test"][1].bincount().tolist() == [1] * 10
+    assert len({tuple(image.tolist()) for images, _ in parts.values() for image in images}) == 120
+    assert facts["sha256"] == task.facts["sha256"]
+
+    images, digits = task.batch(3)
+    assert images.shape == (config.batch_size, 784, 1)
+    assert images.max() == 1
+    for image, digit in zip(images[:5, :, 0], digits):
+        assert (image[digit::10] == 1).all()
+    permuted, same = pixel_mnist.setup(["--data", str(mnist_file), "--permuted"])[1].batch(3)
+    assert torch.equal(digits, same)
+    assert not torch.equal(images, permuted)
+    assert torch.equal(images.sort(1).values, permuted.sort(1).values)
+    reseeded, _ = pixel_mnist.setup(["--data", str(mnist_file), "--permuted", "--seed", "9"])[
+        1
+    ].batch(3)
+    order = {tuple(column): k for k, column in enumerate(permuted[..., 0].T.tolist())}
+    assert len(order) > 700  # columns of random pixels tell positions apart
+    assert reseeded.shape == permuted.shape
+
+
+def test_mnist_of_the_wrong_shape_or_values(tmp_path):
+    def write(text):
+        path = tmp_path / "images.csv"
+        path.write_text(text)
+        return str(path)
+
+    with pytest.raises(UserError, match="784 pixels and the digit, 785 numbers, got 3"):
+        pixel_mnist.read(write("0,0,1\n0,0,2\n"))
+    with pytest.raises(UserError, match="digits must be whole numbers in 0 … 9"):
+        pixel_mnist.read(write(",".join(["0"] * 784 + ["10"])))
+    with pytest.raises(UserError, match="pixels must be whole numbers in 0 … 255"):
+        pixel_mnist.read(write(",".join(["256"] * 784 + ["1"])))
+    with pytest.raises(UserError, match="at least 10 images of every digit, got 1 of 0"):
+        pixel_mnist.read(write(",".join(["0"] * 785)))
+    with pytest.raises(UserError, match="cannot be read"):
+        pixel_mnist.read(write("a,b\n"))
+    with pytest.raises(UserError, match="cannot be read"):
+        pixel_mnist.read(str(tmp_path / "missing.csv"))
+
+
+def rolls(count, seed, low=4, high=12):
+    """Random piano rolls with a few notes each frame."""
+    draw = np.random.default_rng(seed)
+    return [
+        (draw.random((draw.integers(low, high), 88)) < 0.05).astype(np.uint8) for _ in range(count)
+    ]
+
+
+def notes(roll):
+    return [tuple((np.flatnonzero(frame) + 21).tolist()) for frame in roll]
+
+
+@pytest.fixture(scope="module")
+def music_files(tmp_path_factory):
+    """The same rolls as .mat and as .pickle."""
+    scipy_io = pytest.importorskip("scipy.io")
+    folder = tmp_path_factory.mktemp("music")
+    parts = {name: rolls(5, seed) for seed, name in enumerate(("train", "valid", "test"))}
+    cells = {}
+    for name, own in parts.items():
+        cells[f"{name}data"] = np.empty((1, len(own)), dtype=object)
+        cells[f"{name}data"][0, :] = own
+    scipy_io.savemat(folder / "rolls.mat", cells)
+    lists = {name: [notes(roll) for roll in own] for name, own in parts.items()}
+    (folder / "rolls.pickle").write_bytes(pickle.dumps(lists, protocol=2))
+    return parts, folder / "rolls.mat", folder / "rolls.pickle"
+
+
+def test_mat_and_pickle_hold_the_same_rolls(music_files):
+    parts, *paths = music_files
+    for path in paths:
+        found, facts = music.read(str(path))
+        for ours, theirs in music.SPLITS.items():
+            assert len(found[ours]) == len(parts[theirs])
+            for a, b in zip(found[ours], parts[theirs]):
+                assert np.array_equal(a.numpy(), b)
+        assert facts["frames"]["train"] == sum(map(len, parts["train"]))
+
+
+def test_music_counts_the_frames_that_are_there(music_files):
+    parts, path, _ = music_files
+    _, task = music.setup(["--data", str(path)])
+    frames = np.concatenate([roll[1:] for roll in parts["test"]])
+    logits = torch.linspace(-4, 1, 88)
+    p = torch.sigmoid(logits).double().numpy()
+    expected = -(frames * np.log(p) + (1 - frames) * np.log1p(-p)).sum(1).mean()
+    measures = task.evaluate(lambda x: logits.expand(*x.shape[:2], 88), "test")
+    assert measures["loss_nats"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_music_that_cannot_be_used(tmp_path, music_files):
+    with pytest.raises(UserError, match=r"wants JSB_Chorales, .* as .mat or .pickle"):
+        music.read(str(tmp_path / "JSB_Chorales.mat"))
+
+    def write(content):
+        path = tmp_path / "rolls.pickle"
+        path.write_bytes(pickle.dumps(content))
+        return str(path)
+
+    good = {"train": [[(60,), (61,)]], "valid": [[(60,), (61,)]], "test": [[(60,), (61,)]]}
+    music.read(write(good))
+    with pytest.raises(UserError, match=r"no valid, test; got train"):
+        music.read(write({"train": []}))
+    with pytest.raises(UserError, match="train has no sequences"):
+        music.read(write({**good, "train": []}))
+    with pytest.raises(UserError, match="val sequence 0: needs a frame to predict"):
+        music.read(write({**good, "valid": [[]]}))
+    with pytest.raises(UserError, match=r"frame 1: a note must be a whole number in 21 … 108"):
+        music.read(write({**good, "test": [[(60,), (109,)]]}))
+    with pytest.raises(UserError, match="not a pickle of plain lists"):
+        music.read(write(np.zeros(3)))
+    with pytest.raises(UserError, match=r"would import (posix|nt)\.system; only plain lists"):
+        music.read(write(Trap()))
+    with pytest.raises(UserError, match=r"train sequence 0: must be frames x 88 keys, got shape"):
+        music.check("x", "train", [np.zeros((5, 87))])
+    with pytest.raises(UserError, match="zeros and ones"):
+        music.check("x", "train", [np.full((5, 88), 2)])
+
+
+class Trap:
+    """Unpickles to a call."""
+
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+@pytest.fixture(scope="module")
+def timit_folder(tmp_path_factory):
+    """Two speakers of each part, of TIMIT's form: a tone per phone, SPHERE and RIFF files."""
+    soundfile = pytest.importorskip("soundfile")
+    root = tmp_path_factory.mktemp("timit")
+    draw = np.random.default_rng(0)
+    speakers = [("TRAIN", "DR1", "FCJF0"), ("TRAIN", "DR2", "MABC0")]
+    speakers += [("TEST", "DR1", "FAKS0"), ("TEST", "DR1", "MDAB0"), ("TEST", "DR1", "MXYZ0")]
+    for part, region, speaker in speakers:
+        folder = root / part / region / speaker
+        folder.mkdir(parents=True)
+        for number, sentence in enumerate(("SA1", "SI100", "SX10")):
+            names = ["h#", *draw.choice(["ao", "iy", "q", "zh"], 4), "h#"]
+            pitch = {"h#": 100, "ao": 500, "iy": 1500, "q": 2500, "zh": 4000}
+            starts = np.arange(len(names)) * 1600
+            lines = [f"{s} {s + 1600} {name}" for s, name in zip(starts, names)]
+            (folder / f"{sentence}.PHN").write_text("\n".join(lines) + "\n")
+            t = np.arange(1600) / 16000
+            wave = np.concatenate([0.3 * np.sin(2 * np.pi * pitch[name] * t) for name in names])
+            kind = "NIST" if number % 2 else "WAV"
+            wave = wave + 0.001 * draw.standard_normal(len(wave))
+            soundfile.write(folder / f"{sentence}.WAV", wave, 16000, format=kind, subtype="PCM_16")
+    return root
+
+
+def test_timit_parts_labels_and_folding(timit_folder):
+    found = timit.find(str(timit_folder))
+    names = {split: [path.parts[-2] for path in paths] for split, paths in found.items()}
+    assert names == {
+        "train": ["FCJF0", "FCJF0", "MABC0", "MABC0"],
+        "val": ["FAKS0"] * 2,
+        "test": ["MDAB0"] * 2,
+    }
+    parts, facts = timit.read(str(timit_folder))
+    assert facts["utterances"] == {"train": 4, "val": 2, "test": 2}
+    x, y = parts["train"][0]
+    frames = 1 + (6 * 1600 - 400) // 160
+    assert x.shape == (frames, 120)
+    assert y.shape == (frames,)
+    kept = torch.cat([x for x, _ in parts["train"]])
+    assert kept.mean(0).abs().max() < 1e-3
+    assert (kept.std(0) - 1).abs().max() < 0.01
+    counted = {timit.PHONES[i] for _, y in parts["train"] for i in y.tolist() if i >= 0}
+    assert counted <= {"sil", "aa", "iy", "sh"}
+    assert y[0] == timit.PHONES.index("sil")  # its middle is sample 200
+    assert y[8] == y[0]  # its middle is sample 1480
+    assert y[9] != y[0]  # sample 1640 belongs to the next phone
+
+
+def test_timit_lists_and_folding_are_complete():
+    assert len(set(timit.CORE_TEST)) == 24
+    assert len(set(timit.DEVELOPMENT)) == 50
+    assert not set(timit.CORE_TEST) & set(timit.DEVELOPMENT)
+    assert len(set(timit.PHONES)) == 39
+    assert len({*timit.PHONES, *timit.FOLDED, "q"} - {"sil"}) == 61
+    assert set(timit.FOLDED.values()) <= set(timit.PHONES)
+
+
+def test_timit_that_cannot_be_used(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    with pytest.raises(UserError, match=r"wants your licensed copy of TIMIT .* no such directory"):
+        timit.read(str(tmp_path / "missing"))
+    folder = tmp_path / "train" / "dr1" / "fcjf0"
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "si1.wav", np.zeros(16000), 16000)
+    with pytest.raises(UserError, match=r"nothing found for TEST \(development speakers\), TEST"):
+        timit.read(str(tmp_path))
+    with pytest.raises(UserError, match=r"si1.wav has no labels: si1.PHN should be beside it"):
+        timit.read_labels(folder / "si1.wav")
+    labels = folder / "si1.phn"
+    for text, message in [
+        ("0 100", "line 1: must be START END PHONE"),
+        ("0 100 h#\n100 200 xx", "line 2: no phone of TIMIT: 'xx'"),
+        ("", "holds no labels"),
+    ]:
+        labels.write_text(text)
+        with pytest.raises(UserError, match=message):
+            timit.read_labels(folder / "si1.wav")
+    soundfile.write(folder / "si1.wav", np.zeros(8000), 8000)
+    with pytest.raises(UserError, match="one channel at 16000 Hz"):
+        timit.features(folder / "si1.wav")
+    (folder / "si1.wav").write_bytes(b"no audio")
+    with pytest.raises(UserError, match="cannot be read as SPHERE or WAV"):
+        timit.features(folder / "si1.wav")
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters", "recurrent"),
+    [
+        # by hand: U 10·256, b 256, beta 128, factors 7·8, V 256·10, c 10
+        ("", 10 * 256 + 256 + 128 + 56 + 2560 + 10, 56),
+        ("--frozen-factors", 10 * 256 + 256 + 128 + 56 + 2560 + 10, 56),
+        ("--model unitary --factors", 10 * 256 + 256 + 128 + 2 * 128**2 + 2570, 2 * 128**2),
+        ("--model orthogonal --factors", 10 * 128 + 128 + 128 + 128**2 + 1290, 128**2),
+        ("--model krulstm", 4 * (10 * 128 + 128 + 28) + 1290, 4 * 28),
+        ("--model lstm", 4 * (10 * 128 + 128**2 + 2 * 128) + 1290, 4 * 128**2),
+        ("--model rnn", 10 * 128 + 128**2 + 2 * 128 + 1290, 128**2),
+    ],
+)
+def test_parameters_of_the_papers_copy_network(flags, parameters, recurrent):
+    config, task = copy_memory.setup(shlex.split(flags))
+    model = SequenceModel(config, task.input_size, task.output_size, task.last_only)
+    assert (model.num_parameters, model.num_recurrent_parameters) == (parameters, recurrent)
+
+
+@pytest.mark.parametrize("model", ["unitary", "orthogonal"])
+def test_unitary_baselines_stay_unitary_and_are_dense(model):
+    config, task = copy_memory.setup(
+        shlex.split(f"--T 3 --model {model} --hidden-size 12 --factors --nonlinearity identity")
+    )
+    torch.manual_seed(0)
+    network = SequenceModel(config, task.input_size, task.output_size, task.last_only)
+    x, _ = task.batch(0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    before = network.recurrence.recurrent_matrix().detach().clone()
+    network(x).square().sum().backward()
+    optimizer.step()
+    after = network.recurrence.recurrent_matrix().detach()
+    assert (after - before).norm() > 0.1
+    assert (after @ after.mH - torch.eye(12)).abs().max() < 1e-5
+    angles = torch.linalg.eigvals(before).angle()  # the first ones go round the circle
+    assert angles.max() > 1.5
+    assert angles.min() < -1.5
+    # the recurrence is the dense one
+    h = torch.zeros(x.shape[0], 12, dtype=after.dtype)
+    u = network.recurrence.input_projection(x[:, :4].transpose(0, 1)).detach()
+    for t in range(4):
+        step = torch.complex(*u[:, t].chunk(2, -1)) if model == "unitary" else u[:, t]
+        h = h @ after.T + step
+    expected = torch.cat([h.real, h.imag], -1) if model == "unitary" else h
+    output, _ = network.recurrence(x[:, :4].transpose(0, 1))
+    torch.testing.assert_close(output[-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recurrent_matrices_learn_at_their_own_rate():
+    config, task = copy_memory.setup(shlex.split("--T 180 --lr 1e-2"))
+    model = SequenceModel(config, 10, 10, False)
+    rates = {}
+    for group in task_loop.parameter_groups(model, config, task.length):
+        rates |= {id(p): group["lr"] for p in group["params"]}
+    for name, p in model.named_parameters():
+        expected = task_loop.FACTOR_RATE_TIMES_LENGTH / 200 if "factor" in name else 1e-2
+        assert rates[id(p)] == pytest.approx(expected)
+    for flags, count in (("--model lstm", 1), ("--model krulstm", 1), ("--frozen-factors", 1)):
+        config, _ = copy_memory.setup(shlex.split(flags))
+        model = SequenceModel(config, 10, 10, False)
+        groups = task_loop.parameter_groups(model, config, 100)
+        assert [group["lr"] for group in groups] == [config.lr] * count
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_learns_a_toy_copy(model, tmp_path):
+    flags = f"{TOY_COPY} --lr 1e-2 --model {model} --steps 150 --eval-every 50 --checkpoint-every 0"
+    code, summary = train(copy_memory, flags, tmp_path / "run")
+    found = rows(tmp_path / "run")
+    assert code == 0
+    assert found[0]["train/fraction"] > 1
+    keeps_norm = model in ("kru", "unitary", "orthogonal")
+    assert summary["test/fraction"] < (0.7 if keeps_norm else 1.05)  # no memory: 1
+    assert found[-1]["train/fraction"] < 0.7 * found[0]["train/fraction"]
+    assert summary["recurrent_parameters"] > 0
+    assert bool(summary["diagnostics"]["after"]) == keeps_norm
+
+
+# Loop
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that never stopped."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    flags = f"{TOY_COPY} --dropout 0.1 --steps 120 --eval-every 30 --checkpoint-every 25"
+    code, summary = train(copy_memory, flags, run_dir)
+    assert code == 0
+    return flags, run_dir, summary
+
+
+def test_stopped_and_resumed_is_as_never_stopped(whole, tmp_path, monkeypatch):
+    flags, run_dir, summary = whole
+    again = tmp_path / "run"
+    sequences, calls = copy_memory.sequences, []
+
+    def stop_in_the_middle(count, *rest):
+        calls.append(count)
+        if count == 16 and calls.count(16) == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sequences(count, *rest)
+
+    monkeypatch.setattr(copy_memory, "sequences", stop_in_the_middle)
+    assert train(copy_memory, flags, again) == (0, None)
+    assert calls.count(16) in (40, 41)
+    monkeypatch.setattr(copy_memory, "sequences", sequences)
+    code, resumed = train(copy_memory, flags, again)
+    assert code == 0
+    assert rows(again) == rows(run_dir)
+    same = ("test/loss_nats", "best_step", "steps", "diagnostics")
+    assert {key: resumed[key] for key in same} == {key: summary[key] for key in same}
+
+
+def test_summary_and_files(whole):
+    _, run_dir, summary = whole
+    assert summary["steps"] == 120
+    assert summary["best_step"] in (30, 60, 90, 120)
+    assert summary["parameters"] == 10 * 32 + 32 + 16 + 64 + 320 + 10
+    assert summary["recurrent_parameters"] == 64
+    for when in ("before", "after"):
+        seen = summary["diagnostics"][when]
+        assert set(seen) == {"unitarity_error", "eigenvalue_abs", "gradient_by_lag"}
+    before = summary["diagnostics"]["before"]
+    assert max(before["gradient_by_lag"].values()) == pytest.approx(1, abs=1e-3)
+    assert all(error < 1e-5 for errors in before["unitarity_error"].values() for error in errors)
+    assert [row["step"] for row in rows(run_dir)] == [20, 30, 40, 60, 80, 90, 100, 120]
+
+
+def test_the_script_of_a_user_with_pictures(tmp_path):
+    flags = TOY_COPY.replace(" --no-pictures", "").replace("disabled", "offline")
+    out, _ = run("copy_memory.py", f"{flags} --steps 4 --run-dir {tmp_path / 'run'}")
+    assert "762 parameters, 64 recurrent" in out
+    assert "memoryless baseline: 0.831" in out
+    assert "wandb: no figures" not in out
+    names = [
+        f"{kind}_{when}.png"
+        for kind in ("unitarity", "spectrum", "gradient_by_lag")
+        for when in ("before", "after")
+    ]
+    for name in names:
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_patience_ends_a_run_and_the_best_weights_are_tested(tmp_path):
+    flags = f"{TOY_COPY} --lr 0.5 --clip 0 --steps 400 --eval-every 5 --patience 3 --lr-floor 1"
+    _, summary = train(copy_memory, flags, tmp_path / "run")
+    values = {
+        row["step"]: row["val/loss_nats"]
+        for row in rows(tmp_path / "run")
+        if "val/loss_nats" in row
+    }
+    assert summary["steps"] == summary["best_step"] + 15 < 400
+    assert summary["best/loss_nats"] == min(values.values()) == values[summary["best_step"]]
+    assert summary["test/loss_nats"] < 2 * summary["best/loss_nats"]
+
+
+def test_frozen_factors_stay_as_drawn(tmp_path):
+    flags = f"{TOY_COPY} --steps 30 --frozen-factors"
+    _, summary = train(copy_memory, flags, tmp_path / "run")
+    before, after = (summary["diagnostics"][when] for when in ("before", "after"))
+    assert before["unitarity_error"] == after["unitarity_error"]
+    assert before["eigenvalue_abs"] == after["eigenvalue_abs"]
+
+
+def test_a_run_that_diverges_ends_with_3(tmp_path, capsys):
+    flags = f"{TOY_COPY} --lr 1e30 --clip 0 --steps 30"
+    assert train(copy_memory, flags, tmp_path / "run") == (3, None)
+    assert "error: non-finite" in capsys.readouterr().err
+
+
+def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
+    scripts = {
+        adding: ("--preset tiny --T 6 --steps 30", "test/loss_mse"),
+        pixel_mnist: (f"--preset tiny --data {mnist_file} --steps 3", "test/accuracy"),
+        music: (f"--preset tiny --data {music_files[1]} --steps 20", "test/loss_nats"),
+        timit: (f"--preset tiny --data {timit_folder} --steps 20", "test/accuracy"),
+    }
+    for script, (flags, measure) in scripts.items():
+        run_dir = tmp_path / script.__name__
+        code, summary = train(script, f"{flags} --batch-size 4 {FAST}", run_dir)
+        assert code == 0
+        assert math.isfinite(summary[measure])
+        losses = [value for key, value in rows(run_dir)[-1].items() if key.startswith("train/")]
+        assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--preset big", "--preset must be one of paper, balanced, tiny, got 'big'"),
+        ("--T 0", "--T must be at least 1, got 0"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--lr nan", "--lr must be at least 0, got nan"),
+        ("--dropout 1", "--dropout must be below 1"),
+        ("--steps 0", "one of --steps, --minutes and --patience"),
+        ("--patience 2 --eval-every 0", "give --eval-every too"),
+        ("--model lstm --frozen-factors", "for kru and krulstm, not for lstm"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(UserError, match=message):
+        copy_memory.setup(shlex.split(flags))
+
+
+def test_bad_input_ends_with_2(tmp_path):
+    _, err = run("copy_memory.py", f"{TOY_COPY} --factors 3 5 --run-dir {tmp_path / 'run'}", code=2)
+    assert err.startswith("error: model: factors:")
+    _, err = run("music.py", f"{FAST} --run-dir {tmp_path / 'music'}", code=2)
+    assert err.startswith("error: --data (nothing): wants JSB_Chorales")
+
+
+def test_another_configuration_is_refused(whole, capsys):
+    flags, run_dir, _ = whole
+    with pytest.raises(UserError, match=r"lr: 0\.003 there, 0\.5 now"):
+        train(copy_memory, f"{flags} --lr 0.5", run_dir)
+
+
+def test_toml_between_preset_and_flags(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "tiny"\nT = 44\nlr = 0.5\n')
+    config, _ = copy_memory.setup(["--config", str(path), "--lr", "0.25"])
+    assert (config.T, config.lr, config.hidden_size) == (44, 0.25, 32)
+    path.write_text("length = 3\n")
+    with pytest.raises(UserError, match=r"unknown keys \['length'\]"):
+        copy_memory.setup(["--config", str(path)])
+
+
+# Penn Treebank in lm.py
+
+
+@pytest.mark.parametrize(
+    ("hidden", "factors", "recurrent", "about"),
+    [(411, (3, 137), 2 * (9 + 137**2), 120_000), (2048, (2,) * 11, 88, 418_000)],
+)
+def test_parameters_of_the_papers_networks_for_characters(hidden, factors, recurrent, about):
+    config = dataclasses.replace(
+        PRESETS["ptb"], vocab_size=50, hidden_size=hidden, factors=factors, nonlinearity="modrelu"
+    )
+    model = LanguageModel(config)
+    # U and V, input bias, beta, factors, output bias
+    expected = 2 * 50 * 2 * hidden + 2 * hidden + hidden + recurrent + 50
+    assert (model.num_parameters, model.num_recurrent_parameters) == (expected, recurrent)
+    assert expected == pytest.approx(about, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["kru", "krulstm", "lstm", "gru", "rnn"])
+def test_the_plain_network_carries_and_cuts_its_state(model):
+    config = LanguageModelConfig(
+        vocab_size=7, frame="plain", model=model, num_layers=1, hidden_size=12, factors=(3, 4)
+    )
+    torch.manual_seed(0)
+    network = LanguageModel(config)
+    tokens = torch.randint(7, (2, 9))
+    whole, _ = network(tokens)
+    first, state = network(tokens[:, :4])
+    second, _ = network(tokens[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    reset = torch.zeros(2, 9, dtype=torch.bool)
+    reset[:, 4] = True
+    cut, _ = network(tokens, reset=reset)
+    torch.testing.assert_close(cut[:, 4:], network(tokens[:, 4:])[0])
+    assert (cut - whole).abs().max() > 1e-3
+
+
+def test_the_plain_network_is_one_recurrent_layer():
+    for changes in ({"num_layers": 2}, {"num_layers": 1, "model": "transformer"}):
+        with pytest.raises(ValueError, match="frame: 'plain' is one recurrent layer"):
+            LanguageModel(LanguageModelConfig(frame="plain", **changes))
+
+
+@pytest.fixture(scope="module")
+def treebank(tmp_path_factory):
+    """Files of the Penn Treebank's form, of 12 byte values."""
+    folder = tmp_path_factory.mktemp("ptb")
+    draw = np.random.default_rng(0)
+    for part, count in {"train": 300, "valid": 40, "test": 40}.items():
+        words = draw.choice(["the", "<unk>", "N", "cat"], (count, 5))
+        (folder / f"ptb.{part}.txt").write_text("".join(f" {' '.join(w)} \n" for w in words))
+    return folder
+
+
+def test_lm_preset_ptb_from_a_directory(treebank, tmp_path):
+    run_dir = tmp_path / "run"
+    run(
+        "lm.py",
+        f"--preset ptb --data ptb:{treebank} --hidden-size 12 --factors 3 4 --steps 60 --lr 3e-2 "
+        "--batch-size 4 --segment-length 16 --warmup 0 --wandb disabled --device cpu "
+        f"--dtype float32 --sample-tokens 20 --run-dir {run_dir}",
+    )
+    text = (treebank / "ptb.train.txt").read_bytes()
+    size = len(set(text)) + 1  # and the start of a document
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["parameters"] == 2 * size * 24 + 24 + 2 * (9 + 16) + size
+    assert summary["val/bpb"] < 2.5 < math.log2(size)
+    assert json.loads((run_dir / "config.json").read_text())["frame"] == "plain"
+
+
+def test_a_half_present_treebank_names_the_files(tmp_path):
+    (tmp_path / "ptb.train.txt").write_text("a\n")
+    with pytest.raises(UserError, match=r"no ptb\.valid\.txt there; the Penn Treebank is licensed"):
+        parse(["--preset", "ptb", "--data", f"ptb:{tmp_path}"])
+
+
+def test_characters_of_the_training_text_alone():
+    tokenizer = character_tokenizer([b"abc\n", b"b \xc3\xa9"])
+    assert tokenizer.vocab_size == len(set(b"abc\n \xc3\xa9")) + 1
+    text = "cé b\na".encode()
+    assert len(tokenizer.encode(text)) == len(text)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    with pytest.raises(UserError, match=r"no tokens for b'dx'"):
+        tokenizer.encode(b"axd")
+
+
+# Tables
+
+
+def toy_cells(monkeypatch):
+    """Two cells of toy size and one that diverges, in the table copy."""
+    toy = f"{TOY_COPY} --steps 40"
+    cells = [
+        reproduce.cell("copy", "kru", "copy_memory.py", toy),
+        reproduce.cell("copy", "lstm", "copy_memory.py", f"{toy} --model lstm"),
+        reproduce.cell("copy", "wild", "copy_memory.py", f"{toy} --lr 1e30 --clip 0"),
+    ]
+    monkeypatch.setattr(reproduce, "copy_cells", lambda config: cells)
+
+
+def test_a_table_from_end_to_end(tmp_path, monkeypatch, capsys):
+    toy_cells(monkeypatch)
+    results = tmp_path / "results"
+    config = reproduce.Config("copy", seeds=1, runs=str(tmp_path / "runs"), results=str(results))
+    assert reproduce.reproduce(config) == 0
+    found = {row["cell"]: row for row in json.loads((results / "reproduction.json").read_text())}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "kru": "done",
+        "lstm": "done",
+        "wild": "diverged",
+    }
+    assert found["kru"]["summary"]["recurrent_parameters"] == 64
+    assert found["kru"]["curve"]["step"] == [20, 40]
+    assert "seconds" not in found["kru"]["summary"]
+    text = (results / "reproduction.md").read_text()
+    fraction = found["kru"]["summary"]["test/fraction"]
+    assert f"| kru | 762 | 64 | 1 | 0 | {fraction:.4g} |" in text
+    assert "| wild |  |  | 1 | 1 |" in text
+
+    # nothing is run again, and all is drawn again from the rows
+    picture = results / "reproduction_copy.png"
+    drawn = picture.read_bytes()
+    monkeypatch.setattr(reproduce.subprocess, "run", None)
+    assert reproduce.reproduce(config) == 0
+    picture.unlink()
+    assert reproduce.reproduce(dataclasses.replace(config, table="draw")) == 0
+    assert picture.read_bytes() == drawn
+    assert {row["cell"] for row in json.loads((results / "reproduction.json").read_text())} == {
+        "kru",
+        "lstm",
+        "wild",
+    }
+
+
+def test_mean_and_spread_over_seeds_and_both_kinds_of_figure(tmp_path):
+    rows = []
+    for seed, accuracy in enumerate((0.5, 0.7)):
+        summary = {
+            "test/accuracy": accuracy,
+            "parameters": 10,
+            "recurrent_parameters": 4,
+            "steps": 3,
+        }
+        row = {"table": "mnist", "cell": "kru", "scale": "cpu", "seed": seed, "status": "done"}
+        rows.append(row | {"summary": summary, "curve": {"step": [1], "loss": [2.0]}})
+    rows.append({**rows[0], "cell": "lost", "status": "diverged"})
+    del rows[-1]["summary"]
+    text = reproduce.markdown(rows)
+    assert "| kru | 10 | 4 | 2 | 0 | 0.6 ± 0.14 | 3 ± 0 |" in text
+    assert [path.name for path in reproduce.draw(rows, tmp_path)] == ["reproduction_mnist.png"]
+
+
+def test_every_cell_of_every_table_has_flags_that_its_script_takes(treebank, music_files):
+    scripts = {"copy_memory.py": copy_memory, "adding.py": adding, "pixel_mnist.py": pixel_mnist}
+    scripts["music.py"] = music
+    data = {"jsb": str(music_files[1]), "piano": str(music_files[2]), "ptb": str(treebank)}
+    for scale in ("cpu", "gpu"):
+        config = reproduce.Config("all", scale=scale, **data)
+        for table in reproduce.TABLES:
+            cells = reproduce.cells(table, config)
+            assert len({cell.name for cell in cells}) == len(cells) > 3
+            for cell in cells:
+                flags = list(cell.flags)
+                if cell.script == "lm.py":
+                    parse(flags)
+                else:
+                    script = scripts[cell.script]
+                    task_loop.parse(script.Config, script.PRESETS, flags, "")
+
+
+def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):
+    config = reproduce.Config("copies", results=str(tmp_path), runs=str(tmp_path / "runs"), seeds=1)
+    with pytest.raises(UserError, match="one of copy, adding, mnist, ptb, music, all, draw"):
+        reproduce.reproduce(config)
+    with pytest.raises(UserError, match="run a table first"):
+        reproduce.reproduce(dataclasses.replace(config, table="draw"))
+    with pytest.raises(UserError, match="--seeds must be at least 1"):
+        reproduce.reproduce(dataclasses.replace(config, table="copy", seeds=0))
+    bad = [reproduce.cell("copy", "kru", "copy_memory.py", f"{FAST} --T 0")]
+    monkeypatch.setattr(reproduce, "copy_cells", lambda config: bad)
+    assert reproduce.reproduce(dataclasses.replace(config, table="copy")) == 1
+    assert "copy/kru seed 0: failed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "reproduction.json").read_text()) == []

