@@ -55,7 +55,8 @@ class Config:
     """Validation text of a stream ends with the document that reaches this many bytes."""
     tokenizer: str = "bytes"
     """bytes: 256 byte values and a start-of-document mark. characters: the byte values that are in
-    the first part of the data. bpe:N: N merges, trained on that part. Or the path of a tokenizer.json, or org/name on the Hub."""
+    the first part of the data. bpe:N: N merges, trained on that part. Or the path of a
+    tokenizer.json, or org/name on the Hub."""
     shuffle_buffer: int = 1024
     """Documents that a stream shuffles at a time."""
     workers: int = 0
