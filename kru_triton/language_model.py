@@ -7,6 +7,8 @@ The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, a Kronecker
 carries its state from one call to the next, so the context of a recurrent model has no fixed
 length, and `reset` cuts the state where a document starts.
 
+`frame="plain"` is the network of the KRU paper instead: one-hot tokens -> recurrence -> linear.
+
 B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time-first `(T, B, D)`.
 """
 
@@ -36,6 +38,7 @@ class LanguageModelConfig:
 
     vocab_size: int = 257
     model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
+    frame: Literal["residual", "plain"] = "residual"  # plain: one layer, no embedding, norm or MLP
     d_model: int = 128
     num_layers: int = 2
     hidden_size: int = 256  # units per recurrent layer (complex ones for a complex KRU)
@@ -83,6 +86,9 @@ class LanguageModel(nn.Module):
                 f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
             )
         self.config = config
+        if config.frame == "plain":
+            self.blocks = nn.ModuleList([_PlainBlock(config)])
+            return
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
@@ -107,6 +113,10 @@ class LanguageModel(nn.Module):
         states = sum(block.mixer.num_states for block in self.blocks)
         if state is not None and len(state) != states:
             raise ValueError(f"state: expected {states} tensors, got {len(state)}")
+        if self.config.frame == "plain":
+            x = nnf.one_hot(tokens.t(), self.config.vocab_size).to(self.blocks[0].bias.dtype)
+            x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
+            return x.transpose(0, 1), state
         x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
         x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
         logits = nnf.linear(self.norm(x), self.embedding.weight)
@@ -198,6 +208,29 @@ class _Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
 
+class _PlainBlock(nn.Module):
+    """mixer(x) + c on one-hot x; the mixer's projection is the readout."""
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        mixers = {"kru": _KRUMixer, "krulstm": _KRULSTMMixer}
+        if config.model == "transformer" or config.num_layers != 1:
+            raise ValueError(
+                f"frame: 'plain' is one recurrent layer, got model={config.model!r} and "
+                f"num_layers={config.num_layers}"
+            )
+        sizes = {"d_model": config.vocab_size, "gated": False}
+        self.mixer = mixers.get(config.model, _RNNMixer)(dataclasses.replace(config, **sizes))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        for name, p in self.mixer.named_parameters():
+            if name.endswith("weight_ih_l0"):
+                nn.init.normal_(p, std=0.5)  # a single row of it is read at a time
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        y, state = self.mixer(x, state, reset)
+        return y + self.bias, state
+
+
 class _KRUMixer(nn.Module):
     """V (norm(KRU(x)) · silu(G x))."""
 
@@ -220,7 +253,8 @@ class _KRUMixer(nn.Module):
             for w in factors:
                 w.mul_(config.radius ** (1 / len(factors)))
         features = self.kru.output_size
-        self.norm = nn.LayerNorm(features, bias=False)
+        plain = config.frame == "plain"
+        self.norm = nn.Identity() if plain else nn.LayerNorm(features, bias=False)
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
         self.projection = nn.Linear(features, config.d_model, bias=False)
 
@@ -379,5 +413,6 @@ PRESETS = {
     "tiny": LanguageModelConfig(d_model=80, num_layers=2, hidden_size=256, num_heads=4),
     "small": LanguageModelConfig(d_model=96, num_layers=3, hidden_size=512, num_heads=4),
     "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
+    "ptb": LanguageModelConfig(frame="plain", num_layers=1, hidden_size=411, factors=(3, 137)),
     "large": LanguageModelConfig(d_model=768, num_layers=12, hidden_size=4096, num_heads=16),
 }

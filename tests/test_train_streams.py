@@ -570,7 +570,7 @@ def test_a_tokenizer_file_keeps_its_own_bos_and_never_makes_it_of_text(tmp_path)
     [
         ("bpe:x", "N of bpe:N must be a positive number"),
         ("bpe:0", "N of bpe:N must be a positive number"),
-        ("words", "no such file; known: bytes, bpe:N"),
+        ("words", "no such file; known: bytes, characters, bpe:N"),
         ("{tmp}/broken.json", "broken.json: "),
     ],
 )

@@ -1,5 +1,6 @@
 """The paper's tasks: data, models, the shared loop, and the scripts as a user runs them."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from kru_triton.train import adding, copy_memory, music, pixel_mnist, task_loop, timit
-from kru_triton.train.config import UserError
+from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
+from kru_triton.train import adding, copy_memory, music, pixel_mnist, reproduce, task_loop, timit
+from kru_triton.train.config import UserError, parse
 from kru_triton.train.task_loop import SequenceModel
+from kru_triton.train.tokenizer import character_tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
 MODELS = ("kru", "krulstm", "rnn", "lstm", "gru", "unitary", "orthogonal")
@@ -588,3 +591,188 @@ def test_toml_between_preset_and_flags(tmp_path):
     path.write_text("length = 3\n")
     with pytest.raises(UserError, match=r"unknown keys \['length'\]"):
         copy_memory.setup(["--config", str(path)])
+
+
+# Penn Treebank in lm.py
+
+
+@pytest.mark.parametrize(
+    ("hidden", "factors", "recurrent", "about"),
+    [(411, (3, 137), 2 * (9 + 137**2), 120_000), (2048, (2,) * 11, 88, 418_000)],
+)
+def test_parameters_of_the_papers_networks_for_characters(hidden, factors, recurrent, about):
+    config = dataclasses.replace(
+        PRESETS["ptb"], vocab_size=50, hidden_size=hidden, factors=factors, nonlinearity="modrelu"
+    )
+    model = LanguageModel(config)
+    # U and V, input bias, beta, factors, output bias
+    expected = 2 * 50 * 2 * hidden + 2 * hidden + hidden + recurrent + 50
+    assert (model.num_parameters, model.num_recurrent_parameters) == (expected, recurrent)
+    assert expected == pytest.approx(about, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["kru", "krulstm", "lstm", "gru", "rnn"])
+def test_the_plain_network_carries_and_cuts_its_state(model):
+    config = LanguageModelConfig(
+        vocab_size=7, frame="plain", model=model, num_layers=1, hidden_size=12, factors=(3, 4)
+    )
+    torch.manual_seed(0)
+    network = LanguageModel(config)
+    tokens = torch.randint(7, (2, 9))
+    whole, _ = network(tokens)
+    first, state = network(tokens[:, :4])
+    second, _ = network(tokens[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    reset = torch.zeros(2, 9, dtype=torch.bool)
+    reset[:, 4] = True
+    cut, _ = network(tokens, reset=reset)
+    torch.testing.assert_close(cut[:, 4:], network(tokens[:, 4:])[0])
+    assert (cut - whole).abs().max() > 1e-3
+
+
+def test_the_plain_network_is_one_recurrent_layer():
+    for changes in ({"num_layers": 2}, {"num_layers": 1, "model": "transformer"}):
+        with pytest.raises(ValueError, match="frame: 'plain' is one recurrent layer"):
+            LanguageModel(LanguageModelConfig(frame="plain", **changes))
+
+
+@pytest.fixture(scope="module")
+def treebank(tmp_path_factory):
+    """Files of the Penn Treebank's form, of 12 byte values."""
+    folder = tmp_path_factory.mktemp("ptb")
+    draw = np.random.default_rng(0)
+    for part, count in {"train": 300, "valid": 40, "test": 40}.items():
+        words = draw.choice(["the", "<unk>", "N", "cat"], (count, 5))
+        (folder / f"ptb.{part}.txt").write_text("".join(f" {' '.join(w)} \n" for w in words))
+    return folder
+
+
+def test_lm_preset_ptb_from_a_directory(treebank, tmp_path):
+    run_dir = tmp_path / "run"
+    run(
+        "lm.py",
+        f"--preset ptb --data ptb:{treebank} --hidden-size 12 --factors 3 4 --steps 60 --lr 3e-2 "
+        "--batch-size 4 --segment-length 16 --warmup 0 --wandb disabled --device cpu "
+        f"--dtype float32 --sample-tokens 20 --run-dir {run_dir}",
+    )
+    text = (treebank / "ptb.train.txt").read_bytes()
+    size = len(set(text)) + 1  # and the start of a document
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["parameters"] == 2 * size * 24 + 24 + 2 * (9 + 16) + size
+    assert summary["val/bpb"] < 2.5 < math.log2(size)
+    assert json.loads((run_dir / "config.json").read_text())["frame"] == "plain"
+
+
+def test_a_half_present_treebank_names_the_files(tmp_path):
+    (tmp_path / "ptb.train.txt").write_text("a\n")
+    with pytest.raises(UserError, match=r"no ptb\.valid\.txt there; the Penn Treebank is licensed"):
+        parse(["--preset", "ptb", "--data", f"ptb:{tmp_path}"])
+
+
+def test_characters_of_the_training_text_alone():
+    tokenizer = character_tokenizer([b"abc\n", b"b \xc3\xa9"])
+    assert tokenizer.vocab_size == len(set(b"abc\n \xc3\xa9")) + 1
+    text = "cé b\na".encode()
+    assert len(tokenizer.encode(text)) == len(text)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    with pytest.raises(UserError, match=r"no tokens for b'dx'"):
+        tokenizer.encode(b"axd")
+
+
+# Tables
+
+
+def toy_cells(monkeypatch):
+    """Two cells of toy size and one that diverges, in the table copy."""
+    toy = f"{TOY_COPY} --steps 40"
+    cells = [
+        reproduce.cell("copy", "kru", "copy_memory.py", toy),
+        reproduce.cell("copy", "lstm", "copy_memory.py", f"{toy} --model lstm"),
+        reproduce.cell("copy", "wild", "copy_memory.py", f"{toy} --lr 1e30 --clip 0"),
+    ]
+    monkeypatch.setattr(reproduce, "copy_cells", lambda config: cells)
+
+
+def test_a_table_from_end_to_end(tmp_path, monkeypatch, capsys):
+    toy_cells(monkeypatch)
+    results = tmp_path / "results"
+    config = reproduce.Config("copy", seeds=1, runs=str(tmp_path / "runs"), results=str(results))
+    assert reproduce.reproduce(config) == 0
+    found = {row["cell"]: row for row in json.loads((results / "reproduction.json").read_text())}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "kru": "done",
+        "lstm": "done",
+        "wild": "diverged",
+    }
+    assert found["kru"]["summary"]["recurrent_parameters"] == 64
+    assert found["kru"]["curve"]["step"] == [20, 40]
+    assert "seconds" not in found["kru"]["summary"]
+    text = (results / "reproduction.md").read_text()
+    fraction = found["kru"]["summary"]["test/fraction"]
+    assert f"| kru | 762 | 64 | 1 | 0 | {fraction:.4g} |" in text
+    assert "| wild |  |  | 1 | 1 |" in text
+
+    # nothing is run again, and all is drawn again from the rows
+    picture = results / "reproduction_copy.png"
+    drawn = picture.read_bytes()
+    monkeypatch.setattr(reproduce.subprocess, "run", None)
+    assert reproduce.reproduce(config) == 0
+    picture.unlink()
+    assert reproduce.reproduce(dataclasses.replace(config, table="draw")) == 0
+    assert picture.read_bytes() == drawn
+    assert {row["cell"] for row in json.loads((results / "reproduction.json").read_text())} == {
+        "kru",
+        "lstm",
+        "wild",
+    }
+
+
+def test_mean_and_spread_over_seeds_and_both_kinds_of_figure(tmp_path):
+    rows = []
+    for seed, accuracy in enumerate((0.5, 0.7)):
+        summary = {
+            "test/accuracy": accuracy,
+            "parameters": 10,
+            "recurrent_parameters": 4,
+            "steps": 3,
+        }
+        row = {"table": "mnist", "cell": "kru", "scale": "cpu", "seed": seed, "status": "done"}
+        rows.append(row | {"summary": summary, "curve": {"step": [1], "loss": [2.0]}})
+    rows.append({**rows[0], "cell": "lost", "status": "diverged"})
+    del rows[-1]["summary"]
+    text = reproduce.markdown(rows)
+    assert "| kru | 10 | 4 | 2 | 0 | 0.6 ± 0.14 | 3 ± 0 |" in text
+    assert [path.name for path in reproduce.draw(rows, tmp_path)] == ["reproduction_mnist.png"]
+
+
+def test_every_cell_of_every_table_has_flags_that_its_script_takes(treebank, music_files):
+    scripts = {"copy_memory.py": copy_memory, "adding.py": adding, "pixel_mnist.py": pixel_mnist}
+    scripts["music.py"] = music
+    data = {"jsb": str(music_files[1]), "piano": str(music_files[2]), "ptb": str(treebank)}
+    for scale in ("cpu", "gpu"):
+        config = reproduce.Config("all", scale=scale, **data)
+        for table in reproduce.TABLES:
+            cells = reproduce.cells(table, config)
+            assert len({cell.name for cell in cells}) == len(cells) > 3
+            for cell in cells:
+                flags = list(cell.flags)
+                if cell.script == "lm.py":
+                    parse(flags)
+                else:
+                    script = scripts[cell.script]
+                    task_loop.parse(script.Config, script.PRESETS, flags, "")
+
+
+def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):
+    config = reproduce.Config("copies", results=str(tmp_path), runs=str(tmp_path / "runs"), seeds=1)
+    with pytest.raises(UserError, match="one of copy, adding, mnist, ptb, music, all, draw"):
+        reproduce.reproduce(config)
+    with pytest.raises(UserError, match="run a table first"):
+        reproduce.reproduce(dataclasses.replace(config, table="draw"))
+    with pytest.raises(UserError, match="--seeds must be at least 1"):
+        reproduce.reproduce(dataclasses.replace(config, table="copy", seeds=0))
+    bad = [reproduce.cell("copy", "kru", "copy_memory.py", f"{FAST} --T 0")]
+    monkeypatch.setattr(reproduce, "copy_cells", lambda config: bad)
+    assert reproduce.reproduce(dataclasses.replace(config, table="copy")) == 1
+    assert "copy/kru seed 0: failed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "reproduction.json").read_text()) == []

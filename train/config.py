@@ -11,6 +11,7 @@ other one belongs to the run's identity.
 
 import argparse
 import dataclasses
+import glob
 import math
 import tomllib
 import types
@@ -30,6 +31,7 @@ TRAINING = {
     "small": (       32,            128,  1e-2,         2e-3,     50,   4000),
     "base":  (       32,            256,  3e-3,         1e-3,    100,  20000),
     "large": (       64,            512,  1e-3,         3e-4,    500, 100000),
+    "ptb":   (       32,            100,  1e-2,         2e-3,     50,   8000),
 }
 # fmt: on
 TRAINING_COLUMNS = ("batch_size", "segment_length", "lr", "recurrent_lr", "warmup", "steps")
@@ -43,29 +45,34 @@ class UserError(Exception):
 class Config:
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ("stdlib",)
     """Training text: stdlib (source of this Python's own library), text:GLOB (** = folders),
-    json:GLOB[#field], parquet:GLOB[#field] (files or http(s) URLs) or
-    hub:org/name[@config][/split][#field]. Given several times, the sources are mixed, as
-    WEIGHT:SPEC in these shares of tokens, else equally."""
+    json:GLOB[#field], parquet:GLOB[#field] (files or http(s) URLs),
+    hub:org/name[@config][/split][#field], or ptb:DIRECTORY (of Penn Treebank's ptb.train.txt and
+    ptb.valid.txt). Given several times, the sources are mixed, as WEIGHT:SPEC in these shares of
+    tokens, else equally."""
     valid: str = ""
     """Validation text, spelled like --data. Empty: a fixed part of --data is held out."""
     valid_bytes: int = 2_000_000
     """Validation text of a stream ends with the document that reaches this many bytes."""
     tokenizer: str = "bytes"
-    """bytes: 256 byte values and a start-of-document mark. bpe:N: N merges, trained on the first
-    part of the data. Or the path of a tokenizer.json, or org/name on the Hub."""
+    """bytes: 256 byte values and a start-of-document mark. characters: the byte values that are in
+    the first part of the data. bpe:N: N merges, trained on that part. Or the path of a
+    tokenizer.json, or org/name on the Hub."""
     shuffle_buffer: int = 1024
     """Documents that a stream shuffles at a time."""
     workers: int = 0
     """Processes per process that read and tokenise a stream ahead. 0: a thread."""
 
-    preset: Literal["tiny", "small", "base", "large"] = "small"
-    """Named sizes and training settings; every other flag overrides its part of the preset."""
+    preset: Literal["tiny", "small", "base", "large", "ptb"] = "small"
+    """Named sizes and training settings; every other flag overrides its part of the preset. ptb:
+    the KRU paper's network for characters (N = 411 in 3x3 and 137x137)."""
     config: str = ""
     """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
     model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
     """The recurrent layer, or a baseline in the same frame."""
     match_params: int = 0
     """Scale the widths until the model has about this many parameters. 0: sizes as given."""
+    frame: Literal["residual", "plain"] = "residual"
+    """plain: one-hot tokens, one recurrent layer, a linear readout; no residual blocks."""
     d_model: int = 128
     """Width of the residual stream."""
     num_layers: int = 2
@@ -183,6 +190,8 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     if preset not in TRAINING:
         preset = Config.preset  # only for now: tyro refuses the flag and names the valid ones
     training = dict(zip(TRAINING_COLUMNS[:-1], TRAINING[preset]))
+    if preset == "ptb":
+        training["tokenizer"] = "characters"
     values = {**model_settings(PRESETS[preset]), **training, **toml, "preset": preset}
     default = dataclasses.replace(Config(), **values)
     if flags.data:
@@ -191,7 +200,24 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     if not config.steps and not config.minutes:
         config.steps = TRAINING[config.preset][-1]
     validate(config)
+    if len(config.data) == 1 and config.data[0].startswith("ptb:"):
+        config = penn_treebank(config)
     return config
+
+
+def penn_treebank(config: Config) -> Config:
+    """The files of `--data ptb:DIRECTORY` as sources."""
+    folder = Path(config.data[0].removeprefix("ptb:")).expanduser()
+    paths = [folder / f"ptb.{part}.txt" for part in ("train", "valid")]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"--data {config.data[0]}: no {' and no '.join(missing)} there; the Penn Treebank is "
+            "licensed (LDC99T42), and language-model toolkits pass on its 10,000-word form as "
+            "ptb.train.txt, ptb.valid.txt and ptb.test.txt"
+        )
+    train, valid = (f"text:{glob.escape(str(path))}" for path in paths)
+    return dataclasses.replace(config, data=(train,), valid=config.valid or valid)
 
 
 def model_settings(model_config: LanguageModelConfig) -> dict:

@@ -58,6 +58,7 @@ from kru_triton.train.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
     bpe_merges,
+    character_tokenizer,
     is_lossless,
     read_tokenizer,
     train_bpe,
@@ -202,6 +203,8 @@ def make_tokenizer(config: Config, run_dir: Path, saved: dict | None, sample: It
         return ByteTokenizer()
     if saved:
         return run_tokenizer(run_dir, saved["tokenizer_sha256"])
+    if config.tokenizer == "characters":
+        return character_tokenizer(sample)
     merges = bpe_merges(config.tokenizer)
     return train_bpe(merges, sample) if merges else read_tokenizer(config.tokenizer)
 

@@ -213,9 +213,13 @@ def run_cell(cell: Cell, seed: int, config: Config) -> dict:
 
 def curve(rows: list[dict]) -> dict:
     """Training loss against step, thinned, and the first step whose row is below a share of it."""
-    key = next((key for key in rows[0] if key.startswith("train/loss_")), None) if rows else None
+    key = next((key for row in rows for key in row if key.startswith("train/loss_")), "train/loss_")
     thin = rows[:: max(1, len(rows) // CURVE_POINTS)]
-    found = {"step": [row["step"] for row in thin], str(key): [row[key] for row in thin]}
+    found = {
+        "unit": key.removeprefix("train/loss_"),
+        "step": [row["step"] for row in thin],
+        "loss": [row[key] for row in thin],
+    }
     for share in (0.1, 0.01):
         below = [row["step"] for row in rows if row.get("train/fraction", share) < share]
         found[f"first below {share}"] = below[0] if below else None
@@ -326,15 +330,16 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
 
 
 def draw_curves(axes, cells: dict[str, list[dict]]) -> None:
+    unit = ""
     for index, (name, own) in enumerate(cells.items()):
         for row in own:
-            key = next(key for key in row["curve"] if key.startswith("train/loss_"))
+            curve, unit = row["curve"], row["curve"]["unit"] or unit
             status = "" if row["status"] == "done" else f" ({row['status']})"
             label = name + status if row is own[0] or status else None
-            axes.plot(row["curve"]["step"], row["curve"][key], color=f"C{index}", label=label, lw=1)
+            axes.plot(curve["step"], curve["loss"], color=f"C{index}", label=label, linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_ylabel(f"training loss ({key.removeprefix('train/loss_')}), one line per seed")
+    axes.set_ylabel(f"training loss ({unit}), one line per seed")
 
 
 def draw_measure(axes, cells: dict[str, list[dict]]) -> None:

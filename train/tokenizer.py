@@ -79,6 +79,10 @@ class FileTokenizer:
                     self.bytes_of[index] = added[index]
                 else:
                     self.bytes_of[index] = bytes(values[character] for character in token)
+        self.alphabet = frozenset()  # the bytes it knows, where those are not all
+        if self.bytes_of is not None:
+            known = frozenset(b"".join(token for token in self.bytes_of if len(token) == 1))
+            self.alphabet = known if len(known) < 256 else frozenset()
 
     def __reduce__(self):
         return FileTokenizer, (self.json,)
@@ -88,6 +92,10 @@ class FileTokenizer:
 
     def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
         """Token ids of each text, which is UTF-8; on all cores."""
+        if self.alphabet:
+            for text in texts:
+                if unknown := set(text) - self.alphabet:
+                    raise UserError(f"the tokenizer has no tokens for {bytes(sorted(unknown))!r}")
         decoded = [text.decode("utf-8", "replace") for text in texts]
         encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=token_dtype(self)) for encoding in encodings]
@@ -153,6 +161,24 @@ def train_bpe(merges: int, documents: Iterable[bytes]) -> FileTokenizer:
     return FileTokenizer(tokenizer.to_str())
 
 
+def character_tokenizer(documents: Iterable[bytes]) -> FileTokenizer:
+    """One token for each byte value in the first `TRAINING_BYTES` of documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    seen, size = set(), 0
+    for text in documents:
+        seen |= set(text[: TRAINING_BYTES - size])
+        size += len(text)
+        if size >= TRAINING_BYTES:
+            break
+    names = [name for name, byte in byte_values().items() if byte in seen]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return FileTokenizer(tokenizer.to_str())
+
+
 def bpe_merges(spec: str) -> int | None:
     """N of `bpe:N`, None for other tokenizers."""
     if not spec.startswith("bpe:"):
@@ -184,8 +210,8 @@ def read_tokenizer(spec: str) -> FileTokenizer:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"--tokenizer {spec}: {reason[0]}") from error
     raise UserError(
-        f"--tokenizer {spec}: no such file; known: bytes, bpe:N, the path of a tokenizer.json, "
-        "org/name on the Hub"
+        f"--tokenizer {spec}: no such file; known: bytes, characters, bpe:N, the path of a "
+        "tokenizer.json, org/name on the Hub"
     )
 
 
