@@ -150,7 +150,8 @@ def read(data: str) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict]
         images, digits, sha256 = read_csv(path)
         parts = {split: (images[own], digits[own]) for split, own in stratified(digits).items()}
     counts = {split: len(digits) for split, (_, digits) in parts.items()}
-    return parts, {"data": data, "sha256": sha256, **counts}
+    name = data if data.startswith("hub:") else Path(data).name
+    return parts, {"data": name, "sha256": sha256, **counts}
 
 
 def task(config: Config) -> Task:

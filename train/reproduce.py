@@ -183,7 +183,7 @@ def run_cell(cell: Cell, seed: int, config: Config) -> dict:
         "cell": cell.name,
         "scale": config.scale,
         "seed": seed,
-        "command": shlex.join(["python", f"train/{cell.script}", *arguments]),
+        "command": shlex.join(["python", f"train/{cell.script}", *map(without_folder, arguments)]),
     }
     ended = run_dir / "reproduce.json"  # how this command ended
     before = json.loads(ended.read_text()) if ended.exists() else {}
@@ -209,6 +209,12 @@ def run_cell(cell: Cell, seed: int, config: Config) -> dict:
         row["summary"].pop("seconds")  # of whatever else ran on the machine, too
     print(describe(row), flush=True)
     return row
+
+
+def without_folder(argument: str) -> str:
+    """`argument`, or the name alone of an absolute path: rows are for other machines, too."""
+    kind, colon, path = argument.rpartition(":")
+    return kind + colon + Path(path).name if os.path.isabs(path) else argument
 
 
 def curve(rows: list[dict]) -> dict:
