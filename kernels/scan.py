@@ -11,16 +11,20 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
 
     in registers for the whole sequence   the state (backward: its gradient), as mma fragments; the
                                           factors and β too, up to 512 complex units; beyond, the
-                                          factors are in shared memory and β comes from L1
+                                          factors are in shared memory and β comes from L1. From
+                                          2048 units on several warps share a program and exchange
+                                          operands through shared memory
     streamed                              x_t in and h_t out; backward h_t, dh_t in and G_t out, the
                                           row of some steps ahead on its way to L2
     recomputed backward                   |z_t| = |h_t| - β for modReLU; for modtanh, whose h says
                                           nothing of z where it saturates, z_t from h_{t-1} and x_t
 
-Limits: factors of up to 64 x 64, at least 8 units a head once rounded up to powers of two, float32
-or bfloat16 in memory (`support.why_not`). Rows and their planes are read 16 bytes at a time where P
-and Q allow: an input whose rows are not aligned to that is copied first. Offsets are 64 bit.
-Results are bitwise repeatable: nothing is accumulated across programs.
+Limits: 8 to 4096 units a head, factors of up to 64 x 64, zero-padded to powers of two, or powers of
+two up to 128; float32 or bfloat16 in memory (`support.why_not`). Larger powers of two, and factors
+that the device's shared memory cannot hold, go to the kernels of `wide` (`support.streams`). Rows
+and planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned
+to that is copied first. Offsets are 64 bit. Results are bitwise repeatable: nothing is accumulated
+across programs.
 
     B, T    batch rows, steps                    PARTS   2 complex (all real parts, then all
     H       heads                                        imaginary ones), 1 real

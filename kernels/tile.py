@@ -15,7 +15,8 @@ constant B:
     tile column    q' = (chunk, m: V/2, h: 4, l: 2)
 
 and `to_tile`, `from_tile` are register renames too. Loads are rank-2 tiles [(chunk, row), 4V] with
-`max_contiguous` V: the only form for which every supported Triton splits a warp 8 × 4.
+`max_contiguous` and `multiple_of` V: the only form for which every supported Triton splits a warp
+8 × 4. Padded tiles get the same hints, and masks that keep their accesses narrow enough.
 
 A complex value is a tuple (re, im) of planes, a real one is (re,). An mma operand holds for each
 plane a tuple (hi,) of bfloat16, or (hi, lo) with hi + lo ≈ float32: products of those, small terms
