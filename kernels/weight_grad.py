@@ -14,8 +14,8 @@ partial sum; the partial sums are added on the host side. Nothing is atomic: res
 repeatable. Where the sums of dA and dB exceed the registers, each takes a launch of its own, in
 which several programs may share the rows of a sum.
 
-Limits: factors of up to 64 x 64. With a larger one these are matrix products of a size that torch's
-own are made for, in float32 (`contracted`).
+Limits: factors of up to 64 x 64. With a larger one, or too little shared memory, these are matrix
+products of a size that torch's own are made for, in float32 (`contracted`).
 
     B, T    batch rows, steps                    SLICES  programs that share a sum's rows
     H       pairs of factors (heads)             S1, S2  states side by side in a tile, PP, QP
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .launch import adjoint, device_guard, on_nvidia, packed, row_words
-from .support import MAX_PADDED_SIDE, Tile, weight_grad_options
+from .support import MAX_PADDED_SIDE, Tile, streams, weight_grad_options
 from .tile import (
     dot,
     flip,
@@ -307,7 +307,7 @@ def weight_grad(
     if h.numel() == 0:
         dbeta = a.new_zeros(heads * P * Q) if wants_beta else None
         return torch.zeros_like(a), torch.zeros_like(b), dbeta
-    if max(P, Q) > MAX_PADDED_SIDE:
+    if max(P, Q) > MAX_PADDED_SIDE or streams(a, b, h, "identity", precision):
         return contracted(dx_proj, h, a, b, h_0, reset, wants_beta)
     constants, options, together = weight_grad_options(
         tile, heads, parts, precision, h.element_size(), nvidia=on_nvidia(), **tuning
