@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import aligned_rows, device_guard, group_flags, on_nvidia, row_words
+from .launch import aligned_rows, device_guard, group_flags, on_nvidia, packed, row_words
 from .support import Tile, lstm_options
 from .tile import (
     add,
@@ -417,8 +417,8 @@ def lstm_forward(
             p_c=c,
             p_a=a.contiguous(),
             p_b=b.contiguous(),
-            p_h_0=h_0.contiguous() if h_0 is not None else None,
-            p_c_0=c_0.contiguous() if c_0 is not None else None,
+            p_h_0=packed(h_0),
+            p_c_0=packed(c_0),
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
@@ -470,8 +470,8 @@ def lstm_backward(
     with device_guard(h):
         lstm_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_dh=dh,
-            p_dh_n=dh_n.contiguous() if dh_n is not None else None,
-            p_dc_n=dc_n.contiguous() if dc_n is not None else None,
+            p_dh_n=packed(dh_n),
+            p_dc_n=packed(dc_n),
             p_h=h,
             p_c=c,
             p_x=x_proj,
@@ -482,8 +482,8 @@ def lstm_backward(
             p_b_adjoint=b.transpose(-1, -2).contiguous(),
             p_a=a.contiguous(),
             p_b=b.contiguous(),
-            p_h_0=h_0.contiguous() if h_0 is not None else None,
-            p_c_0=c_0.contiguous() if c_0 is not None else None,
+            p_h_0=packed(h_0),
+            p_c_0=packed(c_0),
             p_keep=keep,
             p_ends=ends,
             p_steps=steps,

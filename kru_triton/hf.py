@@ -264,6 +264,11 @@ class KRUModel(KRUPreTrainedModel):
 
     def __init__(self, config: KRUConfig):
         super().__init__(config)
+        if config.frame != "residual":
+            raise ValueError(
+                f"frame: a {config.frame!r} network has no embedding or head of its own, which "
+                "transformers needs; use the residual frame"
+            )
         self.network = LanguageModel(config.language_model_config())
         self.gradient_checkpointing = False
         if self.network.embedding.weight.device.type != "meta":

@@ -112,6 +112,8 @@ class LanguageModel(nn.Module):
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension.
         """
         x, state = self.hidden(tokens, state, reset)
+        if self.config.frame == "plain":  # its only block ends in the head
+            return x, state
         logits = nnf.linear(x.transpose(0, 1), self.embedding.weight)
         return logits.transpose(0, 1), state
 
@@ -122,7 +124,8 @@ class LanguageModel(nn.Module):
         reset: Tensor | None = None,
         checkpoint: Callable | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the head reads, `(B, T, D)`, and the state; arguments are those of `forward`.
+        """What the head reads, `(B, T, D)` (the logits of a plain frame, whose block has the head),
+        and the state; arguments are those of `forward`.
 
         `checkpoint(block, *args)` calls each block: `torch.utils.checkpoint.checkpoint` recomputes
         it in the backward.

@@ -51,7 +51,7 @@ def write_run(folder, tokenizer=None, **kwargs):
     with torch.no_grad():
         model.blocks[0].mixer.projection.weight.mul_(200)
     trainer = {"step": 7, "model_config": dataclasses.asdict(model.config)}
-    checkpoints.save(folder, 7, {"model": model.state_dict()}, trainer, keep=1)
+    checkpoints.save(folder, 7, {"model": model.state_dict()}, {"trainer": trainer}, keep=1)
     if tokenizer.sha256:
         (folder / "tokenizer.json").write_text(tokenizer.json)
     return model
