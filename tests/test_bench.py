@@ -115,7 +115,8 @@ def test_rivals_that_are_not_there_are_rows(quick):
 
 def test_make_gpu_on_the_cpu(tmp_path):
     """The parts that take no time here; the table is last, whatever a part's end."""
-    command = ["make", "gpu", "PART=3 6", "DEVICE=cpu", "QUICK=--quick", "LEARN=1"]
+    command = ["make", "--no-print-directory", "gpu", "PART=3 6", "DEVICE=cpu"]
+    command += ["QUICK=--quick", "LEARN=1"]
     command += [f"OUT={tmp_path}", f"PYTHON={sys.executable}"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
