@@ -36,6 +36,7 @@ BENCHMARKS = {
 MORE = {
     "model": ("bench.model", "predicted times, what bounds them, growth"),
     "plot": ("bench.plot", "draws the figures from the rows"),
+    "checkpoints": ("bench.checkpoints", "what checkpoints cost a training run"),
     "baselines": ("bench/baselines.py", "trained models at equal tokens and equal time"),
 }
 FOR_CPU, FOR_GPU = ("cpu", "compiled", "data"), ("kernels", "tune", "train_step", "decode")

@@ -1,7 +1,7 @@
 """What checkpoints cost a training run: how long it waits, and how much of a core the writes take.
 
-    python bench/checkpoints.py                 preset base, at its default interval
-    python bench/checkpoints.py --preset tiny --rounds 2 --out rows.jsonl
+    python -m bench checkpoints                 preset base, at its default interval
+    python -m bench checkpoints --preset tiny --rounds 2 --out rows.jsonl
 
 In each round one training step is timed, then one checkpoint: the seconds in which the training
 stands still (the tensors are copied), the seconds until it is on the disk, and the processor
@@ -22,16 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from cpu import cpu_name
 
+from bench import harness
 from kru_triton.language_model import LanguageModel
 from kru_triton.train import checkpoints, lm
 from kru_triton.train.config import model_config, parse
 from kru_triton.train.processes import Processes
 from kru_triton.train.run_directory import commit
 from kru_triton.train.sample import pick_device, pick_dtype
-
-ROOT = Path(__file__).parent.parent
 
 
 class TimedWriter(checkpoints.Writer):
@@ -43,12 +41,14 @@ class TimedWriter(checkpoints.Writer):
         self.thread_seconds = time.thread_time() - began
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="base")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/checkpoints.jsonl")
+    parser.add_argument(
+        "--out", type=Path, default=harness.ROOT / "bench/results/checkpoints.jsonl"
+    )
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         **row,
         "blocked_share": row["blocked_s"] / interval,
         "share": (row["blocked_s"] + row["thread_s"]) / interval,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "device": harness.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     with open(args.out, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -5,6 +5,7 @@ day when there is a GPU.
 """
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -220,3 +221,13 @@ def test_list_names_benchmarks_and_cases(capsys):
     said = capsys.readouterr().out
     for word in (*front.BENCHMARKS, *front.MORE, "scan-B2048-T1024-32x32-bf16", "prefetch"):
         assert word in said
+
+
+def test_checkpoint_overhead(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    flags = ["--preset", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(file)]
+    assert front.main(["checkpoints", *flags]) == 0
+    row = json.loads(file.read_text())
+    assert row["bytes"] > 1e6 and row["write_s"] > 0
+    interval = row["checkpoint_every"] * row["step_s"]
+    assert math.isclose(row["share"], (row["blocked_s"] + row["thread_s"]) / interval)
