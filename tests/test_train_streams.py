@@ -281,6 +281,32 @@ def wait_until_gone(process, seconds=30):
     pytest.fail(f"process {process} still runs")
 
 
+def test_workers_that_end_in_the_middle_of_a_block_do_not_hold_up_the_exit(tmp_path):
+    """Blocks of 16 MB are on their way to the parent most of the time."""
+    spec = write_shards(tmp_path, ["x" * 8_000_000] * 8, 1, "jsonl")
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import time\n"
+        "from kru_triton.train import sources, streams\n"
+        "from kru_triton.train.tokenizer import ByteTokenizer\n"
+        "if __name__ == '__main__':\n"
+        f"    source = sources.find_source({spec!r})\n"
+        "    plan = streams.Plan((source,), ByteTokenizer(), 0, 0, 1, 1, False)\n"
+        "    workers = [streams.Workers(plan, 1) for _ in range(3)]\n"
+        "    begin = (0, sources.START)\n"
+        "    first = [[w.block(0, 0, 0, begin) for _ in range(8)][0] for w in workers]\n"
+        "    for number, (w, future) in enumerate(zip(workers, first)):\n"
+        "        future.result()\n"
+        "        time.sleep(0.02 * number)\n"
+        "        w.close()\n"
+        "    print('closed', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=100, check=True
+    )
+    assert done.stdout == "closed\n"
+
+
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     spec = write_shards(tmp_path, make_texts(50), 2, "jsonl")
     script = tmp_path / "parent.py"

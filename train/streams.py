@@ -129,6 +129,7 @@ class Reader:
         self.plan = plan
         self.open = {}  # (source, line) -> epoch, position and documents after it
         self.warned = set()
+        self.busy = False  # with a block
 
     def block(self, source: int, epoch: int, line: int, begin: Position) -> Block:
         """The block of a line that begins at `begin`."""
@@ -201,17 +202,40 @@ def join(tokenizer, texts: list[bytes]) -> tuple[np.ndarray, list[int]]:
     return tokens, starts
 
 
-def start_worker(plan: Plan, parent: Connection) -> None:
-    """Make a process a worker: it ends when `parent` closes, and leaves signals to its parent."""
+def start_worker(plan: Plan, alive: Connection) -> None:
+    """Make a process a worker: it ends when `alive` closes, and leaves signals to its parent."""
     global reader
     reader = Reader(plan)
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a group
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with, args=(alive,), daemon=True).start()
+
+
+def end_with(alive: Connection) -> None:
+    """End this process when `alive` closes, in the middle of a block, too: it may wait for a server.
+
+    But never while it sends a block to a parent that lives: half a message would let that one wait
+    for the rest for ever.
+    """
+    wait([alive])
+    while True:
+        with reading:
+            if reader.busy or not multiprocessing.parent_process().is_alive():
+                os._exit(1)
+        time.sleep(0.05)
+
+
+reading = threading.Lock()  # held where a worker begins or ends to read
 
 
 def work(*task) -> Block:
-    return reader.block(*task)
+    with reading:
+        reader.busy = True
+    try:
+        return reader.block(*task)
+    finally:
+        with reading:
+            reader.busy = False
 
 
 class Background:
