@@ -16,6 +16,7 @@ in another way; 2 bad arguments.
 """
 
 import json
+import math
 import os
 import shlex
 import statistics
@@ -110,7 +111,7 @@ def copy_cells(config: Config) -> list[Cell]:
             }
         for model, flags in models.items():
             name = f"{model}-T{length}"
-            found.append(cell("copy", name, "copy_memory.py", f"--T {length} {flags}"))
+            found.append(cell("copy", name, "copy_memory.py", f"--T {length} --steps 600 {flags}"))
     return found
 
 
@@ -289,7 +290,17 @@ def section(table: str, cells: dict[str, list[dict]]) -> list[str]:
     summaries = [row["summary"] for own in cells.values() for row in own if "summary" in row]
     measures = sorted({key for summary in summaries for key in summary if is_measure(key)})
     steps = [f"first below {share}" for share in (0.1, 0.01)] if table == "copy" else []
-    head = ["cell", "parameters", "recurrent", "seeds", "diverged", *measures, *steps, "steps"]
+    head = [
+        "cell",
+        "parameters",
+        "recurrent",
+        "seeds",
+        "diverged",
+        *measures,
+        *steps,
+        "steps",
+        "CPU s",
+    ]
     lines = ["", f"## {table}", "", row_of(head), row_of(["---"] * len(head))]
     for name, own in cells.items():
         done = [row["summary"] for row in own if row["status"] == "done"]
@@ -302,7 +313,10 @@ def section(table: str, cells: dict[str, list[dict]]) -> list[str]:
             entries.append(spread(values) if values else "")
         for key in steps:
             entries.append(", ".join(str(row["curve"][key] or "never") for row in own))
-        entries.append(spread([summary["steps"] for summary in done]) if done else "")
+        for key in ("steps", "cpu_seconds"):
+            entries.append(
+                spread([summary[key] for summary in done if key in summary] or [math.nan])
+            )
         lines.append(row_of(entries))
     return lines
 

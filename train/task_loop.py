@@ -88,6 +88,8 @@ class TaskConfig:
     """Stop after this many steps. 0: no limit."""
     minutes: float = 0.0
     """Stop after this many minutes of training, resumed legs together. 0: no limit."""
+    target: float = 0.0
+    """Stop when the measure on the validation data is this good. 0: never."""
     patience: int = 0
     """Stop after this many evaluations in a row without a better one. 0: never."""
     batch_size: int = 32
@@ -177,7 +179,7 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
     config = tyro.cli(kind, args=argv, default=default, description=description)
     at_least = {
         1: "hidden_size num_layers num_heads batch_size log_every keep",
-        0: "steps minutes patience lr recurrent_lr lr_floor warmup clip unitarity_weight seed "
+        0: "steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight seed "
         "input_std dropout checkpoint_every eval_every",
     }
     for least, names in at_least.items():
@@ -189,8 +191,9 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
     if not (config.steps or config.minutes or config.patience):
         raise UserError("one of --steps, --minutes and --patience must limit the run")
-    if config.patience and not config.eval_every:
-        raise UserError("--patience counts evaluations: give --eval-every too")
+    for name in ("patience", "target"):
+        if getattr(config, name) and not config.eval_every:
+            raise UserError(f"--{name} looks at evaluations: give --eval-every too")
     if config.frozen_factors and config.model not in ("kru", "krulstm"):
         raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
     return config
@@ -351,6 +354,7 @@ class Position:
 
     step: int = 0
     seconds: float = 0.0  # in the loop, all legs
+    cpu_seconds: float = 0.0  # of this process in the meantime: what else runs is not in it
     best: float | None = None  # the best validation so far
     best_step: int = 0
     stale: int = 0  # evaluations since
@@ -420,6 +424,7 @@ def train(config: TaskConfig, task: Task) -> int:
     metrics = Metrics(run_dir / "metrics.jsonl", at.step)
     wandb = Wandb(config.wandb, run_dir, settings["wandb_id"], settings)
     began = time.perf_counter() - at.seconds
+    cpu_began = time.process_time() - at.cpu_seconds
     bar = tqdm(
         total=1.0, disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar:24}|"
     )
@@ -437,6 +442,10 @@ def train(config: TaskConfig, task: Task) -> int:
         """The share of the budget that is spent; 1 ends the run."""
         if config.patience and at.stale >= config.patience:
             return 1.0
+        if config.target and at.best is not None:
+            reached = at.best >= config.target if task.higher else at.best <= config.target
+            if reached:
+                return 1.0
         by_steps = at.step / config.steps if config.steps else 0.0
         by_time = at.seconds / (60 * config.minutes) if config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
@@ -462,6 +471,7 @@ def train(config: TaskConfig, task: Task) -> int:
 
     def save() -> None:
         at.seconds = time.perf_counter() - began
+        at.cpu_seconds = time.process_time() - cpu_began
         tensors = {
             "model": model.state_dict(),
             "optimizer": optimizer_tensors(model, optimizer),
@@ -552,6 +562,7 @@ def train(config: TaskConfig, task: Task) -> int:
             "parameters": model.num_parameters,
             "recurrent_parameters": model.num_recurrent_parameters,
             "seconds": at.seconds,
+            "cpu_seconds": at.cpu_seconds,
             "learning_rates": peaks,
             "baseline": task.baseline,
             "diagnostics": {"before": at.before, "after": after},
