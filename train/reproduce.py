@@ -16,7 +16,6 @@ in another way; 2 bad arguments.
 """
 
 import json
-import math
 import os
 import shlex
 import statistics

@@ -212,10 +212,10 @@ def start_worker(plan: Plan, alive: Connection) -> None:
 
 
 def end_with(alive: Connection) -> None:
-    """End this process when `alive` closes, in the middle of a block, too: it may wait for a server.
+    """End this process when `alive` closes, also while it reads: it may wait for a server.
 
-    But never while it sends a block to a parent that lives: half a message would let that one wait
-    for the rest for ever.
+    Never while it sends a block to a parent that lives: half a message would let that one wait for
+    the rest for ever.
     """
     wait([alive])
     while True:
