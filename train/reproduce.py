@@ -313,9 +313,8 @@ def section(table: str, cells: dict[str, list[dict]]) -> list[str]:
         for key in steps:
             entries.append(", ".join(str(row["curve"][key] or "never") for row in own))
         for key in ("steps", "cpu_seconds"):
-            entries.append(
-                spread([summary[key] for summary in done if key in summary] or [math.nan])
-            )
+            values = [summary[key] for summary in done if key in summary]
+            entries.append(spread(values) if values else "")
         lines.append(row_of(entries))
     return lines
 
