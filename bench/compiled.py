@@ -320,7 +320,9 @@ def nvidia_counts(kernel) -> dict:
         "tensor_core": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
         "loads": count["LDG"],
         "stores": count["STG"],
-        "access_bytes": max(access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))),
+        "access_bytes": max(
+            (access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))), default=0
+        ),
         "shared_loads": count["LDS"] + count["LDSM"],
         "shared_stores": count["STS"] + count["STSM"],
     }
@@ -348,9 +350,12 @@ def amd_counts(kernel) -> dict:
         "loads": starting("global_load", "buffer_load"),
         "stores": starting("global_store", "buffer_store"),
         "access_bytes": max(
-            access_bytes(o)
-            for o in loop
-            if o.startswith(("global_", "buffer_load", "buffer_store"))
+            (
+                access_bytes(o)
+                for o in loop
+                if o.startswith(("global_", "buffer_load", "buffer_store"))
+            ),
+            default=0,
         ),
         "shared_loads": starting("ds_read"),
         "shared_stores": starting("ds_write"),
