@@ -240,6 +240,8 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 16, 16, "fp32"))
         table.append(Variant(kernel, 32, 32, "fp32"))
         table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
+        table.append(Variant(kernel, 3, 11))
+        table.append(Variant(kernel, 5, 20, "fp32", flags=FLAGS[:3]))
     table.append(Variant("weight_grad", 32, 32, field="real"))
     table.append(Variant("weight_grad", 16, 16, flags=("h_0", "reset")))
     table.append(Variant("weight_grad", 3, 11, "fp32"))

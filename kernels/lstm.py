@@ -75,11 +75,9 @@ def load_gates(
 
 
 @triton.jit
-def read(
-    p_tile, offset, mask, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr
-):
+def read(p_tile, offset, mask, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
     """A tile of one plane in float32."""
-    return to_tile(load(p_tile, offset, mask, 0, 1, ALIGNED), PE, QE, V)
+    return to_tile(load(p_tile, offset, mask, 0, 1, V), PE, QE, V)
 
 
 @triton.jit
@@ -94,18 +92,17 @@ def gates(
     PE: tl.constexpr,
     QE: tl.constexpr,
     V: tl.constexpr,
-    ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
     """i, f, g, o of one step."""
-    u = read(p_u, o_u, mask, PE, QE, V, ALIGNED)
+    u = read(p_u, o_u, mask, PE, QE, V)
     i = sigmoid(kron(a[0], b[0], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    u = read(p_u + F, o_u, mask, PE, QE, V, ALIGNED)
+    u = read(p_u + F, o_u, mask, PE, QE, V)
     f = sigmoid(kron(a[1], b[1], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    u = read(p_u + 2 * F, o_u, mask, PE, QE, V, ALIGNED)
+    u = read(p_u + 2 * F, o_u, mask, PE, QE, V)
     g = tanh(kron(a[2], b[2], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    u = read(p_u + 3 * F, o_u, mask, PE, QE, V, ALIGNED)
+    u = read(p_u + 3 * F, o_u, mask, PE, QE, V)
     o = sigmoid(kron(a[3], b[3], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
     return i, f, g, o
 
@@ -161,10 +158,10 @@ def lstm_forward_kernel(
     start = i_b * F + i_h * N
     h = zeros(PE, QE, 1)
     if p_h_0 is not None:
-        h = read(p_h_0 + start, o_h, mask, PE, QE, V, ALIGNED)
+        h = read(p_h_0 + start, o_h, mask, PE, QE, V)
     c = zeros(PE, QE, 1)
     if p_c_0 is not None:
-        c = read(p_c_0 + start, o_h, mask, PE, QE, V, ALIGNED)
+        c = read(p_c_0 + start, o_h, mask, PE, QE, V)
     x = operand(h, SPLIT)
     if p_keep is not None:
         p_keep += i_g
@@ -187,7 +184,7 @@ def lstm_forward_kernel(
         if p_alive is not None:
             alive = tl.load(p_alive)
             p_alive += groups
-        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, ALIGNED, SPLIT, NVIDIA)
+        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, SPLIT, NVIDIA)
         p_u += x_stride_t
         c = (f * c[0] + i * g,)
         h = (o * tanh(c[0], not SPLIT, NVIDIA),)
@@ -195,8 +192,8 @@ def lstm_forward_kernel(
             bits = tile_bits(alive, PE, QE, PP, QP, S1)
             c = select(c, bits)
             h = select(h, bits)
-        store(p_out, o_h, mask, h, 0, PE, QE, V, ALIGNED)
-        store(p_cell, o_h, mask, c, 0, PE, QE, V, ALIGNED)
+        store(p_out, o_h, mask, h, 0, PE, QE, V, V)
+        store(p_cell, o_h, mask, c, 0, PE, QE, V, V)
         p_out += h_stride_t
         p_cell += h_stride_t
         x = operand(h, SPLIT)
@@ -291,23 +288,23 @@ def lstm_backward_kernel(
     dc = zeros(PE, QE, 1)
     if p_ends is None:
         if p_dh_n is not None:
-            dh = read(p_dh_n + start, o_h, mask, PE, QE, V, ALIGNED)
+            dh = read(p_dh_n + start, o_h, mask, PE, QE, V)
         if p_dc_n is not None:
-            dc = read(p_dc_n + start, o_h, mask, PE, QE, V, ALIGNED)
+            dc = read(p_dc_n + start, o_h, mask, PE, QE, V)
     for n in tl.range(0, steps):
         first = n + 1 >= steps
-        c = read(p_cell, o_h, mask, PE, QE, V, ALIGNED)
+        c = read(p_cell, o_h, mask, PE, QE, V)
         p_state -= tl.where(first, 0, h_stride_t)
         p_cell -= tl.where(first, 0, h_stride_t)
         # the first step reads its own row in place of one before it
-        h = read(p_state, o_h, mask, PE, QE, V, ALIGNED)
-        c_before = read(p_cell, o_h, mask, PE, QE, V, ALIGNED)
+        h = read(p_state, o_h, mask, PE, QE, V)
+        c_before = read(p_cell, o_h, mask, PE, QE, V)
         h_0 = zeros(PE, QE, 1)
         if p_h_0 is not None:
-            h_0 = read(p_h_0 + start, o_h, mask, PE, QE, V, ALIGNED)
+            h_0 = read(p_h_0 + start, o_h, mask, PE, QE, V)
         c_0 = zeros(PE, QE, 1)
         if p_c_0 is not None:
-            c_0 = read(p_c_0 + start, o_h, mask, PE, QE, V, ALIGNED)
+            c_0 = read(p_c_0 + start, o_h, mask, PE, QE, V)
         h = choose(first, h_0, h)
         c_before = choose(first, c_0, c_before)
         x = operand(h, SPLIT)
@@ -316,7 +313,7 @@ def lstm_backward_kernel(
             p_word -= groups
             x = select_operand(x, keep, NVIDIA)
             c_before = select(c_before, keep)
-        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, ALIGNED, SPLIT, NVIDIA)
+        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, SPLIT, NVIDIA)
         p_u -= x_stride_t
         if p_ends is not None:
             end = tile_bits(tl.load(p_end), PE, QE, PP, QP, S1)
@@ -325,16 +322,16 @@ def lstm_backward_kernel(
             i, f = select((i, f), live)
             g, o = select((g, o), live)
         if p_dh is not None:
-            d = read(p_d, o_d, mask, PE, QE, V, ALIGNED)
+            d = read(p_d, o_d, mask, PE, QE, V)
             p_d -= d_stride_t
         else:
             d = zeros(PE, QE, 1)
         if p_ends is not None:
             d = select(d, live)
             if p_dh_n is not None:
-                d = add(d, select(read(p_dh_n + start, o_h, mask, PE, QE, V, ALIGNED), end))
+                d = add(d, select(read(p_dh_n + start, o_h, mask, PE, QE, V), end))
             if p_dc_n is not None:
-                dc = add(dc, select(read(p_dc_n + start, o_h, mask, PE, QE, V, ALIGNED), end))
+                dc = add(dc, select(read(p_dc_n + start, o_h, mask, PE, QE, V), end))
         dh = add(dh, d)
         tc = tanh(c[0], not SPLIT, NVIDIA)
         total = dc[0] + dh[0] * o * (1.0 - tc * tc)
@@ -342,10 +339,10 @@ def lstm_backward_kernel(
         d_f = (total * c_before[0] * f * (1.0 - f),)
         d_g = (total * i * (1.0 - g * g),)
         d_o = (dh[0] * tc * o * (1.0 - o),)
-        store(p_out, o_dx, mask, d_i, 0, PE, QE, V, ALIGNED)
-        store(p_out + F, o_dx, mask, d_f, 0, PE, QE, V, ALIGNED)
-        store(p_out + 2 * F, o_dx, mask, d_g, 0, PE, QE, V, ALIGNED)
-        store(p_out + 3 * F, o_dx, mask, d_o, 0, PE, QE, V, ALIGNED)
+        store(p_out, o_dx, mask, d_i, 0, PE, QE, V, V)
+        store(p_out + F, o_dx, mask, d_f, 0, PE, QE, V, V)
+        store(p_out + 2 * F, o_dx, mask, d_g, 0, PE, QE, V, V)
+        store(p_out + 3 * F, o_dx, mask, d_o, 0, PE, QE, V, V)
         p_out -= 4 * h_stride_t
         dc = (total * f,)
         dh = zeros(PE, QE, 1)
@@ -363,8 +360,8 @@ def lstm_backward_kernel(
         dh = kron(a_adjoint[1], b_adjoint[1], d_f, dh, PE, QE, 1, SPLIT)
         dh = kron(a_adjoint[2], b_adjoint[2], d_g, dh, PE, QE, 1, SPLIT)
         dh = kron(a_adjoint[3], b_adjoint[3], d_o, dh, PE, QE, 1, SPLIT)
-    store(p_dh_0 + start, o_h, mask, dh, 0, PE, QE, V, ALIGNED)
-    store(p_dc_0 + start, o_h, mask, dc, 0, PE, QE, V, ALIGNED)
+    store(p_dh_0 + start, o_h, mask, dh, 0, PE, QE, V, V)
+    store(p_dc_0 + start, o_h, mask, dc, 0, PE, QE, V, V)
 
 
 def lstm_forward(
