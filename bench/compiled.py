@@ -240,6 +240,8 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 16, 16, "fp32"))
         table.append(Variant(kernel, 32, 32, "fp32"))
         table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
+        table.append(Variant(kernel, 3, 11))
+        table.append(Variant(kernel, 5, 20, "fp32", flags=FLAGS[:3]))
     table.append(Variant("weight_grad", 32, 32, field="real"))
     table.append(Variant("weight_grad", 16, 16, flags=("h_0", "reset")))
     table.append(Variant("weight_grad", 3, 11, "fp32"))
@@ -320,7 +322,9 @@ def nvidia_counts(kernel) -> dict:
         "tensor_core": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
         "loads": count["LDG"],
         "stores": count["STG"],
-        "access_bytes": max(access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))),
+        "access_bytes": max(
+            (access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))), default=0
+        ),
         "shared_loads": count["LDS"] + count["LDSM"],
         "shared_stores": count["STS"] + count["STSM"],
     }
@@ -348,9 +352,12 @@ def amd_counts(kernel) -> dict:
         "loads": starting("global_load", "buffer_load"),
         "stores": starting("global_store", "buffer_store"),
         "access_bytes": max(
-            access_bytes(o)
-            for o in loop
-            if o.startswith(("global_", "buffer_load", "buffer_store"))
+            (
+                access_bytes(o)
+                for o in loop
+                if o.startswith(("global_", "buffer_load", "buffer_store"))
+            ),
+            default=0,
         ),
         "shared_loads": starting("ds_read"),
         "shared_stores": starting("ds_write"),

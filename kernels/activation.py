@@ -22,6 +22,12 @@ def norm2(z):
 
 
 @triton.jit
+def positive(x):
+    """relu, of which a NaN comes out as NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr):
     """h = σ(z)."""
     if ACT == "modrelu":
@@ -37,9 +43,9 @@ def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexp
             return (tanh(z[0], FAST, NVIDIA),)
     elif ACT == "relu":
         if len(z) == 2:
-            return tl.maximum(z[0], 0.0), tl.maximum(z[1], 0.0)
+            return positive(z[0]), positive(z[1])
         else:
-            return (tl.maximum(z[0], 0.0),)
+            return (positive(z[0]),)
     else:
         return z
 

@@ -29,17 +29,18 @@ from .launch import aligned_rows, device_guard, group_flags, on_nvidia, packed, 
 from .support import Tile, lstm_options
 from .tile import (
     add,
+    choose,
     inside,
     kron,
     load,
     load_factor,
     offsets,
     operand,
-    row_bits,
-    scale,
     select,
+    select_operand,
     store,
     tanh,
+    tile_bits,
     to_tile,
     zeros,
 )
@@ -74,11 +75,9 @@ def load_gates(
 
 
 @triton.jit
-def read(
-    p_tile, offset, mask, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr
-):
+def read(p_tile, offset, mask, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
     """A tile of one plane in float32."""
-    return to_tile(load(p_tile, offset, mask, 0, 1, ALIGNED), PE, QE, V)
+    return to_tile(load(p_tile, offset, mask, 0, 1, V), PE, QE, V)
 
 
 @triton.jit
@@ -89,40 +88,23 @@ def gates(
     p_u,
     o_u,
     mask,
-    bits,
     F: tl.constexpr,
     PE: tl.constexpr,
     QE: tl.constexpr,
-    S1: tl.constexpr,
-    PP: tl.constexpr,
-    QP: tl.constexpr,
     V: tl.constexpr,
-    ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
     """i, f, g, o of one step."""
-    u = read(p_u, o_u, mask, PE, QE, V, ALIGNED)
-    i = sigmoid(kron(a[0], b[0], x, u, bits, PE, QE, 1, SPLIT, S1, PP, QP)[0], not SPLIT, NVIDIA)
-    u = read(p_u + F, o_u, mask, PE, QE, V, ALIGNED)
-    f = sigmoid(kron(a[1], b[1], x, u, bits, PE, QE, 1, SPLIT, S1, PP, QP)[0], not SPLIT, NVIDIA)
-    u = read(p_u + 2 * F, o_u, mask, PE, QE, V, ALIGNED)
-    g = tanh(kron(a[2], b[2], x, u, bits, PE, QE, 1, SPLIT, S1, PP, QP)[0], not SPLIT, NVIDIA)
-    u = read(p_u + 3 * F, o_u, mask, PE, QE, V, ALIGNED)
-    o = sigmoid(kron(a[3], b[3], x, u, bits, PE, QE, 1, SPLIT, S1, PP, QP)[0], not SPLIT, NVIDIA)
+    u = read(p_u, o_u, mask, PE, QE, V)
+    i = sigmoid(kron(a[0], b[0], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
+    u = read(p_u + F, o_u, mask, PE, QE, V)
+    f = sigmoid(kron(a[1], b[1], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
+    u = read(p_u + 2 * F, o_u, mask, PE, QE, V)
+    g = tanh(kron(a[2], b[2], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
+    u = read(p_u + 3 * F, o_u, mask, PE, QE, V)
+    o = sigmoid(kron(a[3], b[3], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
     return i, f, g, o
-
-
-@triton.jit
-def bits_of_rows(
-    word,
-    PE: tl.constexpr,
-    QE: tl.constexpr,
-    PP: tl.constexpr,
-    QP: tl.constexpr,
-    S1: tl.constexpr,
-):
-    return row_bits(word, tl.arange(0, PE)[:, None] // PP, tl.arange(0, QE)[None, :] // QP, S1)
 
 
 @triton.jit(do_not_specialize=["B", "T", "x_stride_t", "x_stride_b"])
@@ -174,13 +156,18 @@ def lstm_forward_kernel(
     o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
     o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
     start = i_b * F + i_h * N
-    state = zeros(PE, QE, 1)
+    h = zeros(PE, QE, 1)
     if p_h_0 is not None:
-        state = read(p_h_0 + start, o_h, mask, PE, QE, V, ALIGNED)
-    x = operand(state, SPLIT)
+        h = read(p_h_0 + start, o_h, mask, PE, QE, V)
     c = zeros(PE, QE, 1)
     if p_c_0 is not None:
-        c = read(p_c_0 + start, o_h, mask, PE, QE, V, ALIGNED)
+        c = read(p_c_0 + start, o_h, mask, PE, QE, V)
+    x = operand(h, SPLIT)
+    if p_keep is not None:
+        p_keep += i_g
+        bits = tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1)
+        x = select_operand(x, bits, NVIDIA)
+        c = select(c, bits)
     steps = T
     if p_steps is not None:
         steps = tl.load(p_steps + i_g)
@@ -188,35 +175,32 @@ def lstm_forward_kernel(
     p_out = p_h + start
     p_cell = p_c + start
     h_stride_t = B.to(tl.int64) * F
-    if p_keep is not None:
-        p_word = p_keep + i_g
     if p_alive is not None:
-        p_live = p_alive + i_g
-    for _t in tl.range(0, steps):
-        if p_keep is not None:
-            word = tl.load(p_word)
-            p_word += groups
-            c = scale(c, bits_of_rows(word, PE, QE, PP, QP, S1))
-            i, f, g, o = gates(
-                a, b, x, p_u, o_x, mask, word, F, PE, QE, S1, PP, QP, V, ALIGNED, SPLIT, NVIDIA
-            )
-        else:
-            i, f, g, o = gates(
-                a, b, x, p_u, o_x, mask, None, F, PE, QE, S1, PP, QP, V, ALIGNED, SPLIT, NVIDIA
-            )
+        p_alive += i_g
+    for t in tl.range(0, steps):
+        if p_keep is not None:  # of the step that this state goes into
+            p_keep += tl.where(t + 1 < steps, groups, 0)
+            keep = tl.load(p_keep)
+        if p_alive is not None:
+            alive = tl.load(p_alive)
+            p_alive += groups
+        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, SPLIT, NVIDIA)
         p_u += x_stride_t
         c = (f * c[0] + i * g,)
         h = (o * tanh(c[0], not SPLIT, NVIDIA),)
         if p_alive is not None:
-            alive = bits_of_rows(tl.load(p_live), PE, QE, PP, QP, S1)
-            p_live += groups
-            c = select(c, alive)
-            h = select(h, alive)
-        x = operand(h, SPLIT)
-        store(p_out, o_h, mask, h, 0, PE, QE, V, ALIGNED)
-        store(p_cell, o_h, mask, c, 0, PE, QE, V, ALIGNED)
+            bits = tile_bits(alive, PE, QE, PP, QP, S1)
+            c = select(c, bits)
+            h = select(h, bits)
+        store(p_out, o_h, mask, h, 0, PE, QE, V, V)
+        store(p_cell, o_h, mask, c, 0, PE, QE, V, V)
         p_out += h_stride_t
         p_cell += h_stride_t
+        x = operand(h, SPLIT)
+        if p_keep is not None:
+            bits = tile_bits(keep, PE, QE, PP, QP, S1)
+            x = select_operand(x, bits, NVIDIA)
+            c = select(c, bits)
 
 
 @triton.jit(do_not_specialize=["B", "T", "d_stride_t", "d_stride_b", "x_stride_t", "x_stride_b"])
@@ -299,60 +283,55 @@ def lstm_backward_kernel(
         p_word = p_keep + i_g + last_t * groups
     if p_ends is not None:
         p_end = p_ends + i_g + last_t * groups
-        live = tl.zeros((PE, QE), tl.float32)
+        live = tl.zeros((PE, QE), tl.int1)
     dh = zeros(PE, QE, 1)
     dc = zeros(PE, QE, 1)
     if p_ends is None:
         if p_dh_n is not None:
-            dh = read(p_dh_n + start, o_h, mask, PE, QE, V, ALIGNED)
+            dh = read(p_dh_n + start, o_h, mask, PE, QE, V)
         if p_dc_n is not None:
-            dc = read(p_dc_n + start, o_h, mask, PE, QE, V, ALIGNED)
+            dc = read(p_dc_n + start, o_h, mask, PE, QE, V)
     for n in tl.range(0, steps):
         first = n + 1 >= steps
-        c = read(p_cell, o_h, mask, PE, QE, V, ALIGNED)
+        c = read(p_cell, o_h, mask, PE, QE, V)
         p_state -= tl.where(first, 0, h_stride_t)
         p_cell -= tl.where(first, 0, h_stride_t)
-        # the first step reads its own row in place of one before it, and scales it by zero
-        before = tl.where(first, 0.0, 1.0)
-        h = scale(read(p_state, o_h, mask, PE, QE, V, ALIGNED), before)
-        c_before = scale(read(p_cell, o_h, mask, PE, QE, V, ALIGNED), before)
+        # the first step reads its own row in place of one before it
+        h = read(p_state, o_h, mask, PE, QE, V)
+        c_before = read(p_cell, o_h, mask, PE, QE, V)
+        h_0 = zeros(PE, QE, 1)
         if p_h_0 is not None:
-            h_0 = read(p_h_0 + start, o_h, mask, PE, QE, V, ALIGNED)
-            h = add(h, scale(h_0, 1.0 - before))
+            h_0 = read(p_h_0 + start, o_h, mask, PE, QE, V)
+        c_0 = zeros(PE, QE, 1)
         if p_c_0 is not None:
-            c_0 = read(p_c_0 + start, o_h, mask, PE, QE, V, ALIGNED)
-            c_before = add(c_before, scale(c_0, 1.0 - before))
+            c_0 = read(p_c_0 + start, o_h, mask, PE, QE, V)
+        h = choose(first, h_0, h)
+        c_before = choose(first, c_0, c_before)
         x = operand(h, SPLIT)
         if p_keep is not None:
-            word = tl.load(p_word)
+            keep = tile_bits(tl.load(p_word), PE, QE, PP, QP, S1)
             p_word -= groups
-            keep = bits_of_rows(word, PE, QE, PP, QP, S1)
-            c_before = scale(c_before, keep)
-            i, f, g, o = gates(
-                a, b, x, p_u, o_x, mask, word, F, PE, QE, S1, PP, QP, V, ALIGNED, SPLIT, NVIDIA
-            )
-        else:
-            i, f, g, o = gates(
-                a, b, x, p_u, o_x, mask, None, F, PE, QE, S1, PP, QP, V, ALIGNED, SPLIT, NVIDIA
-            )
+            x = select_operand(x, keep, NVIDIA)
+            c_before = select(c_before, keep)
+        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, SPLIT, NVIDIA)
         p_u -= x_stride_t
         if p_ends is not None:
-            end = bits_of_rows(tl.load(p_end), PE, QE, PP, QP, S1)
+            end = tile_bits(tl.load(p_end), PE, QE, PP, QP, S1)
             p_end -= groups
-            live += end
+            live = live | end
             i, f = select((i, f), live)
             g, o = select((g, o), live)
         if p_dh is not None:
-            d = read(p_d, o_d, mask, PE, QE, V, ALIGNED)
+            d = read(p_d, o_d, mask, PE, QE, V)
             p_d -= d_stride_t
         else:
             d = zeros(PE, QE, 1)
         if p_ends is not None:
             d = select(d, live)
             if p_dh_n is not None:
-                d = add(d, scale(read(p_dh_n + start, o_h, mask, PE, QE, V, ALIGNED), end))
+                d = add(d, select(read(p_dh_n + start, o_h, mask, PE, QE, V), end))
             if p_dc_n is not None:
-                dc = add(dc, scale(read(p_dc_n + start, o_h, mask, PE, QE, V, ALIGNED), end))
+                dc = add(dc, select(read(p_dc_n + start, o_h, mask, PE, QE, V), end))
         dh = add(dh, d)
         tc = tanh(c[0], not SPLIT, NVIDIA)
         total = dc[0] + dh[0] * o * (1.0 - tc * tc)
@@ -360,10 +339,10 @@ def lstm_backward_kernel(
         d_f = (total * c_before[0] * f * (1.0 - f),)
         d_g = (total * i * (1.0 - g * g),)
         d_o = (dh[0] * tc * o * (1.0 - o),)
-        store(p_out, o_dx, mask, d_i, 0, PE, QE, V, ALIGNED)
-        store(p_out + F, o_dx, mask, d_f, 0, PE, QE, V, ALIGNED)
-        store(p_out + 2 * F, o_dx, mask, d_g, 0, PE, QE, V, ALIGNED)
-        store(p_out + 3 * F, o_dx, mask, d_o, 0, PE, QE, V, ALIGNED)
+        store(p_out, o_dx, mask, d_i, 0, PE, QE, V, V)
+        store(p_out + F, o_dx, mask, d_f, 0, PE, QE, V, V)
+        store(p_out + 2 * F, o_dx, mask, d_g, 0, PE, QE, V, V)
+        store(p_out + 3 * F, o_dx, mask, d_o, 0, PE, QE, V, V)
         p_out -= 4 * h_stride_t
         dc = (total * f,)
         dh = zeros(PE, QE, 1)
@@ -371,15 +350,18 @@ def lstm_backward_kernel(
         d_f = operand(d_f, SPLIT)
         d_g = operand(d_g, SPLIT)
         d_o = operand(d_o, SPLIT)
-        dh = kron(a_adjoint[0], b_adjoint[0], d_i, dh, None, PE, QE, 1, SPLIT, S1, PP, QP)
-        dh = kron(a_adjoint[1], b_adjoint[1], d_f, dh, None, PE, QE, 1, SPLIT, S1, PP, QP)
-        dh = kron(a_adjoint[2], b_adjoint[2], d_g, dh, None, PE, QE, 1, SPLIT, S1, PP, QP)
-        dh = kron(a_adjoint[3], b_adjoint[3], d_o, dh, None, PE, QE, 1, SPLIT, S1, PP, QP)
         if p_keep is not None:
-            dh = scale(dh, keep)
-            dc = scale(dc, keep)
-    store(p_dh_0 + start, o_h, mask, dh, 0, PE, QE, V, ALIGNED)
-    store(p_dc_0 + start, o_h, mask, dc, 0, PE, QE, V, ALIGNED)
+            d_i = select_operand(d_i, keep, NVIDIA)
+            d_f = select_operand(d_f, keep, NVIDIA)
+            d_g = select_operand(d_g, keep, NVIDIA)
+            d_o = select_operand(d_o, keep, NVIDIA)
+            dc = select(dc, keep)
+        dh = kron(a_adjoint[0], b_adjoint[0], d_i, dh, PE, QE, 1, SPLIT)
+        dh = kron(a_adjoint[1], b_adjoint[1], d_f, dh, PE, QE, 1, SPLIT)
+        dh = kron(a_adjoint[2], b_adjoint[2], d_g, dh, PE, QE, 1, SPLIT)
+        dh = kron(a_adjoint[3], b_adjoint[3], d_o, dh, PE, QE, 1, SPLIT)
+    store(p_dh_0 + start, o_h, mask, dh, 0, PE, QE, V, V)
+    store(p_dc_0 + start, o_h, mask, dc, 0, PE, QE, V, V)
 
 
 def lstm_forward(

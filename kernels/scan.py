@@ -50,18 +50,20 @@ from .launch import (
 from .support import Tile, Wide, compile_options, streams
 from .tile import (
     add,
+    choose,
     coordinates,
     inside,
     kron,
     load,
     load_factor,
+    negated,
     offsets,
     operand,
     plane_to_tile,
-    row_bits,
-    scale,
     select,
+    select_operand,
     store,
+    tile_bits,
     to_tile,
     zeros,
 )
@@ -209,11 +211,14 @@ def scan_forward_kernel(
         p_beta += i_h * N
         if not BETA_IN_LOOP:
             beta = load_beta(p_beta, P, Q, PP, QP, S1, S2, V)
+    h = zeros(PE, QE, PARTS)
     if p_h_0 is not None:
         state = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
-        x = operand(to_tile(state, PE, QE, V), SPLIT)
-    else:
-        x = operand(zeros(PE, QE, PARTS), SPLIT)
+        h = to_tile(state, PE, QE, V)
+    x = operand(h, SPLIT)
+    if p_keep is not None:
+        p_keep += i_g
+        x = select_operand(x, tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1), NVIDIA)
     steps = T
     if p_steps is not None:
         steps = tl.load(p_steps + i_g)
@@ -225,8 +230,6 @@ def scan_forward_kernel(
         p_u = p_x + (i_b * x_stride_b + i_h * N)
     p_out = p_h + (i_b * F + i_h * N)
     h_stride_t = B.to(tl.int64) * F
-    if p_keep is not None:
-        p_keep += i_g
     if p_alive is not None:
         p_alive += i_g
     groups = tl.num_programs(0)
@@ -260,29 +263,24 @@ def scan_forward_kernel(
         if PREFETCH:
             prefetch(lines(p_line, N, IM, PARTS))
             p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
-        if p_keep is not None:
-            z = kron(a, b, x, u, tl.load(p_keep), PE, QE, PARTS, SPLIT, S1, PP, QP)
-            p_keep += groups
-        else:
-            z = kron(a, b, x, u, None, PE, QE, PARTS, SPLIT, S1, PP, QP)
+        if p_keep is not None:  # of the step that this state goes into
+            p_keep += tl.where(t + 1 < steps, groups, 0)
+            keep = tl.load(p_keep)
+        if p_alive is not None:
+            alive = tl.load(p_alive)
+            p_alive += groups
+        z = kron(a, b, x, u, PE, QE, PARTS, SPLIT)
         if ACT == "modrelu" and BETA_IN_LOOP:
             h = activate(z, load_beta(p_beta, P, Q, PP, QP, S1, S2, V), ACT, not SPLIT, NVIDIA)
         else:
             h = activate(z, beta, ACT, not SPLIT, NVIDIA)
         if p_alive is not None:
-            h = select(
-                h,
-                row_bits(
-                    tl.load(p_alive),
-                    tl.arange(0, PE)[:, None] // PP,
-                    tl.arange(0, QE)[None, :] // QP,
-                    S1,
-                ),
-            )
-            p_alive += groups
-        x = operand(h, SPLIT)
+            h = select(h, tile_bits(alive, PE, QE, PP, QP, S1))
         store(p_out, o_h, mask, h, IM, PE, QE, V, V)
         p_out += h_stride_t
+        x = operand(h, SPLIT)
+        if p_keep is not None:
+            x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
         if AHEAD:
             u = u_next
 
@@ -398,6 +396,12 @@ def scan_backward_kernel(
         # with AHEAD, h of step t-1 is requested before the work of step t; the first step, which
         # has no step before it, reads its own rows again
         first = i + 1 >= steps
+        if p_keep is not None:
+            keep = tl.load(p_word)
+            p_word -= tl.where(first, 0, groups)
+        if p_alive is not None:
+            alive = tl.load(p_live)
+            p_live -= groups
         if not AHEAD:
             h = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
         p_state -= tl.where(first, 0, h_stride_t)
@@ -420,27 +424,15 @@ def scan_backward_kernel(
                 p_u -= x_stride_t
             z = to_tile(z, PE, QE, V)
             before = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
-            before = scale(before, tl.where(first, 0.0, 1.0))
             if p_h_0 is not None:
                 h_0 = to_tile(load(p_h_0 + start, o_h, mask, IM, PARTS, V), PE, QE, V)
-                before = add(before, scale(h_0, tl.where(first, 1.0, 0.0)))
-            if p_keep is not None:
-                z = kron(
-                    a,
-                    b,
-                    operand(before, SPLIT),
-                    z,
-                    tl.load(p_word),
-                    PE,
-                    QE,
-                    PARTS,
-                    SPLIT,
-                    S1,
-                    PP,
-                    QP,
-                )
+                before = choose(first, h_0, before)
             else:
-                z = kron(a, b, operand(before, SPLIT), z, None, PE, QE, PARTS, SPLIT, S1, PP, QP)
+                before = select(before, i + 1 < steps)
+            x = operand(before, SPLIT)
+            if p_keep is not None:
+                x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
+            z = kron(a, b, x, z, PE, QE, PARTS, SPLIT)
         else:
             z = h
         if ACT == "modrelu" and BETA_IN_LOOP:
@@ -457,16 +449,7 @@ def scan_backward_kernel(
         else:
             g = activate_adjoint(g, h, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
         if p_alive is not None:
-            g = select(
-                g,
-                row_bits(
-                    tl.load(p_live),
-                    tl.arange(0, PE)[:, None] // PP,
-                    tl.arange(0, QE)[None, :] // QP,
-                    S1,
-                ),
-            )
-            p_live -= groups
+            g = select(g, tile_bits(alive, PE, QE, PP, QP, S1))
         store(p_out, o_h, mask, g, IM, PE, QE, V, V)
         p_out -= h_stride_t
         if p_dh is not None:  # needed after the first of the two products, which hides the load
@@ -474,32 +457,18 @@ def scan_backward_kernel(
             d = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
         else:
             d = zeros(PE, QE, PARTS)
+        g = operand(g, SPLIT)
         if p_keep is not None:
-            g = kron(
-                a_adjoint,
-                b_adjoint,
-                operand(g, SPLIT),
-                d,
-                tl.load(p_word),
-                PE,
-                QE,
-                PARTS,
-                SPLIT,
-                S1,
-                PP,
-                QP,
-            )
-            p_word -= groups
-        else:
-            g = kron(
-                a_adjoint, b_adjoint, operand(g, SPLIT), d, None, PE, QE, PARTS, SPLIT, S1, PP, QP
-            )
+            g = select_operand(g, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
+        g = kron(a_adjoint, b_adjoint, g, d, PE, QE, PARTS, SPLIT)
         if AHEAD:
             h = h_next
     if p_dh_0 is not None:
         if p_dh is not None:  # the loop's last g took in dh of the first step a second time
             d = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
-            g = add(g, scale(d, -1.0))
+            g = add(g, negated(d))
+        if p_keep is not None:  # 0, were d infinite
+            g = select(g, tile_bits(tl.load(p_word), PE, QE, PP, QP, S1))
         store(p_dh_0 + start, o_h, mask, g, IM, PE, QE, V, V)
 
 

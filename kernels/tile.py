@@ -133,29 +133,35 @@ def kron(
     b,
     x,
     acc,
-    bits,
     PE: tl.constexpr,
     QE: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
-    S1: tl.constexpr,
-    PP: tl.constexpr,
-    QP: tl.constexpr,
 ):
-    """acc + A X Bᵀ; with `bits`, the rows whose bit is 0 get acc alone."""
+    """acc + A X Bᵀ."""
     z = product(b, flip(x, PE, QE), zeros(QE, PE, PARTS))
-    if bits is not None:
-        # the intermediate is scaled in float32, before it is packed: K (0·x) = 0·(K x)
-        z = scale(
-            z, row_bits(bits, tl.arange(0, PE)[None, :] // PP, tl.arange(0, QE)[:, None] // QP, S1)
-        )
     return product(a, flip(operand(z, SPLIT), QE, PE), acc)
 
 
 @triton.jit
-def row_bits(bits, i_s1, i_s2, S1: tl.constexpr):
+def row_bits(word, i_row):
     """Bit of each element's batch row in a word that holds one bit a row."""
-    return ((bits >> (i_s2 * S1 + i_s1)) & 1).to(tl.float32)
+    return ((word >> i_row) & 1) > 0
+
+
+@triton.jit
+def tile_bits(
+    word,
+    PE: tl.constexpr,
+    QE: tl.constexpr,
+    PP: tl.constexpr,
+    QP: tl.constexpr,
+    S1: tl.constexpr,
+):
+    """The same for the elements of a tile (PE, QE)."""
+    i_s1 = tl.arange(0, PE)[:, None] // PP
+    i_s2 = tl.arange(0, QE)[None, :] // QP
+    return row_bits(word, i_s2 * S1 + i_s1)
 
 
 @triton.jit
@@ -167,12 +173,53 @@ def scale(x, factor):
 
 
 @triton.jit
-def select(x, bits):
-    """x where the bit is 1; else 0, were x infinite or NaN."""
+def select(x, condition):
+    """x where the condition holds; else 0, were x infinite or NaN."""
     if len(x) == 2:
-        return tl.where(bits > 0, x[0], 0.0), tl.where(bits > 0, x[1], 0.0)
+        return tl.where(condition, x[0], 0.0), tl.where(condition, x[1], 0.0)
     else:
-        return (tl.where(bits > 0, x[0], 0.0),)
+        return (tl.where(condition, x[0], 0.0),)
+
+
+@triton.jit
+def select_term(x, condition, NVIDIA: tl.constexpr):
+    if NVIDIA:  # two values at once; LLVM would take apart what `split` packed in pairs
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;",
+            "=r,r,r",
+            [x, tl.where(condition, -1, 0).to(tl.int16)],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.where(condition, x, 0.0)
+
+
+@triton.jit
+def select_terms(x, condition, NVIDIA: tl.constexpr):
+    if len(x) == 2:
+        return select_term(x[0], condition, NVIDIA), select_term(x[1], condition, NVIDIA)
+    else:
+        return (select_term(x[0], condition, NVIDIA),)
+
+
+@triton.jit
+def select_operand(x, condition, NVIDIA: tl.constexpr):
+    """`select` for an operand."""
+    if len(x) == 2:
+        return select_terms(x[0], condition, NVIDIA), select_terms(x[1], condition, NVIDIA)
+    else:
+        return (select_terms(x[0], condition, NVIDIA),)
+
+
+@triton.jit
+def choose(condition, x, y):
+    """x where the condition holds, else y."""
+    if len(x) == 2:
+        return tl.where(condition, x[0], y[0]), tl.where(condition, x[1], y[1])
+    else:
+        return (tl.where(condition, x[0], y[0]),)
 
 
 @triton.jit

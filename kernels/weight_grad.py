@@ -41,7 +41,7 @@ from .tile import (
     product,
     row_bits,
     rsqrt,
-    scale,
+    select_operand,
     zeros,
 )
 
@@ -199,10 +199,10 @@ def weight_grad_kernel(
             h = in_float32(load(p_state, o_h, true_unit, H_IM, PARTS, VECTOR))
             p_g += stride_t
             p_state += h_stride_t
-            if p_keep is not None:
-                x = scale(x, row_bits(tl.load(p_word), i_row, 0, 1))
-                p_word += blocks
             x_in = operand(x, SPLIT)
+            if p_keep is not None:
+                x_in = select_operand(x_in, row_bits(tl.load(p_word), i_row), NVIDIA)
+                p_word += blocks
             g_in = operand(g, SPLIT)
             if p_da is not None:
                 s = operand(times_conj(g_in, b, zeros(PG, QE, PARTS)), SPLIT)

@@ -34,7 +34,18 @@ from .launch import (
     packed,
 )
 from .support import Wide, wide_options
-from .tile import INTERPRET, add, dot, operand, product, row_bits, scale, to_memory, zeros
+from .tile import (
+    INTERPRET,
+    add,
+    dot,
+    operand,
+    product,
+    row_bits,
+    select,
+    select_operand,
+    to_memory,
+    zeros,
+)
 
 
 @triton.jit
@@ -221,9 +232,10 @@ def wide_forward_kernel(
             w = m + block
             mask = (w < W) & (e % PADDED < N_SIDE)
             x = load_block(p_h_0 + (i_b * F + i_h * N), o_row + w * STRIDE_W, mask, IM, PARTS)
-            x = narrow_product(operand(x, SPLIT), s)
+            x = operand(x, SPLIT)
             if p_keep is not None:
-                x = scale(x, row_bits(tl.load(p_keep + i_g), i_row, 0, 1))
+                x = select_operand(x, row_bits(tl.load(p_keep + i_g), i_row), NVIDIA)
+            x = narrow_product(x, s)
             write_operand(p_z + m * E + o_z, operand(x, SPLIT), SIDE * E, TERMS * SIDE * E)
         tl.debug_barrier()
     p_u = p_x + i_h * N
@@ -247,12 +259,14 @@ def wide_forward_kernel(
                 beta = tl.load(p_beta + (i_h * N + w * STRIDE_W + unit), mask=mask, other=0.0)
             h = activate(z, beta, ACT, not SPLIT, NVIDIA)
             if p_alive is not None:
-                h = scale(h, row_bits(tl.load(p_alive + i_g), i_row, 0, 1))
+                h = select(h, row_bits(tl.load(p_alive + i_g), i_row))
             store_block(p_out, o_row + w * STRIDE_W, mask, h, IM)
-            x = narrow_product(operand(h, SPLIT), s)
+            x = operand(h, SPLIT)
             if p_keep is not None:
                 following = tl.where(t + 1 < steps, groups, 0)
-                x = scale(x, row_bits(tl.load(p_keep + following + i_g), i_row, 0, 1))
+                word = tl.load(p_keep + following + i_g)
+                x = select_operand(x, row_bits(word, i_row), NVIDIA)
+            x = narrow_product(x, s)
             write_operand(p_write + m * E + o_z, operand(x, SPLIT), SIDE * E, TERMS * SIDE * E)
         tl.debug_barrier()  # the next step reads what all warps have written
         p_u += x_stride_t
@@ -344,19 +358,20 @@ def wide_backward_kernel(
                 g = zeros(BLOCK, E, PARTS)
             if p_dh_n is not None:
                 d = load_block(p_dh_n + start, o_row + w * STRIDE_W, mask, IM, PARTS)
-                g = add(g, scale(d, tl.where(i == 0, 1.0, 0.0)))
+                g = add(g, select(d, i == 0))
             g = streamed(p_k + m * SIDE, p_read, g, H, SIDE, E, BLOCK, PARTS, SPLIT)
             if p_alive is not None:
-                g = scale(g, row_bits(tl.load(p_alive), i_row, 0, 1))
+                g = select(g, row_bits(tl.load(p_alive), i_row))
             h = load_block(p_state, o_row + w * STRIDE_W, mask, IM, PARTS)
             beta = None
             if ACT == "modrelu":
                 beta = tl.load(p_beta + (i_h * N + w * STRIDE_W + unit), mask=mask, other=0.0)
             g = activate_adjoint(g, h, h, beta, ACT, FLOOR, not SPLIT, NVIDIA)
             store_block(p_out, o_row + w * STRIDE_W, mask, g, IM)
-            g = narrow_product(operand(g, SPLIT), s)
+            g = operand(g, SPLIT)
             if p_keep is not None:
-                g = scale(g, row_bits(tl.load(p_keep), i_row, 0, 1))
+                g = select_operand(g, row_bits(tl.load(p_keep), i_row), NVIDIA)
+            g = narrow_product(g, s)
             write_operand(p_write + m * E + o_z, operand(g, SPLIT), SIDE * E, TERMS * SIDE * E)
         tl.debug_barrier()  # the next step reads what all warps have written
         p_state -= h_stride_t

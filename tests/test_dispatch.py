@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kru_triton import KRU, kru_embedding_scan, kru_scan, unitary_, why_not_triton
+from kru_triton.kernels import support
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
@@ -181,6 +182,57 @@ def test_both_backends_give_the_same_numbers_for(form, act, shapes, batch):
     for index, (g, w) in enumerate(zip(got, want)):
         assert g.dtype == w.dtype
         assert relative_error(g, w) < (2e-5 if index < 2 else 3e-4), index
+
+
+RESETS = [
+    ("torch", "modrelu", (8, 8), 5),
+    ("torch", "modtanh", (3, 11), 3),
+    ("triton", "modrelu", (8, 8), 5),
+    ("triton", "modtanh", (8, 8), 5),
+    ("triton", "modtanh", (3, 11), 3),
+    ("triton", "relu", (16, 16), 2),
+    ("streamed", "modrelu", (32, 8), 3),
+    ("streamed", "modtanh", (8, 32), 3),
+]
+
+
+@pytest.mark.parametrize(("backend", "act", "shapes", "batch"), RESETS)
+def test_after_a_reset_the_past_does_not_matter_were_it_nan(
+    backend, act, shapes, batch, monkeypatch
+):
+    """Bit by bit what the same past gives where it is finite; nothing flows back into it."""
+    if backend == "streamed":
+        monkeypatch.setattr(support, "MAX_HELD_SIDE", 16)
+    leaves, options = arguments("plain", batch=batch, act=act, shapes=shapes)
+    options |= {
+        "reset": torch.zeros_like(options["reset"]),
+        "backend": backend.replace("streamed", "triton"),
+    }
+    options["reset"][1, [0, 2, 3]] = True  # its start, and step 2 by itself
+    sane = outputs_and_gradients(leaves, options)
+    with torch.no_grad():
+        leaves["h_0"][1, ::2], leaves["h_0"][1, 1::2] = float("nan"), float("inf")
+    again = outputs_and_gradients(leaves, options)
+    assert all(torch.equal(x, y) for x, y in zip(again, sane))
+    assert not again[3][1].any()  # of h_0
+    with torch.no_grad():
+        leaves["x"][1, 2] = float("nan")
+    h, h_n, dx, dh_0 = outputs_and_gradients(leaves, options)[:4]
+    assert h[1, 2].isnan().any()
+    for got, want in ((h, sane[0]), (dx, sane[2])):
+        got[1, 2] = want[1, 2]
+        assert torch.equal(got, want)
+    assert torch.equal(h_n, sane[1])
+    assert torch.equal(dh_0, sane[3])
+
+
+@backends
+def test_no_gradient_passes_a_reset_were_it_infinite(backend):
+    leaves, options = arguments("plain", time=2)
+    options["reset"][:] = torch.tensor([True, False])
+    h, _ = call(leaves, {**options, "backend": backend})
+    h.backward(torch.full_like(h, float("inf")))
+    assert not leaves["h_0"].grad.any()
 
 
 @backends

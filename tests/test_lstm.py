@@ -275,6 +275,40 @@ def test_a_reset_cuts_the_past():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shapes", [(8, 8), (3, 11)], ids=str)
+def test_after_a_reset_the_past_does_not_matter_were_it_nan(backend, shapes):
+    """Bit by bit what the same past gives where it is finite; nothing flows back into it."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    case = Case(square(*shapes), B=4, T=5)
+
+    def results(poisoned_states, poisoned_input):
+        def call(x_proj, factors, h_0, c_0, reset, lengths):
+            reset = torch.zeros(case.B, case.T, dtype=torch.bool)
+            reset[1, [0, 2, 3]] = True  # its start, and step 2 by itself
+            h_0, c_0 = (
+                torch.where(reset[:, :1] & poisoned_states, float("nan"), v) for v in (h_0, c_0)
+            )
+            poison = torch.zeros(case.B, case.T, 1, dtype=torch.bool)
+            poison[1, 2] = poisoned_input
+            x_proj = torch.where(poison, float("nan"), x_proj)
+            return _on_device(x_proj, factors, h_0, c_0, reset=reset, lengths=None, backend=backend)
+
+        return run(call, case, torch.float32)
+
+    sane, again = results(False, False), results(True, False)
+    assert_close(again, sane, 0)
+    assert not again["d h_0"][1].any()
+    assert not again["d c_0"][1].any()
+    got = results(False, True)
+    assert got["h"][1, 2].isnan().all()
+    for name in ("h", "d x_proj"):
+        got[name][1, 2] = sane[name][1, 2]
+    for name in ("h", "h_n", "c_n", "d x_proj", "d h_0", "d c_0"):
+        assert torch.equal(got[name], sane[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_beyond_a_length_is_not_used(backend):
     """Not even where it is NaN, and resets there cut nothing."""
     if backend == "triton":
