@@ -182,7 +182,8 @@ def read_rows(path: Path) -> list[dict]:
 
 def result_files(folder: Path) -> list[Path]:
     """The files of a folder that hold rows; scripts of other names write tables of their own."""
-    return [p for p in sorted(folder.glob("*.jsonl")) if p.stem not in ("baselines", "data")]
+    others = ("baselines", "checkpoints", "data", "kills")
+    return [p for p in sorted(folder.glob("*.jsonl")) if p.stem not in others]
 
 
 def latest(rows: list[dict]) -> list[dict]:

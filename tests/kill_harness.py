@@ -1,17 +1,19 @@
 """Kill train/lm.py at random moments, go on each time, and compare with a run that never stopped.
 
-    python tests/kill_harness.py                                       20 kills, one process
+    python tests/kill_harness.py                                       20 kills, text in memory
     python tests/kill_harness.py --kills 30 --processes 2 --seed 5
-    python tests/kill_harness.py --flags='--workers 2 --tokenizer bpe:300' --data 'json:shards/*'
+    python tests/kill_harness.py --stream parquet --shards 3 --flags='--tokenizer bpe:50'
 
 Each leg is `main()` of train/lm.py in processes of its own, forked from one that has torch
-imported. The moments are drawn over start-up, steps, checkpoint writes and
-renames. At the end every number of metrics.jsonl (but the speeds), and every byte of the last
+imported. Of N kills, number k falls once the run has got through k/N of its steps: in the next
+start-up, among the steps after that, or while the next checkpoint is written or an old one
+deleted. At the end every number of metrics.jsonl (but the speeds), and every byte of the last
 checkpoint's tensors and data positions, must be those of the run that never stopped. The exit code
 is 1 where they are not.
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -24,8 +26,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 from kru_triton.train import checkpoints, lm
+from kru_triton.train.logger import read_rows
+from kru_triton.train.run_directory import commit, versions
 
 TINY = (
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
@@ -45,17 +51,32 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--stream", choices=("json", "parquet", "text"), help="kind of shards")
+    parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--data", default="", help="as of train/lm.py; default: text made up here")
     parser.add_argument("--flags", default="", help="further flags of train/lm.py")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, help="append a row to this file")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if not args.data:
-            args.data = f"text:{write_corpus(Path(folder))}/*.txt"
-        flags = [*shlex.split(TINY), *shlex.split(args.flags), "--data", args.data]
-        flags += ["--steps", str(args.steps)]
-        report = kill_and_compare(Path(folder), flags, args.kills, args.processes, args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = ["--data", args.data]
+        if args.stream:
+            data = write_stream(write_corpus(folder), folder, args.stream, args.shards)
+        elif not args.data:
+            data = ["--data", f"text:{write_corpus(folder)}/*.txt"]
+        flags = [*shlex.split(TINY), *data, "--steps", str(args.steps), *shlex.split(args.flags)]
+        report = kill_and_compare(folder, flags, args.kills, args.processes, args.seed)
+    report |= {
+        "command": shlex.join(["python", "tests/kill_harness.py", *sys.argv[1:]]),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
     print(json.dumps(report))
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(json.dumps(report) + "\n")
     sys.exit(1 if report["differences"] or report["kills"] < args.kills else 0)
 
 
@@ -68,6 +89,28 @@ def write_corpus(folder: Path) -> Path:
         text = " ".join(draw.choice(words, 1000)) + "\n"
         (folder / "corpus" / f"{number}.txt").write_text(text)
     return folder / "corpus"
+
+
+def write_stream(corpus: Path, folder: Path, kind: str, shards: int) -> list[str]:
+    """The corpus in documents of 20 words, dealt to `shards` files; the flags that read them.
+
+    In text a file is a document, and the files are given twice, as two sources: a single one would
+    be read into memory. The corpus' first file is the validation text.
+    """
+    first, *others = sorted(corpus.glob("*.txt"))
+    words = " ".join(path.read_text() for path in others).split()
+    texts = [" ".join(words[at : at + 20]) for at in range(0, len(words), 20)]
+    for number in range(shards):
+        part, path = texts[number::shards], folder / f"{number}.{kind}"
+        if kind == "parquet":
+            parquet.write_table(pyarrow.table({"text": part}), path, row_group_size=11)
+        elif kind == "json":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        else:
+            path.write_text("\n".join(part))
+    spec = f"{kind}:{folder}/*.{kind}"
+    data = ["--data", f"2:{spec}", "--data", f"1:{spec}"] if kind == "text" else ["--data", spec]
+    return [*data, "--valid", f"text:{first}"]
 
 
 class Leg:
@@ -123,20 +166,21 @@ class Leg:
         """Whether start-up is over: config.json is then written anew."""
         return self.settings.exists() and self.settings.stat().st_ino != self.settings_before
 
-    def has_logged(self) -> bool:
-        """Whether this leg has added a row to metrics.jsonl."""
-        rows = self.run_dir / "metrics.jsonl"
-        return self.has_begun() and rows.exists() and rows.stat().st_size > self.rows_before
+    def has_logged(self, step: int = 0) -> bool:
+        """Whether this leg has added a row of this step or a later one to metrics.jsonl."""
+        path = self.run_dir / "metrics.jsonl"
+        if not self.has_begun() or not path.exists() or path.stat().st_size <= self.rows_before:
+            return False
+        rows = read_rows(path)
+        return bool(rows) and rows[-1]["step"] >= step
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written or deleted."""
+        return any((self.run_dir / "checkpoints").glob(".tmp-*"))
 
     def wait_for_step(self, step: int) -> None:
         """Until metrics.jsonl has a row of this step or a later one."""
-        path = self.run_dir / "metrics.jsonl"
-
-        def there() -> bool:
-            rows = path.read_text().splitlines() if path.exists() else []
-            return bool(rows) and json.loads(rows[-1])["step"] >= step
-
-        assert self.wait_until(there), self.output()
+        assert self.wait_until(lambda: self.has_logged(step)), self.output()
 
     def kill(self, victim: int) -> list[int]:
         """SIGKILL one process, SIGTERM to the others as torchrun does; all must end in a minute."""
@@ -174,29 +218,42 @@ def kill_and_compare(folder: Path, flags: list[str], kills: int, processes: int,
     start_up = whole.wait_until(whole.has_begun)
     seconds = whole.wait_until(lambda: (folder / "whole" / "summary.json").exists()) - start_up
     assert whole.wait() == [0] * processes, whole.output()
+    summary = json.loads((folder / "whole" / "summary.json").read_text())
+    steps, number_of_writes = summary["steps"], whole.output().count("checkpoint step-")
+    step_seconds, write_seconds = seconds / steps, summary["checkpoint_s"] / number_of_writes
 
     draw = np.random.default_rng(seed)
-    steps, survivors = [], []
-    while True:
+    done, survivors = [], []
+    for number in range(kills):
         leg = Leg(flags, folder / "killed", processes)
-        if len(steps) < kills:
-            # From the start on, or from the end of start-up, or from the first row of metrics.jsonl
-            since, window = None, start_up
-            if draw.uniform() < 0.8:
-                since = leg.has_begun if draw.uniform() < 0.4 else leg.has_logged
-                window = seconds / kills
-            moment = (leg.wait_until(since) if since else 0.0) + draw.uniform(0, window)
-            if leg.wait_until(lambda: leg.busy() > moment):  # noqa: B023 (called at once)
-                victim = int(draw.integers(processes))
-                codes = leg.kill(victim)
-                survivors += [code for rank, code in enumerate(codes) if rank != victim]
-                steps.append(max(checkpoints.list_steps(folder / "killed"), default=0))
-                continue
-        assert leg.wait(600) == [0] * processes, leg.output()
-        break
+        kind = draw.choice(["start-up", "step", "write"], p=[0.2, 0.4, 0.4])
+        step = int(0.9 * steps * number / kills)
+        if kind == "start-up":
+            moment = draw.uniform(0, start_up)
+        else:
+            moment = leg.wait_until(lambda: leg.has_logged(step))  # noqa: B023 (called at once)
+        if kind == "step":
+            moment += draw.uniform(0, 10 * step_seconds)
+        if kind == "write":
+            leg.wait_until(leg.is_writing)
+            time.sleep(draw.uniform(0, write_seconds))
+        if not leg.wait_until(lambda: leg.busy() >= moment):  # noqa: B023 (called at once)
+            break  # it has ended
+        victim = int(draw.integers(processes))
+        codes = leg.kill(victim)
+        survivors += [code for rank, code in enumerate(codes) if rank != victim]
+        checkpoint = max(checkpoints.list_steps(folder / "killed"), default=0)
+        done.append([kind, checkpoint, leg.is_writing()])
+    last = Leg(flags, folder / "killed", processes)
+    assert last.wait(600) == [0] * processes, last.output()
     return {
-        "kills": len(steps),
-        "checkpoint_at_kill": steps,
+        "kills": len(done),
+        "processes": processes,
+        "in": {
+            kind: sum(kill[0] == kind for kill in done) for kind in ("start-up", "step", "write")
+        },
+        "write_cut": sum(kill[2] for kill in done),
+        "checkpoint_at_kill": [kill[1] for kill in done],
         "exit_codes_of_survivors": survivors,
         "differences": differences(folder / "whole", folder / "killed"),
     }

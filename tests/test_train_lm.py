@@ -356,6 +356,14 @@ def test_resume_must_and_never(tmp_path, corpus, monkeypatch, capsys):
     assert checkpoints.load_latest(tmp_path / "run" / "old-1")[0].trainer["step"] == 3
 
 
+def test_what_a_run_remembers_of_its_data_is_set_aside_with_it(tmp_path, corpus, monkeypatch):
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--steps", 2]
+    assert run_in_process(monkeypatch, *flags, "--tokenizer", "bpe:20") == 0
+    assert run_in_process(monkeypatch, *flags, "--resume", "never") == 0
+    assert (tmp_path / "run" / "old-1" / "data.json").exists()
+    assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
+
+
 def test_data_that_ends_stops_with_a_checkpoint_that_loses_nothing(
     tmp_path, corpus, monkeypatch, capsys
 ):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kill_harness import TINY, Leg, differences, kill_and_compare, write_corpus
+from kill_harness import TINY, Leg, differences, kill_and_compare, write_corpus, write_stream
 
 from kru_triton.train import checkpoints
 
@@ -58,16 +58,6 @@ def assert_same_curve(run_dir, whole):
 # Killed at random moments
 
 
-def write_shards(corpus, folder, count):
-    """The corpus' lines of 20 words each, as JSON documents, dealt to `count` files."""
-    words = " ".join(path.read_text() for path in sorted(corpus.glob("*.txt"))).split()
-    texts = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
-    for shard in range(count):
-        lines = [json.dumps({"text": text}) + "\n" for text in texts[shard::count]]
-        (folder / f"{shard}.jsonl").write_text("".join(lines))
-    return f"json:{folder}/*.jsonl"
-
-
 @pytest.mark.parametrize(
     ("kills", "processes", "shards", "more"),
     [
@@ -80,8 +70,10 @@ def write_shards(corpus, folder, count):
     ids=["memory", "two", "bpe-1-shard", "two-5-shards", "bpe-2-workers-2-shards"],
 )
 def test_random_kills_change_no_digit(tmp_path, corpus, kills, processes, shards, more):
-    data = write_shards(corpus, tmp_path, shards) if shards else f"text:{corpus}/*.txt"
-    settings = [*shlex.split(TINY), *more.split(), "--data", data]
+    data = ["--data", f"text:{corpus}/*.txt"]
+    if shards:
+        data = write_stream(corpus, tmp_path, "json", shards)
+    settings = [*shlex.split(TINY), *more.split(), *data]
     settings += ["--steps", str(40 + 5 * kills)]
     report = kill_and_compare(tmp_path, settings, kills, processes, seed=kills)
     assert report["kills"] == kills
@@ -139,7 +131,7 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(
 
 
 def test_streams_refuse_another_number_of_processes(tmp_path, corpus):
-    settings = [*EXACT, "--data", write_shards(corpus, tmp_path, 2), "--steps", "3"]
+    settings = [*EXACT, *write_stream(corpus, tmp_path, "json", 2), "--steps", "3"]
     assert Leg([*settings, "--batch-size", 2], tmp_path / "run", 2).wait() == [0, 0]
     leg = Leg([*settings, "--batch-size", 4], tmp_path / "run")
     assert leg.wait() == [2]

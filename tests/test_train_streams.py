@@ -356,12 +356,15 @@ def test_faults_lose_nothing_and_change_nothing(tmp_path, quick_retries, kind, c
     write_shards(tmp_path, texts, 3, kind)
     draw = np.random.default_rng(3)
     faults = [503, 429, 500, "drop", "short", "cut", "long", "garbage", "no-range"]
-    spell = []  # faults to come in a row
+    spell, made = [], set()  # faults to come in a row; those that were made
 
     def fault(path, begin, end):
         if not spell and draw.random() < 0.4:
             spell.extend(draw.choice(len(faults), draw.integers(1, 5)))
-        return faults[spell.pop()] if spell else None
+        if not spell:
+            return None
+        made.add(faults[spell[-1]])
+        return faults[spell.pop()]
 
     with serve(FileServer(tmp_path)) as server:
         reader = "parquet" if kind == "parquet" else "json"
@@ -373,11 +376,12 @@ def test_faults_lose_nothing_and_change_nothing(tmp_path, quick_retries, kind, c
         server.fault = fault
         assert_equal(read_batches(streams.StreamBatches(plan, 4, 200), 40), calm)
         epochs = 0
-        while server.faults < 100:
+        while server.faults < 200:
             (read,) = read_epochs(plan)
             assert sorted(read) == sorted(texts)
             epochs += 1
         assert epochs >= 1
+        assert made == set(faults)
     assert "; again in 0 s" in capfd.readouterr().err
 
 

@@ -22,6 +22,7 @@ RUN_FILES = (
     "config.json",
     "metrics.jsonl",
     "summary.json",
+    "data.json",
     "tokenizer.json",
     "checkpoints",
     "wandb",
