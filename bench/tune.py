@@ -16,7 +16,8 @@ shows a better one.
     occupancy  beta in registers or from L1, next row in registers, at 32x32
     warps      one warp or several per program, from 32x32 on
     fused      weight gradients inside the adjoint's loop
-    weights    tiles per block and warps of the weight gradient
+    weights    warps of the weight gradient, and programs that share one
+    wide       blocks, pipeline depth and warps where a factor is streamed
     accuracy   errors against float64 after many steps, in both precisions
     shared     factors in shared memory or in registers, 1 to 16 warps per processor
 """
@@ -162,8 +163,9 @@ class Bench:
         return (4, 4) if self.quick else (P, Q)
 
 
-def mma(bench: Bench) -> None:
-    """How long does a 16x16x16 bfloat16 product take one warp, alone and beside others?"""
+def chain_kernel():
+    """Products that wait for one another, in CHAINS that do not; their sums begin apart, since
+    the compiler would make one of equal ones."""
     import triton
     import triton.language as tl
 
@@ -172,9 +174,9 @@ def mma(bench: Bench) -> None:
         i = tl.arange(0, 16)
         a = (i[:, None] == i[None, :]).to(tl.bfloat16)
         acc = tl.zeros((16, 16), tl.float32)
-        acc2 = tl.zeros((16, 16), tl.float32)
-        acc3 = tl.zeros((16, 16), tl.float32)
-        acc4 = tl.zeros((16, 16), tl.float32)
+        acc2 = acc + 1.0
+        acc3 = acc + 2.0
+        acc4 = acc + 3.0
         for _ in range(steps):
             acc = tl.dot(a, a, acc)
             if CHAINS > 1:
@@ -184,6 +186,12 @@ def mma(bench: Bench) -> None:
         out = acc + acc2 + acc3 + acc4
         tl.store(p_out + tl.program_id(0) * 256 + i[:, None] * 16 + i[None, :], out)
 
+    return chain
+
+
+def mma(bench: Bench) -> None:
+    """How long does a 16x16x16 bfloat16 product take one warp, alone and beside others?"""
+    chain = chain_kernel()
     steps = 4 if bench.quick else 20000
     for warps, chains in itertools.product(bench.sizes(1, 4, 8, 16), (1, 4)):
         programs = bench.processors * warps
@@ -194,7 +202,7 @@ def mma(bench: Bench) -> None:
                 chain[(programs,)](out, steps, CHAINS=chains, num_warps=1)
 
             run()
-            if not (out.diagonal(dim1=1, dim2=2) == steps * chains).all():
+            if not (out.diagonal(dim1=1, dim2=2) == steps * chains + 6).all():
                 raise AssertionError("the chain of products is wrong")
             return run, None
 
@@ -296,13 +304,25 @@ def fused(bench: Bench) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """How many tiles per block, and how many warps, for the weight gradient?"""
-    settings = [{}] + [
-        {"R": r, "num_warps": w, "maxnreg": None} for r in (1, 2, 4) for w in (1, 2, 4)
-    ]
+    """How many warps, and programs that share the rows of dA or dB, for the weight gradient?"""
+    warps = [{}, *({"num_warps": n, "maxnreg": None} for n in (1, 2, 4, 8))]
+    shared = [{}, *({"SLICES": n} for n in (1, 2, 4)), {"num_warps": 4}, {"num_warps": 8}]
     for P, Q in ((16, 16), (16, 32), (32, 32)):
         for B in bench.sizes(256, 1024):
-            bench.race("weights", "weight_grad", B, *bench.shape(P, Q), settings)
+            bench.race("weights", "weight_grad", B, *bench.shape(P, Q), warps)
+    for P, Q in ((32, 64), (64, 64)):  # dA and dB are apart
+        for B in bench.sizes(64, 256):
+            bench.race("weights", "weight_grad", B, *((4, 64) if bench.quick else (P, Q)), shared)
+
+
+def wide(bench: Bench) -> None:
+    """Which blocks of a streamed factor, how deep a pipeline, how many warps?"""
+    settings = [{}, *({"BLOCK": n} for n in (32, 64)), *({"num_stages": n} for n in (2, 4)),
+                *({"num_warps": n} for n in (4, 8))]  # fmt: skip
+    for P, Q in ((256, 16), (2, 512)):
+        for B in bench.sizes(64, 512):
+            for kernel in ("forward", "backward"):
+                bench.race("wide", kernel, B, *((256, 1) if bench.quick else (P, Q)), settings)
 
 
 def accuracy(bench: Bench) -> None:
@@ -349,7 +369,19 @@ def shared(bench: Bench) -> None:
 
 EXPERIMENTS: dict[str, Callable[[Bench], None]] = {
     f.__name__: f
-    for f in (latency, prefetch, accuracy, warps, weights, occupancy, shared, mma, tf32, fused)
+    for f in (
+        latency,
+        prefetch,
+        accuracy,
+        warps,
+        weights,
+        wide,
+        occupancy,
+        shared,
+        mma,
+        tf32,
+        fused,
+    )
 }
 
 
