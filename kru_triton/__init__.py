@@ -2,6 +2,7 @@
 
 from kru_triton import diagnostics
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
+from kru_triton.linear_scan import kru_linear_scan
 from kru_triton.lstm import KRULSTM
 from kru_triton.lstm_scan import kru_lstm_scan, why_not_triton_lstm
 from kru_triton.modules import KRU, KRUCell
@@ -19,6 +20,7 @@ __all__ = [
     "kron_dense",
     "kron_matvec",
     "kru_embedding_scan",
+    "kru_linear_scan",
     "kru_lstm_scan",
     "kru_scan",
     "kru_step",
