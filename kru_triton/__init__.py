@@ -1,6 +1,7 @@
 """Kronecker Recurrent Units: the operation, the layers, the algebra and the diagnostics."""
 
 from kru_triton import diagnostics
+from kru_triton.convert import from_torch
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
 from kru_triton.linear_scan import kru_linear_scan
 from kru_triton.lstm import KRULSTM
@@ -16,6 +17,7 @@ __all__ = [
     "KRULSTM",
     "KRUCell",
     "diagnostics",
+    "from_torch",
     "group_factors",
     "kron_dense",
     "kron_matvec",
