@@ -11,6 +11,7 @@ Sections:
     layer    a full KRU layer against torch.nn.LSTM, GRU and RNN
     profile  operations per time step, and where the time goes
     growth   time against length, batch, size and number of factors; exponents of the growth
+    linear   without a nonlinearity: the loop, blocks of time side by side, and eigenvectors
 
 Results are checked against the loop in float64 on the shapes that are timed, before the timing.
 Rivals take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
@@ -38,14 +39,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kru_triton
 from bench import harness
-from kru_triton import KRU, kru_scan, torch_backend, unitary_
+from kru_triton import KRU, kru_linear_scan, kru_scan, torch_backend, unitary_
 from kru_triton.kronecker import group_factors
 from kru_triton.reference import kru_scan_reference
 
 BENCH = "cpu"
-SECTIONS = ("scan", "memory", "layer", "profile", "growth")
+SECTIONS = ("scan", "memory", "layer", "profile", "growth", "linear")
 SHAPES = [(32, 128, (32, 32)), (32, 1020, (2,) * 7)]  # (B, T, sizes of square factors)
 QUICK_SHAPES = [(4, 16, (4, 4)), (4, 20, (2, 2, 2))]
+LINEAR_SHAPES = [
+    (batch, length, sizes)
+    for sizes in ((16, 16), (32, 32))
+    for batch, length in ((1, 128), (1, 1024), (1, 4096), (8, 1024), (32, 128), (32, 512))
+]
 IMPLEMENTATIONS = {
     "torch": lambda *a, **k: kru_scan(*a, **k, backend="torch"),
     "loop": kru_scan_reference,
@@ -483,6 +489,100 @@ def exponent(values, times):
     return ((x * y).sum() / (x * x).sum()).item()
 
 
+# linear
+
+
+def loop_scan(x, factors):
+    return kru_scan(x, factors, nonlinearity="identity", backend="torch")[0]
+
+
+def block_scan(x, factors):
+    return kru_linear_scan(x, factors, backend="torch")[0]
+
+
+def eigen_scan(x, factors):
+    """By the eigenvectors of A and B (in float64): N scalar recurrences, in blocks of time."""
+    batch, length, features = x.shape
+    a, b = (torch.complex(*w.detach()[:, 0].double()) for w in group_factors(factors))
+    (a, va), (b, vb) = torch.linalg.eig(a), torch.linalg.eig(b)
+    kind = torch.complex64 if x.dtype == torch.float32 else torch.complex128
+    eigenvalues = (a[:, None] * b).flatten().to(kind)
+    va, vb, va_inverse, vb_inverse = (w.to(kind) for w in (va, vb, va.inverse(), vb.inverse()))
+    h = torch.complex(x[..., : features // 2], x[..., features // 2 :]).view(-1, len(a), len(b))
+    h = va_inverse @ (h @ vb_inverse.T)
+    block = 1 << length.bit_length() // 2
+    h = h.view(batch, length // block, block, -1)
+    for t in range(1, block):
+        h[:, :, t].addcmul_(h[:, :, t - 1], eigenvalues)
+    powers = eigenvalues.expand(block, -1).cumprod(0)
+    for j in range(1, length // block):
+        h[:, j].addcmul_(powers, h[:, j - 1, -1:])
+    h = (va @ (h.view(-1, len(a), len(b)) @ vb.T)).view(batch, length, -1)
+    return torch.cat((h.real, h.imag), -1)
+
+
+def near_defective(size, off):
+    """Planar (2, 1, size, size): 0.9 on the diagonal, `off` above it and 1e-6 below."""
+    w = 0.9 * torch.eye(size) + torch.diag_embed(torch.full((size - 1,), off), 1)
+    w += torch.diag_embed(torch.full((size - 1,), 1e-6), -1)
+    return torch.stack((w, torch.zeros_like(w)))[:, None]
+
+
+def linear_errors(table, length):
+    """Relative error of h against the loop in float64; A more and more defective, B unitary."""
+    torch.manual_seed(0)
+    x, b = torch.randn(2, length, 32), unitary_(torch.empty(2, 1, 4, 4))
+    for name, a in {
+        "0.97 of unitary": 0.97 * unitary_(torch.empty(2, 1, 4, 4)),
+        **{f"0.9 I + {off:g} above": near_defective(4, off) for off in (1e-6, 1e-4, 1e-2, 0.1)},
+    }.items():
+        exact = loop_scan(x.double(), [a.double(), b.double()])
+        condition = torch.linalg.cond(torch.linalg.eig(a[0, 0].double())[1]).item()
+        errors = {
+            scan.__name__: ((scan(x, [a, b]) - exact).norm() / exact.norm()).item()
+            for scan in (loop_scan, block_scan, eigen_scan)
+        }
+        table.add(
+            "linear",
+            f"linear error A = {name}",
+            f"condition {condition:.1e}   " + "   ".join(f"{k} {v:.1e}" for k, v in errors.items()),
+            condition=condition,
+            errors=errors,
+        )
+
+
+def bench_linear(table, quick):
+    table.title("linear: relative error of h in float32; condition of the eigenvectors of A")
+    linear_errors(table, 64 if quick else 1024)
+    table.title("linear: forward, and forward + backward; ratio = loop / this")
+    for shape in [(1, 16, (4, 4))] if quick else LINEAR_SHAPES:
+        x, factors, _, dh, _ = problem(*shape)
+
+        def forward(scan, x=x, factors=factors):
+            with torch.no_grad():
+                return scan(x, factors)
+
+        def both(scan, x=x, factors=factors, dh=dh):
+            return torch.autograd.grad(scan(x, factors), (x, *factors), dh)
+
+        for direction, function, scans in (
+            ("forward", forward, (loop_scan, block_scan, eigen_scan)),
+            ("both", both, (loop_scan, block_scan)),
+        ):
+            candidates = {scan.__name__: lambda s=scan, f=function: f(s) for scan in scans}
+            times = interleaved(candidates, 2 if quick else 5)
+            for name, ms in times.items():
+                table.add_times(
+                    "linear",
+                    f"linear {direction} {shape_name(*shape)} {name}",
+                    ms,
+                    baseline=times["loop_scan"][1],
+                    implementation=name,
+                    direction=direction,
+                    shape=shape_name(*shape),
+                )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench cpu",
@@ -520,6 +620,7 @@ def main(argv=None):
         "layer": bench_layer,
         "profile": bench_profile,
         "growth": bench_growth,
+        "linear": bench_linear,
     }
     for section in options.only:
         functions[section](table, options.quick)

@@ -255,6 +255,18 @@ def of_direction(direction: str, *arguments) -> Prediction:
     return Prediction(sum(p.seconds for p in parts), slowest.bound)
 
 
+def linear_seconds(P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device) -> float:
+    """`kru_linear_scan`, forward + backward: the passes over blocks, those between them in float32,
+    and six copies that bring blocks together and apart."""
+    block = 1 << round(math.log2(T / 2) / 2)
+    blocks = math.ceil(T / block)
+    rows = P, Q, dtype, B * blocks, block, heads, device
+    passes = [predict("forward", *rows)] * 3 + [predict(k, *rows) for k in PASSES if k != "forward"]
+    passes += [predict("forward", P, Q, "fp32", B, blocks, heads, device)] * 2
+    copies = 6 * 2 * 2 * P * Q * ITEMSIZE[dtype] * heads * B * T / device.bandwidth
+    return sum(p.seconds for p in passes) + copies
+
+
 def device_of(name: str) -> Device | None:
     """The known device whose name the driver's name contains."""
     return next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
@@ -318,9 +330,19 @@ def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
         f"Kronecker LSTM on {device.match}, {what}, its input projection given",
         "",
         *table(device, gpus, T, dtype, "lstm"),
-        "",
-        "growth of kru_scan forward + backward from 32x32, per doubling (2 is linear)",
     ]
+    lines += [
+        "",
+        f"without a nonlinearity, T={4 * T}: kru_scan / kru_linear_scan, forward + backward",
+    ]
+    for P, Q in ((16, 16), (32, 32)):
+        ratios = {
+            B: of_direction("both", P, Q, dtype, B, 4 * T, 1, device).seconds
+            / linear_seconds(P, Q, dtype, B, 4 * T, 1, device)
+            for B in batches
+        }
+        lines.append(f"  {P}x{Q}: " + "; ".join(f"B={B} {r:.1f}x" for B, r in ratios.items()))
+    lines += ["", "growth of kru_scan forward + backward from 32x32, per doubling (2 is linear)"]
     for B in (16, 2048):
 
         def seconds(B=B, T=T, P=32, Q=32, heads=1):

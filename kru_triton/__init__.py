@@ -1,7 +1,9 @@
 """Kronecker Recurrent Units: the operation, the layers, the algebra and the diagnostics."""
 
 from kru_triton import diagnostics
+from kru_triton.convert import from_torch
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
+from kru_triton.linear_scan import kru_linear_scan
 from kru_triton.lstm import KRULSTM
 from kru_triton.lstm_scan import kru_lstm_scan, why_not_triton_lstm
 from kru_triton.modules import KRU, KRUCell
@@ -15,10 +17,12 @@ __all__ = [
     "KRULSTM",
     "KRUCell",
     "diagnostics",
+    "from_torch",
     "group_factors",
     "kron_dense",
     "kron_matvec",
     "kru_embedding_scan",
+    "kru_linear_scan",
     "kru_lstm_scan",
     "kru_scan",
     "kru_step",

@@ -52,6 +52,7 @@ class LanguageModelConfig:
     field: Literal["complex", "real"] = "complex"
     nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "relu"
     radius: float = 1.0  # KRU: the recurrent matrix starts as this times a unitary one
+    time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     context_length: int = 256  # transformer: how many earlier positions are attended to
     recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
@@ -291,6 +292,7 @@ class _KRUMixer(nn.Module):
             num_heads=config.num_heads,
             field=config.field,
             nonlinearity=config.nonlinearity,
+            time_parallel=config.time_parallel,
             backend=config.backend,
             precision=config.precision,
         )

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.checkpoint import checkpoint
 
 from kru_triton.kronecker import factor_shapes, kron_dense
+from kru_triton.linear_scan import kru_linear_scan
 from kru_triton.nonlinearity import check_nonlinearity
 from kru_triton.scan import (
     BACKENDS,
@@ -346,6 +347,7 @@ class KRU(RecurrentLayers):
             all layers run in chunks of k steps, each computed again in the backward (with
             directions, each direction of each layer by itself). 0: keep every state. Gradients
             differ by the rounding of their sums.
+        time_parallel: with "identity", run blocks of time side by side, `kru_linear_scan`.
         backend, precision: as in `kru_scan`.
         device, dtype: of the parameters.
 
@@ -374,6 +376,7 @@ class KRU(RecurrentLayers):
         dropout: float = 0.0,
         bidirectional: bool = False,
         recompute: int = 0,
+        time_parallel: bool = False,
         backend: str = "auto",
         precision: str = "auto",
         device=None,
@@ -397,6 +400,29 @@ class KRU(RecurrentLayers):
             backend=backend,
             precision=precision,
         )
+        if not isinstance(time_parallel, bool):
+            raise TypeError(f"time_parallel: must be a bool, got {type(time_parallel).__name__}")
+        if time_parallel and nonlinearity != "identity":
+            raise ValueError(
+                "time_parallel: only a recurrence without nonlinearity can run in parallel over "
+                f"time, got {nonlinearity!r}; set nonlinearity='identity'"
+            )
+        self.time_parallel = time_parallel
+
+    def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, table=None):
+        if not self.time_parallel:
+            return super()._scan(x, suffix, h_0, reset, lengths, table)
+        x_proj = self._project(x, suffix) if table is None else nnf.embedding(x, table)
+        h, h_n = kru_linear_scan(
+            x_proj.transpose(0, 1),
+            self._factors(suffix),
+            h_0,
+            reset=reset,
+            lengths=lengths,
+            backend=self.backend,
+            precision=self.precision,
+        )
+        return h.transpose(0, 1), h_n
 
     def beta(self, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The modReLU threshold `(hidden_size,)`, None for other nonlinearities."""

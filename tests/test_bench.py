@@ -19,7 +19,7 @@ from bench import __main__ as front
 from bench import cpu, decode, harness, rnn_kernels, train_step, tune
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = {"scan", "memory", "layer", "calls", "profile", "growth", "exponent"}
+SECTIONS = {"scan", "memory", "layer", "calls", "profile", "growth", "exponent", "linear"}
 
 
 def rows_in(folder):

@@ -89,6 +89,8 @@ class Config:
     """Nonlinearity of the recurrence."""
     radius: float = 1.0
     """The recurrent matrix starts as this times a unitary one."""
+    time_parallel: bool = False
+    """With --nonlinearity identity: run blocks of time side by side (for a GPU and few lanes)."""
     gated: bool = True
     """Multiply the recurrence's output by a gate of the input."""
     mlp_ratio: float = 2.0
