@@ -32,15 +32,17 @@ test: $(VENV)/.ok
 #   make gpu            everything, in order of worth
 #   make gpu PART=2     one part; each stops in time for a limit of ten minutes a call, and the same
 #                       call again goes on where it stopped
+#   make gpu DEVICE=cpu QUICK=--quick   all of it on toy sizes, rows to build/bench
 # 1 GPU tests, 2 kernels against rivals, 3 tuning, 4 training steps, 5 decoding, 6 a training run.
 # All rows go to OUT (keep its files, or put them into bench/results, to go on from them); they name
-# the commit, which a copy without git is told by BENCH_COMMIT=hash. A machine
+# the commit, which a copy without git is told by BENCH_COMMIT=hash. Part 1 has no rows: what it
+# compiled is in triton's cache the next time. A machine
 # without train/lm.py's packages takes them as wheels: make gpu PART=6 WHEELS=folder
-OUT ?= bench/results
+QUICK ?=
+OUT ?= $(if $(QUICK),build/bench,bench/results)
 PART ?= 1 2 3 4 5 6
 DEVICE ?= auto
 MINUTES ?= 8
-QUICK ?=
 SITE := build/wheels
 BENCH := PYTHONPATH=$(SITE) $(PYTHON) -m bench
 FLAGS = --device $(DEVICE) --out $(OUT) $(QUICK)
@@ -51,10 +53,10 @@ gpu-setup:
 	  || $(PYTHON) -m pip install -q --no-deps --no-build-isolation -e . \
 	  || { ln -sfn ../kernels kru_triton/kernels && ln -sfn ../train kru_triton/train; }
 
-GPU_TESTS := $(addprefix tests/test_,kernels.py kernels_lstm.py dispatch.py lstm.py)
+GPU_TESTS := kernels kernels_lstm dispatch lstm
 
 gpu-test: gpu-setup
-	$(PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS:%=tests/test_%.py) $(ARGS)
 
 # every part runs, whatever another one's end; the table comes last
 gpu: gpu-setup
@@ -63,9 +65,13 @@ gpu: gpu-setup
 	  $(BENCH) --table --device $(DEVICE) --out $(OUT); \
 	  test -z "$$failed" || { echo "failed parts:$$failed"; exit 1; }
 
+# files side by side: most of their time is the compiler's
 gpu-part-1:
-	timeout 560 $(PYTHON) -m pytest -m gpu $(GPU_TESTS) \
-	  -q --junitxml $(OUT)/gpu-tests.xml $(ARGS); code=$$?; test $$code = 5 || exit $$code
+	$(MAKE) -k -j4 --output-sync --no-print-directory $(GPU_TESTS:%=gpu-file-%)
+
+gpu-file-%:
+	timeout -k 20 -s INT 550 $(PYTHON) -m pytest -m gpu tests/test_$*.py \
+	  -q --junitxml $(OUT)/gpu-tests-$*.xml $(ARGS); code=$$?; test $$code = 5 || exit $$code
 
 gpu-part-2:
 	$(BENCH) kernels $(FLAGS) --minutes $(MINUTES) $(ARGS)
@@ -80,7 +86,7 @@ gpu-part-5:
 	$(BENCH) decode $(FLAGS) --minutes $(MINUTES) $(ARGS)
 
 # without WHEELS a loop on torch alone; with it train/lm.py itself
-LEARN ?= 2
+LEARN ?= 1.75
 gpu-part-6:
 ifdef WHEELS
 	$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl

@@ -212,11 +212,12 @@ class Results:
         known = {p: read_rows(p) for p in {self.path, RESULTS / self.path.name}}
         self.done = set()
         if not options.again and not self.facts["commit"].endswith("-dirty"):
+            # failed ones too: what breaks the device's context must not stop every later run
             self.done = {
                 (row["bench"], row["name"])
                 for rows in known.values()
                 for row in rows
-                if row["commit"] == self.facts["commit"] and row["status"] != "failed"
+                if row["commit"] == self.facts["commit"] and row.get("quick", False) == self.quick
             }
         print(" · ".join(f"{k} {v}" for k, v in self.facts.items() if k != "command" and v))
 
@@ -321,7 +322,9 @@ class Candidate:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Of the allocator, or as the driver, cuDNN and cuBLAS report it."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def reason_of(error: BaseException) -> str:
@@ -358,8 +361,11 @@ class Clock:
         return events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2])
 
 
-def captured(function: Callable) -> tuple:
-    """`function` as a CUDA graph: (replay, the finite tensors that a replay fills)."""
+def captured(function: Callable) -> Callable:
+    """`function` as a CUDA graph: a call replays it and returns the tensors that it fills.
+
+    The replay keeps `function`: the graph reads its inputs where they were, and holds none of them.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -369,10 +375,14 @@ def captured(function: Callable) -> tuple:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = function()
-    graph.replay()
-    if not all(torch.isfinite(tensor).all() for tensor in kept):
+
+    def replay(_inputs=function):
+        graph.replay()
+        return kept
+
+    if not all(torch.isfinite(tensor).all() for tensor in replay()):
         raise AssertionError("the replayed graph's result is not finite")
-    return graph.replay, kept
+    return replay
 
 
 def quantiles(ms: list[float]) -> dict:
@@ -453,7 +463,8 @@ def race(
                 before = torch.cuda.memory_allocated(device)
             clock(*functions)  # compiles, and fills the allocator
             if device.type == "cuda":
-                peaks[id(candidate)] = torch.cuda.max_memory_allocated(device) - before
+                # a graph allocated its memory when it was captured: None
+                peaks[id(candidate)] = torch.cuda.max_memory_allocated(device) - before or None
             first[id(candidate)] = sum(clock(*functions))
             ready[id(candidate)] = (candidate, functions, [])
         except Exception as error:  # whatever a rival or a compiler raises is its row's reason
@@ -492,6 +503,7 @@ def race(
                 **values,
             )
     ready.clear()
+    functions = None  # the last candidate's memory
     for candidate in too_large:
         free_memory(device)
         race(results, bench, case, [candidate], device, describe, rounds, flush, alone=True)

@@ -11,10 +11,15 @@ cycles, and all programs together cannot move their bytes faster than memory doe
     time = max(waves · T · cycles / clock, bytes · B · T · heads / bandwidth)
 
 The weight-gradient kernel runs in parallel over time: its latency is hidden, its issue, tensor and
-memory times remain. Counts are the newest rows of `python -m bench compiled` for the device's
-architecture, else the budget of `bench/compiled_budget.json` (sm_90), an upper bound. Constants are
-from data sheets and from the literature (see DEVICES): they are guesses until a run of
-`python -m bench kernels` stands beside them, whose rows carry predicted_ms next to ms_p50.
+memory times remain. Where a factor is too large for a program (`kernels/wide.py`), every program
+reads it from L2 in every step, which L2's bandwidth bounds, and the weight gradients are products
+of torch, bounded by the memory that their intermediate tensors pass through. The Kronecker LSTM
+has a state, a cell and four gates of N real units each, and the work of complex factors.
+
+Counts are the newest rows of `python -m bench compiled` for the device's architecture, else the
+budget of `bench/compiled_budget.json` (sm_90), an upper bound. Constants are from data sheets and
+from the literature (see DEVICES): they are guesses until a run of `python -m bench kernels` stands
+beside them, whose rows carry predicted_ms next to ms_p50.
 
 B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
 """
@@ -30,11 +35,26 @@ from bench import harness
 from kru_triton.kernels import support
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-PASSES = {"forward": 2, "backward": 3, "weight_grad": 2}  # of a (B, T, 2·H·N) tensor
+# numbers of a batch row, step and unit that a kernel moves: (of activations, of 4 bytes); the
+# LSTM's weight gradient reads the state once for each gate, the cells are float32
+NUMBERS = {
+    "forward": (4, 0),
+    "backward": (6, 0),
+    "weight_grad": (4, 0),
+    "wide_forward": (4, 0),
+    "wide_backward": (6, 0),
+    "lstm_forward": (5, 1),
+    "lstm_backward": (10, 2),
+    "lstm_weight_grad": (8, 0),
+}
+CONTRACTED = (
+    30  # of 4 bytes, where torch computes the weight gradients: copies and complex products
+)
 # cycles beyond issue: two dependent products, packing, and the nonlinearity
 LATENCY = {"forward": 170, "backward": 210}
 BARRIER = 30  # cycles
-SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64))
+SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (256, 16))
+LSTM_SIZES = ((8, 8), (16, 16), (32, 32))
 
 
 @dataclass(frozen=True)
@@ -50,18 +70,19 @@ class Device:
     registers: int  # of 4 bytes per processor and lane of 32 (64 for AMD)
     warps: int  # resident per processor
     link: float  # bytes/s to other GPUs, one way
-    peak: float  # FLOP/s of large dense bfloat16 products
+    l2: float  # bytes/s that all processors read from L2
 
 
-# processors, clock, link, peak: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as
-# copies have been seen to run); mma_cycles: what 16x8x16 products through mma.sync are said to
-# reach, 63 % of the dense peak on Hopper, all of it on Ampere; for b200 taken as on Hopper.
+# processors, clock, link: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
+# have been seen to run); mma_cycles: what 16x8x16 products through mma.sync are said to reach, 63 %
+# of the dense peak on Hopper, all of it on Ampere; for b200 taken as on Hopper; l2: 32 bytes per
+# processor and clock (mi300x: 64, and its caches are per die).
 DEVICES = {
-    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.45, 65536, 64, 450e9, 790e12),
-    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.45, 65536, 64, 450e9, 790e12),
-    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 300e9, 280e12),
-    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 6.45, 65536, 64, 900e9, 1800e12),
-    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 448e9, 1000e12),
+    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.45, 65536, 64, 450e9, 7.6e12),
+    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.45, 65536, 64, 450e9, 7.4e12),
+    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 300e9, 4.9e12),
+    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 6.45, 65536, 64, 900e9, 8.8e12),
+    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 448e9, 4.1e13),
 }
 
 
@@ -89,15 +110,32 @@ def _budget() -> dict[str, dict]:
 
 
 def products(tile: support.Tile, kernel: str, precision: str) -> float:
-    """16x8x16 products per step of one program: 2 complex ones, or 4 for the weight gradient."""
+    """16x8x16 products per step of one program.
+
+    Two complex ones, or what is as much, two of each of four gates; twice that for the weight
+    gradient, and in the LSTM's adjoint, which computes the gates again.
+    """
     pe, qe = tile.S1 * tile.PP, tile.S2 * tile.QP
     one = 4 * math.ceil(pe / 16) * math.ceil(qe / 16)
     count = one * (math.ceil(qe / 8) + math.ceil(pe / 8))
-    return count * (2 if kernel == "weight_grad" else 1) * (3 if precision == "fp32" else 1)
+    twice = kernel in ("weight_grad", "lstm_backward")
+    return count * (2 if twice else 1) * (3 if precision == "fp32" else 1)
+
+
+def launch_options(kernel: str, P: int, Q: int, dtype: str) -> tuple[dict, dict]:
+    """Constants and launch options, from the functions that the launchers call."""
+    tile = support.Tile.of(P, Q, ITEMSIZE[dtype])
+    if kernel == "weight_grad":
+        return support.weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[:2]
+    if kernel.startswith("lstm"):
+        return support.lstm_options(tile, 1, dtype, backward="back" in kernel, nvidia=True)
+    if kernel.startswith("wide"):
+        return support.wide_options(support.Wide.of(P, Q), 1, 2, dtype, "modrelu", nvidia=True)
+    return support.compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
 
 
 def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
-    """Counts of a modReLU kernel for P·Q complex units.
+    """Counts of a modReLU or LSTM kernel for P·Q units.
 
     A size that was not compiled takes those of its padded sides, or else of the compiled size
     nearest in units, instructions in proportion to them.
@@ -105,13 +143,10 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     Raises:
         ValueError: no size of that kernel and dtype has been compiled.
     """
+    wide = kernel.startswith("wide")
     tile = support.Tile.of(P, Q, ITEMSIZE[dtype])
-    if kernel == "weight_grad":
-        constants, options, _ = support.weight_grad_options(
-            tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True
-        )
-    else:
-        constants, options = support.compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
+    constants, options = launch_options(kernel, P, Q, dtype)
+    blocks = constants["SIDE"] / constants["BLOCK"] if wide else 1  # of rows of the large factor
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
     tables = []  # by size: the one launch, or the two of dA and dB
     for table in (_compiled(arch), _budget()):
@@ -120,21 +155,23 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
             if match := pattern.fullmatch(name):
                 sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
         tables.append(sizes)
-    same = ((P, Q), (tile.PP, tile.QP), (Q, P))
+    same = ((P, Q), (tile.PP, tile.QP), (Q, P), (tile.QP, tile.PP))
     found = next((sizes[s] for sizes in tables for s in same if s in sizes), None)
     scale, warps = 1.0, options["num_warps"]
     if found is None and (sizes := tables[0] or tables[1]):
         nearest = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
         found = sizes[nearest]
-        scale = P * Q / (nearest[0] * nearest[1]) * found[0].get("warps", 1) / warps
+        before = launch_options(kernel, *nearest, dtype)[1]["num_warps"]
+        # a block of rows of the large factor costs the same, however many there are
+        scale = 1.0 if wide else P * Q / (nearest[0] * nearest[1]) * before / warps
     if found is not None:
         return Counts(
-            instructions=scale * sum(row["instructions_per_step"] for row in found),
+            instructions=scale * blocks * sum(row["instructions_per_step"] for row in found),
             mma=products(tile, kernel, dtype) / warps,
-            barriers=sum(row["barriers"] for row in found),
+            barriers=blocks * sum(row["barriers"] for row in found),
             registers=max(row["registers"] for row in found),
             warps=warps,
-            rows=tile.rows * constants.get("R", 1),
+            rows=support.Wide.of(P, Q).rows if wide else tile.rows,
         )
     raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
 
@@ -142,15 +179,40 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
-    bound: str  # latency, issue, tensor, memory
+    bound: str  # latency, issue, tensor, L2, memory
+
+
+def streams(P: int, Q: int) -> bool:
+    """Whether a factor is too large for a program."""
+    return max(P, Q) > support.MAX_HELD_SIDE
 
 
 def predict(
-    kernel: str, P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device
+    kernel: str,
+    P: int,
+    Q: int,
+    dtype: str,
+    B: int,
+    T: int,
+    heads: int,
+    device: Device,
+    kind: str = "kru",
 ) -> Prediction:
-    """Time of one launch of `kernel` ("forward", "backward" or "weight_grad")."""
-    c = counts(kernel, P, Q, dtype, device.arch)
-    memory = PASSES[kernel] * 2 * P * Q * ITEMSIZE[dtype] * heads * B * T / device.bandwidth
+    """Time of one launch of `kernel`: "forward", "backward" or "weight_grad", of a kind of layer.
+
+    Args:
+        kind: "kru" or "lstm".
+    """
+    named = f"lstm_{kernel}" if kind == "lstm" else kernel
+    units = P * Q * heads * B * T
+    if streams(P, Q) and kernel == "weight_grad":
+        return Prediction(4 * CONTRACTED * units / device.bandwidth, "memory")
+    if streams(P, Q):
+        named = f"wide_{kernel}"
+    io, full = NUMBERS[named]
+    memory = (io * ITEMSIZE[dtype] + 4 * full) * units / device.bandwidth
+    # the real weight gradients of four gates are counted as the complex ones
+    c = counts(kernel if kernel == "weight_grad" else named, P, Q, dtype, device.arch)
     issue, tensor = c.instructions, c.mma * device.mma_cycles
     busy = max(issue, tensor)
     subpartitions = 4 * device.processors
@@ -160,6 +222,10 @@ def predict(
         bound = "issue" if issue >= tensor else "tensor"
     else:
         latency = busy + LATENCY[kernel] + BARRIER * c.barriers
+        l2 = 0.0
+        if streams(P, Q):
+            factor = 2 * support.Wide.of(P, Q).side ** 2 * 2 * (2 if dtype == "fp32" else 1)
+            l2 = factor * programs * T / device.l2
         held = max(
             1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))
         )
@@ -172,6 +238,8 @@ def predict(
                 bound = "issue" if issue >= tensor else "tensor"
             seconds += T * max(latency, warps * busy) / device.clock
             left -= resident
+        if l2 > seconds:
+            seconds, bound = l2, "L2"
     return Prediction(memory, "memory") if memory > seconds else Prediction(seconds, bound)
 
 
@@ -192,12 +260,12 @@ def device_of(name: str) -> Device | None:
     return next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
 
 
-def predicted_ms(direction, P, Q, dtype, B, T, heads, name: str) -> float | None:
+def predicted_ms(direction, P, Q, dtype, B, T, heads, name: str, kind="kru") -> float | None:
     """For a row of `python -m bench kernels`; None on a device that the model does not know."""
     device = device_of(name)
     if device is None:
         return None
-    return 1e3 * of_direction(direction, P, Q, dtype, B, T, heads, device).seconds
+    return 1e3 * of_direction(direction, P, Q, dtype, B, T, heads, device, kind).seconds
 
 
 def all_reduce_seconds(parameters: int, gpus: int, device: Device) -> float:
@@ -205,37 +273,54 @@ def all_reduce_seconds(parameters: int, gpus: int, device: Device) -> float:
     return 2 * (gpus - 1) / gpus * 4 * parameters / device.link
 
 
-def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
-    """The tables of the command."""
-    batches = (1, 16, 64, 256, 1024, 4096)
+BATCHES = (1, 16, 64, 256, 1024, 4096)
+
+
+def table(device: Device, gpus: int, T: int, dtype: str, kind: str) -> list[str]:
+    """Times of every size and batch, and from which batch on memory is the limit."""
     lines = [
-        f"kru_scan on {device.match}, {gpus} GPU, {dtype}, modReLU, T={T}, one head: ms of forward "
-        "+ backward with weight gradients, and what bounds most of it",
-        f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
-        "budget of sm_90)",
-        "",
-        "| factors | " + " | ".join(f"B={b}" for b in batches) + " | memory-bound from B |",
-        "|---" * (len(batches) + 2) + "|",
+        "| factors | " + " | ".join(f"B={b}" for b in BATCHES) + " | memory-bound from B |",
+        "|---" * (len(BATCHES) + 2) + "|",
     ]
-    for P, Q in SIZES:
+    for P, Q in SIZES if kind == "kru" else LSTM_SIZES:
+        shape = (P, Q, dtype)
+        numbers = 2 * (P * P + Q * Q) + P * Q if kind == "kru" else 4 * (P * P + Q * Q)
+        reduce = all_reduce_seconds(numbers, gpus, device)
         cells = []
-        for B in batches:
-            p = of_direction("both", P, Q, dtype, math.ceil(B / gpus), T, 1, device)
-            reduce = all_reduce_seconds(2 * (P * P + Q * Q) + P * Q, gpus, device)
+        for B in BATCHES:
+            p = of_direction("both", *shape, math.ceil(B / gpus), T, 1, device, kind)
             cells.append(f"{1e3 * (p.seconds + reduce):.3g} {p.bound}")
         first = next(
             (
                 B
                 for B in range(4, 16384, 4)
                 if all(
-                    predict(k, P, Q, dtype, math.ceil(B / gpus), T, 1, device).bound == "memory"
+                    predict(k, *shape, math.ceil(B / gpus), T, 1, device, kind).bound == "memory"
                     for k in ("forward", "backward")
                 )
             ),
             "-",
         )
         lines.append(f"| {P}x{Q} | " + " | ".join(cells) + f" | {first} |")
-    lines += ["", "growth of forward + backward from 32x32, per doubling (2 is linear)"]
+    return lines
+
+
+def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
+    """The tables of the command."""
+    what = f"{gpus} GPU, {dtype}, T={T}, one head: ms of forward + backward with weight gradients"
+    lines = [
+        f"kru_scan on {device.match}, modReLU, {what}, and what bounds most of it",
+        f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
+        "budget of sm_90)",
+        "",
+        *table(device, gpus, T, dtype, "kru"),
+        "",
+        f"Kronecker LSTM on {device.match}, {what}, its input projection given",
+        "",
+        *table(device, gpus, T, dtype, "lstm"),
+        "",
+        "growth of kru_scan forward + backward from 32x32, per doubling (2 is linear)",
+    ]
     for B in (16, 2048):
 
         def seconds(B=B, T=T, P=32, Q=32, heads=1):

@@ -6,13 +6,15 @@
 
 Operations:
     scan    kru_scan, its input projection given
-    layer   KRU(D, N) with its projection, against torch.nn at equal units and at equal parameters
+    tokens  kru_embedding_scan, its input a row of a table of D, against gathering the rows before
+    layer   KRU(D, N) with its projection, against torch.nn at equal units and at equal parameters,
+            and with every 64th state kept (`recompute`)
     lstm    KRULSTM(D, N), likewise
     step    one step of decoding, KRUCell(D, N) against torch.nn's cells
 
 Before it is timed, our result of the exact case is checked against the torch backend in float64
-(itself tested against the definition): all steps of three batch rows, the gradients of all
-parameters with a cotangent on those rows alone, the factors rounded as the kernels round them.
+(itself tested against the definition): all steps of three batch rows, the gradients of the input
+and of all parameters with a cotangent on those rows alone, factors rounded as the kernels do.
 Rivals must return finite numbers of the right shape; one that is not there, or fails, is a row with
 its reason. A row holds the 20th, 50th and 80th percentile of a call (GPU: between events, L2
 flushed before), the rates that follow, and the floor: the bytes that any implementation must move
@@ -32,10 +34,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-import kru_triton
 from bench import harness, model
 from bench.harness import Candidate, Unavailable
-from kru_triton import KRU, KRUCell, kru_scan, unitary_
+from kru_triton import KRU, KRULSTM, KRUCell, kru_embedding_scan, kru_scan, unitary_
 from kru_triton.kernels import support
 from kru_triton.kronecker import group_factors
 from kru_triton.reference import kru_scan_reference
@@ -45,11 +46,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LOOP_STEPS = 1024  # rivals that launch every step from Python are not run for longer
 LOOP_BATCHES = (3, 16, 256)  # of those in `cases` and `quick_cases`
 CHECKED_ROWS = 3
+RECOMPUTE = 64  # steps
 
 
 @dataclass(frozen=True)
 class Case:
-    op: str  # scan, layer, lstm, step
+    op: str  # scan, tokens, layer, lstm, step
     B: int
     T: int
     P: int
@@ -58,7 +60,7 @@ class Case:
     dtype: str = "bf16"  # of activations
     precision: str = "auto"  # of products
     nonlinearity: str = "modrelu"
-    D: int = 0  # input features of layer, lstm and step
+    D: int = 0  # input features of layer, lstm and step; tokens: rows of the table
     rivals: str = "few"  # "all", "few" (torch.nn.LSTM alone) or "none"
 
     @property
@@ -92,12 +94,15 @@ def cases() -> list[Case]:
     found += [lstm, replace(lstm, P=16, Q=16, heads=4), replace(lstm, B=64)]
     step = Case("step", 1, 1, 32, 32, D=1024, rivals="all")
     found += [replace(step, B=B) for B in (1, 64, 1024, 16384)]
+    tokens = replace(scan, op="tokens", D=257, rivals="none")
+    found += [tokens, replace(tokens, B=2048)]
     # growth and choices, one thing at a time
     found += [replace(scan, B=64, T=T) for T in (256, 4096, 16384)]
     sizes = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 64), (64, 64))
     found += [replace(scan, P=P, Q=Q) for P, Q in sizes]
     found += [replace(scan, P=P, Q=Q, heads=h) for P, Q, h in ((16, 32, 2), (8, 16, 8), (8, 8, 16))]
     found += [replace(scan, P=P, Q=Q, rivals="none") for P, Q in ((16, 64), (64, 16), (8, 128))]
+    found += [replace(scan, B=64, P=P, Q=Q, rivals="none") for P, Q in ((256, 16), (2, 512))]
     fp32 = replace(scan, dtype="fp32")
     found += [fp32, replace(fp32, P=16, Q=16), replace(fp32, precision="bf16", rivals="none")]
     others = ("modtanh", "tanh", "relu", "identity")
@@ -109,8 +114,9 @@ def quick_cases(device: torch.device) -> list[Case]:
     tiny = Case("scan", 3, 8, 4, 4, dtype="fp32", rivals="all")
     found = [
         tiny,
-        replace(tiny, op="layer", D=8),
-        replace(tiny, op="lstm", D=8),
+        replace(tiny, op="tokens", D=5, rivals="none"),
+        replace(tiny, op="layer", T=RECOMPUTE + 2, D=8),
+        replace(tiny, op="lstm", T=RECOMPUTE + 2, D=8),
         replace(tiny, op="step", T=1, D=8),
     ]
     return found if device.type == "cpu" else [*found, *(replace(c, dtype="bf16") for c in found)]
@@ -127,16 +133,19 @@ def work(case: Case, kind: str, direction: str, hidden: int = 0) -> tuple[float,
     """
     B, T, io = case.B, case.T, 2 if case.dtype == "bf16" else 4
     steps = B * T
+    passes = {"forward": (1, 1), "backward": (2, 2), "both": (3, 3)}[direction]
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}.get(kind, 4 if case.op == "lstm" else 1)
     features = case.parts * case.units if kind == "kru" else hidden
     inputs = case.D or gates * features
+    given = 8 * passes[0] * steps if case.op == "tokens" else 0  # the tokens alone
+    if case.op == "tokens":
+        inputs = 0
     if kind == "kru":
         recurrent = (8 if case.parts == 2 else 2 * gates) * case.units * (case.P + case.Q)
     else:
         recurrent = 2 * gates * hidden * hidden
     projection = 2 * inputs * gates * features if case.D else 0
-    passes = {"forward": (1, 1), "backward": (2, 2), "both": (3, 3)}[direction]
-    moved = io * steps * (passes[0] * inputs + passes[1] * features)
+    moved = given + io * steps * (passes[0] * inputs + passes[1] * features)
     flops = steps * (recurrent + projection) * {"forward": 1, "backward": 2, "both": 3}[direction]
     formula = (
         f"max({io} B T ({passes[0]} inputs + {passes[1]} states) / copy, "
@@ -178,8 +187,13 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @functools.lru_cache(maxsize=2)  # the candidates of a case share their inputs
 def scan_problem(case: Case, device):
+    """x_proj or the table, factors, beta, the cotangent of h, tokens or None."""
     torch.manual_seed(0)
-    x = torch.randn(case.B, case.T, 2 * case.units, device=device, dtype=DTYPES[case.dtype])
+    shape, dtype = (case.B, case.T, 2 * case.units), DTYPES[case.dtype]
+    tokens = None
+    if case.op == "tokens":
+        tokens = torch.randint(case.D, shape[:2], device=device)
+    x = torch.randn(shape if tokens is None else (case.D, shape[2]), device=device, dtype=dtype)
     factors = [
         unitary_(torch.empty(2, case.heads, side, side, device=device)).requires_grad_()
         for side in (case.P, case.Q)
@@ -187,71 +201,91 @@ def scan_problem(case: Case, device):
     beta = None
     if case.nonlinearity == "modrelu":
         beta = (0.02 * torch.randn(case.units, device=device)).requires_grad_()
-    return x.requires_grad_(), factors, beta, torch.randn_like(x)
+    dh = torch.randn(shape, device=device, dtype=dtype)
+    return x.requires_grad_(), factors, beta, dh, tokens
 
 
-def check_scan(case: Case, backend: str, scan, x, factors, beta, dh) -> dict:
+def checked_rows(case: Case) -> list[int]:
+    return sorted({0, case.B // 2, case.B - 1})[:CHECKED_ROWS]
+
+
+def on_rows(cotangent: torch.Tensor, rows: list[int], dim: int) -> torch.Tensor:
+    """The cotangent, zero on all other rows of `dim`."""
+    kept = torch.zeros_like(cotangent)
+    index = torch.tensor(rows, device=cotangent.device)
+    return kept.index_copy_(dim, index, cotangent.index_select(dim, index))
+
+
+def check_errors(errors: dict, first: float, others: float) -> None:
+    """Raise if an error is too large, or NaN: `first` is the limit of the first, the result's."""
+    for number, (name, error) in enumerate(errors.items()):
+        limit = others if number else first
+        if not error <= limit:
+            raise AssertionError(f"{name} is wrong: relative error {error:.2e}, limit {limit:.1e}")
+
+
+def check_scan(case: Case, backend: str, scan, x, factors, beta, dh, tokens=None) -> dict:
     """Errors of h, dx and the parameters' gradients against float64; raises if one is too large."""
-    rows = sorted({0, case.B // 2, case.B - 1})[:CHECKED_ROWS]
-    cotangent = torch.zeros_like(dh)
-    cotangent[rows] = dh[rows]
+    rows = checked_rows(case)
+    own = rows if tokens is None else slice(None)  # all rows read the table
     parameters = [*factors, *([] if beta is None else [beta])]
     h, _ = scan(x, factors, beta)
-    grads = torch.autograd.grad(h, (x, *parameters), cotangent)
-    actual = [h.detach()[rows], grads[0][rows], *grads[1:]]
+    grads = torch.autograd.grad(h, (x, *parameters), on_rows(dh, rows, 0))
+    actual = [h.detach()[rows], grads[0][own], *grads[1:]]
     with torch.no_grad():
         pair = [w.double() for w in group_factors(factors)]
         if bf16_products(case, backend):
             pair = [w.to(torch.bfloat16).double() for w in pair]
     pair = [w.requires_grad_() for w in pair]
     beta64 = None if beta is None else beta.detach().double().requires_grad_()
-    x64 = x.detach()[rows].double().requires_grad_()
-    h64, _ = kru_scan(x64, pair, beta64, nonlinearity=case.nonlinearity, backend="torch")
+    x64 = x.detach()[own].double().requires_grad_()
+    given = x64 if tokens is None else x64[tokens[rows]]
+    h64, _ = kru_scan(given, pair, beta64, nonlinearity=case.nonlinearity, backend="torch")
     leaves = [x64, *pair, *([] if beta is None else [beta64])]
     expected = [h64.detach(), *torch.autograd.grad(h64, leaves, dh[rows].double())]
     names = ["h", "dx", "dA", "dB", "dbeta"]
     errors = {n: relative(a, e) for n, a, e in zip(names, actual, expected)}
-    state, gradient = limits(case, backend)
-    for name, error in errors.items():
-        limit = state if name == "h" else gradient
-        if not error <= limit:  # NaN is not
-            raise AssertionError(f"{name} is wrong: relative error {error:.2e}, limit {limit:.1e}")
+    check_errors(errors, *limits(case, backend))
     return errors
 
 
-def ours_scan(case: Case, device, backend: str) -> list[Candidate]:
+def ours_scan(case: Case, device, backend: str, gathered: bool = False) -> list[Candidate]:
+    """`gathered`: of tokens, the rows of the table as a tensor, and kru_scan."""
+    options = {
+        "nonlinearity": case.nonlinearity,
+        "backend": backend,
+        "precision": case.precision,
+    }
     values = {"checked": "float64", "kind": "kru"}
 
-    def scan(x, factors, beta):
-        return kru_scan(
-            x,
-            factors,
-            beta,
-            nonlinearity=case.nonlinearity,
-            backend=backend,
-            precision=case.precision,
-        )
+    def problem():
+        x, factors, beta, dh, tokens = scan_problem(case, device)
+        leaves = [x, *factors, *([] if beta is None else [beta])]
+
+        def scan(x, factors, beta):
+            if tokens is None:
+                return kru_scan(x, factors, beta, **options)
+            if gathered:
+                return kru_scan(nnf.embedding(tokens, x), factors, beta, **options)
+            return kru_embedding_scan(tokens, x, factors, beta, **options)
+
+        return scan, (x, factors, beta), leaves, dh, tokens
 
     def prepare():
-        x, factors, beta, dh = scan_problem(case, device)
-        values["errors"] = check_scan(case, backend, scan, x, factors, beta, dh)
-        leaves = [x, *factors, *([] if beta is None else [beta])]
-        return (
-            lambda: scan(x, factors, beta)[0],
-            lambda h: torch.autograd.grad(h, leaves, dh),
-        )
+        scan, inputs, leaves, dh, tokens = problem()
+        values["errors"] = check_scan(case, backend, scan, *inputs, dh, tokens)
+        return lambda: scan(*inputs)[0], lambda h: torch.autograd.grad(h, leaves, dh)
 
-    found = [Candidate(our_name("kru", backend), prepare, rival=False, values=values)]
+    def for_graph():
+        scan, inputs, leaves, dh, _ = problem()
+        return lambda: scan(*inputs)[0], leaves, dh
+
+    name = our_name("kru", backend) + (" gathered" if gathered else "")
+    found = [Candidate(name, prepare, rival=False, values=values)]
     if device.type == "cuda" and backend == "triton":
-
-        def problem():
-            x, factors, beta, dh = scan_problem(case, device)
-            leaves = [x, *factors, *([] if beta is None else [beta])]
-            return lambda: scan(x, factors, beta)[0], leaves, dh
-
-        found += graphs(
-            f"kru {backend}", problem, {"kind": "kru", "checked": "finite"}, rival=False
-        )
+        found += graphs(name, for_graph, {"kind": "kru", "checked": "finite"}, rival=False)
+    if case.op == "tokens" and not gathered:
+        found += ours_scan(case, device, backend, gathered=True)
     return found
 
 
@@ -265,13 +299,11 @@ def graphs(name: str, problem, values: dict, rival: bool) -> list[Candidate]:
     def prepare_forward():
         forward, _, _ = problem()
         with torch.no_grad():
-            replay, kept = harness.captured(lambda: (forward(),))
-        return lambda: (replay(), kept)[1], None
+            return harness.captured(lambda: (forward(),)), None
 
     def prepare_both():
         forward, leaves, dh = problem()
-        replay, kept = harness.captured(lambda: torch.autograd.grad(forward(), leaves, dh))
-        return lambda: (replay(), kept)[1], None
+        return harness.captured(lambda: torch.autograd.grad(forward(), leaves, dh)), None
 
     return [
         Candidate(f"{name} graph", prepare_forward, rival, ("forward",), values),
@@ -279,15 +311,13 @@ def graphs(name: str, problem, values: dict, rival: bool) -> list[Candidate]:
     ]
 
 
-def ours_layer(case: Case, device, backend: str) -> list[Candidate]:
-    """KRU or KRULSTM with its projection."""
+def ours_layer(case: Case, device, backend: str, recompute: int = 0) -> list[Candidate]:
+    """KRU or KRULSTM with its projection; then with `recompute`."""
     lstm = case.op == "lstm"
     values = {"kind": "kru", "checked": "float64"}
 
     def prepare():
-        if lstm and not hasattr(kru_triton, "KRULSTM"):
-            raise Unavailable("this version of kru_triton has no KRULSTM")
-        kind = kru_triton.KRULSTM if lstm else KRU
+        kind = KRULSTM if lstm else KRU
         options = {} if lstm else {"nonlinearity": case.nonlinearity}
 
         def make(chosen, dtype, precision):
@@ -299,6 +329,7 @@ def ours_layer(case: Case, device, backend: str) -> list[Candidate]:
                 num_heads=case.heads,
                 backend=chosen,
                 precision=precision,
+                recompute=recompute,
                 **options,
             )
             return layer.to(device=device, dtype=dtype)
@@ -314,23 +345,33 @@ def ours_layer(case: Case, device, backend: str) -> list[Candidate]:
                 return layer(x)[0]
 
         y = forward()
-        rows = sorted({0, case.B // 2, case.B - 1})[:CHECKED_ROWS]
+        dy = torch.randn_like(y)
+        rows = checked_rows(case)
+        grads = torch.autograd.grad(y, leaves, on_rows(dy, rows, 1))
         exact = make("torch", torch.float64, "auto")
         with torch.no_grad():
             for parameter_name, p in exact.named_parameters():
                 factor = parameter_name.startswith("factor")
                 if bf16_products(case, backend) if factor else case.dtype == "bf16":
                     p.copy_(p.to(torch.bfloat16))
-            error = relative(y[:, rows], exact(x[:, rows].double())[0])
-        values["errors"] = {"output": error}
-        limit = 2 * limits(case, backend)[0]  # the projection is rounded as well
-        if not error <= limit:
-            raise AssertionError(f"output is wrong: relative error {error:.2e}, limit {limit:.1e}")
-        dy = torch.randn_like(y)
+        x64 = x.detach()[:, rows].double().requires_grad_()
+        y64 = exact(x64)[0]
+        grads64 = torch.autograd.grad(y64, (x64, *exact.parameters()), dy[:, rows].double())
+        names = ["dx", *(f"d {n}" for n, _ in layer.named_parameters())]
+        actual = [grads[0][:, rows], *grads[1:]]
+        values["errors"] = {"output": relative(y.detach()[:, rows], y64.detach())} | {
+            n: relative(a, e) for n, a, e in zip(names, actual, grads64)
+        }
+        # the projection is rounded as well
+        check_errors(values["errors"], *(2 * limit for limit in limits(case, backend)))
         return forward, lambda y: torch.autograd.grad(y, leaves, dy)
 
     name = our_name("krulstm" if lstm else "kru", backend)
-    return [Candidate(name, prepare, rival=False, values=values)]
+    name += f" recompute={recompute}" if recompute else ""
+    found = [Candidate(name, prepare, rival=False, values=values)]
+    if not recompute and case.T > RECOMPUTE:
+        found += ours_layer(case, device, backend, RECOMPUTE)
+    return found
 
 
 def ours_step(case: Case, device, backend: str) -> list[Candidate]:
@@ -368,8 +409,7 @@ def ours_step(case: Case, device, backend: str) -> list[Candidate]:
         with torch.no_grad():
             error = relative(y, exact(x.double(), h.double()))
         values["errors"] = {"h": error}
-        if not error <= limits(case, backend)[0]:
-            raise AssertionError(f"h is wrong: relative error {error:.2e}")
+        check_errors(values["errors"], *limits(case, backend))
         return step, None
 
     found = [Candidate(our_name("kru", backend), prepare, False, ("forward",), values)]
@@ -393,6 +433,8 @@ def torch_rnn(
     inputs = case.D or 16  # for scan: a projection that costs next to nothing
     dtype = dtype or DTYPES[case.dtype]
     values = {"kind": kind, "hidden": hidden, "inputs": inputs, "checked": "finite"}
+    if dtype == torch.float32 and device.type == "cuda":
+        values["tf32"] = torch.backends.cudnn.allow_tf32
 
     def problem():
         torch.manual_seed(0)
@@ -443,7 +485,7 @@ def loops(case: Case, device) -> list[Candidate]:
     def problem():
         if case.T > LOOP_STEPS:
             raise Unavailable(f"T={case.T}: loops of launches are run to T={LOOP_STEPS}")
-        x, factors, beta, dh = scan_problem(replace(case, dtype="fp32"), device)
+        x, factors, beta, dh, _ = scan_problem(replace(case, dtype="fp32"), device)
         leaves = [x, *factors, *([] if beta is None else [beta])]
 
         def forward():
@@ -473,14 +515,15 @@ def loops(case: Case, device) -> list[Candidate]:
         expected = kru_scan_reference(x, [a, b], beta)[0]
         if not torch.allclose(forward(), expected, atol=1e-3, rtol=1e-3):
             raise AssertionError("the compiled loop differs from the definition")
-        return forward, lambda h: torch.autograd.grad(h, leaves, dh)
+        return forward, leaves, dh
 
     values = {"kind": "kru", "checked": "definition", "compute": "float32"}
-    found = [
-        eager("loop eager", problem, values),
-        Candidate("loop compiled step", compiled, values={**values, "checked": "definition"}),
-    ]
-    return found + (graphs("loop", problem, values, rival=True) if device.type == "cuda" else [])
+    found = []
+    for name, made in (("loop eager", problem), ("loop compiled step", compiled)):
+        found.append(eager(name, made, values))
+        if device.type == "cuda":
+            found += graphs(name, made, values, rival=True)
+    return found
 
 
 def planar_step(h, u, a, b, beta):
@@ -715,7 +758,13 @@ def candidates(case: Case, device: torch.device) -> list[Candidate]:
     """Ours first, then what the case asks for."""
     interpreted = device.type == "cpu" and support.interpreted()
     backends = ["torch"] if device.type == "cpu" and not interpreted else ["triton", "torch"]
-    ours = {"scan": ours_scan, "layer": ours_layer, "lstm": ours_layer, "step": ours_step}[case.op]
+    ours = {
+        "scan": ours_scan,
+        "tokens": ours_scan,
+        "layer": ours_layer,
+        "lstm": ours_layer,
+        "step": ours_step,
+    }[case.op]
     found = list(itertools.chain(*(ours(case, device, backend) for backend in backends)))
     if case.rivals == "none":
         return found
@@ -739,6 +788,28 @@ def candidates(case: Case, device: torch.device) -> list[Candidate]:
 
 
 # Rows
+
+
+def predicted_ms(case: Case, name: str, direction: str, device: str, limit: dict) -> float | None:
+    """What bench/model.py says of our kernels, and a layer's projection at the measured ceilings.
+
+    None for what it does not know: other devices, cells, tokens, recomputation.
+    """
+    usual = (case.precision, case.nonlinearity) == ("auto", "modrelu")
+    ours = name.removesuffix(" graph") in ("kru triton", "krulstm triton")
+    if not (usual and ours and case.op in ("scan", "layer", "lstm")):
+        return None
+    kind = "lstm" if case.op == "lstm" else "kru"
+    shape = (case.P, case.Q, case.dtype, case.B, case.T, case.heads)
+    found = model.predicted_ms(direction, *shape, device, kind)
+    if found is None or case.op == "scan":
+        return found
+    features = (4 if case.op == "lstm" else 2) * case.units
+    products = {"forward": 1, "backward": 2, "both": 3}[direction]
+    steps, io = case.B * case.T, 2 if case.dtype == "bf16" else 4
+    flops = 2 * case.D * features * steps / limit["matmul_flops"]
+    moved = io * (case.D + features) * steps / limit["copy_bytes_per_s"]
+    return found + 1e3 * products * max(flops, moved)
 
 
 def run_case(results: harness.Results, case: Case, device: torch.device, limit: dict) -> None:
@@ -780,13 +851,10 @@ def run_case(results: harness.Results, case: Case, device: torch.device, limit: 
             }
             line += f"  {100 * values['fraction_of_copy']:5.1f}% copy"
             line += f"  {100 * values['fraction_of_matmul']:5.1f}% product"
-        usual = (case.op, case.precision, case.nonlinearity) == ("scan", "auto", "modrelu")
-        if usual and candidate.name.startswith("kru triton"):
-            shape = (case.P, case.Q, case.dtype, case.B, case.T, case.heads)
-            predicted = model.predicted_ms(direction, *shape, results.facts["device"])
-            if predicted:
-                values["predicted_ms"] = predicted
-                line += f"  predicted {predicted:.3f}"
+        predicted = predicted_ms(case, candidate.name, direction, results.facts["device"], limit)
+        if predicted:
+            values["predicted_ms"] = predicted
+            line += f"  predicted {predicted:.3f}"
         return line, values
 
     harness.race(

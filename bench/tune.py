@@ -16,7 +16,8 @@ shows a better one.
     occupancy  beta in registers or from L1, next row in registers, at 32x32
     warps      one warp or several per program, from 32x32 on
     fused      weight gradients inside the adjoint's loop
-    weights    tiles per block and warps of the weight gradient
+    weights    warps of the weight gradient, and programs that share one
+    wide       blocks, pipeline depth and warps where a factor is streamed
     accuracy   errors against float64 after many steps, in both precisions
     shared     factors in shared memory or in registers, 1 to 16 warps per processor
 """
@@ -296,13 +297,25 @@ def fused(bench: Bench) -> None:
 
 
 def weights(bench: Bench) -> None:
-    """How many tiles per block, and how many warps, for the weight gradient?"""
-    settings = [{}] + [
-        {"R": r, "num_warps": w, "maxnreg": None} for r in (1, 2, 4) for w in (1, 2, 4)
-    ]
+    """How many warps, and programs that share the rows of dA or dB, for the weight gradient?"""
+    warps = [{}, *({"num_warps": n, "maxnreg": None} for n in (1, 2, 4, 8))]
+    shared = [{}, *({"SLICES": n} for n in (1, 2, 4)), {"num_warps": 4}, {"num_warps": 8}]
     for P, Q in ((16, 16), (16, 32), (32, 32)):
         for B in bench.sizes(256, 1024):
-            bench.race("weights", "weight_grad", B, *bench.shape(P, Q), settings)
+            bench.race("weights", "weight_grad", B, *bench.shape(P, Q), warps)
+    for P, Q in ((32, 64), (64, 64)):  # dA and dB are apart
+        for B in bench.sizes(64, 256):
+            bench.race("weights", "weight_grad", B, *((4, 64) if bench.quick else (P, Q)), shared)
+
+
+def wide(bench: Bench) -> None:
+    """Which blocks of a streamed factor, how deep a pipeline, how many warps?"""
+    settings = [{}, *({"BLOCK": n} for n in (32, 64)), *({"num_stages": n} for n in (2, 4)),
+                *({"num_warps": n} for n in (4, 8))]  # fmt: skip
+    for P, Q in ((256, 16), (2, 512)):
+        for B in bench.sizes(64, 512):
+            for kernel in ("forward", "backward"):
+                bench.race("wide", kernel, B, *((256, 1) if bench.quick else (P, Q)), settings)
 
 
 def accuracy(bench: Bench) -> None:
@@ -349,7 +362,19 @@ def shared(bench: Bench) -> None:
 
 EXPERIMENTS: dict[str, Callable[[Bench], None]] = {
     f.__name__: f
-    for f in (latency, prefetch, accuracy, warps, weights, occupancy, shared, mma, tf32, fused)
+    for f in (
+        latency,
+        prefetch,
+        accuracy,
+        warps,
+        weights,
+        wide,
+        occupancy,
+        shared,
+        mma,
+        tf32,
+        fused,
+    )
 }
 
 
