@@ -74,13 +74,18 @@ def quick(tmp_path_factory):
 def test_benchmarks_measure_ours_and_the_rivals(quick):
     assert not [row for row in quick if row["status"] == "failed"]
     measured = {(row["bench"], row.get("implementation")) for row in quick if row["status"] == "ok"}
-    for bench, ours in (("kernels", "kru torch"), ("train_step", "kru"), ("decode", "kru")):
-        assert (bench, ours) in measured
+    for bench, *ours in (
+        ("kernels", "kru torch", "krulstm torch", "kru torch gathered"),
+        ("kernels", "kru torch recompute=64", "krulstm torch recompute=64"),
+        ("train_step", "kru", "kru recompute", "krulstm"),
+        ("decode", "kru", "krulstm"),
+    ):
+        assert {(bench, name) for name in ours} <= measured
     for rival in ("nn.LSTM(16)", "nn.GRU at equal parameters", "nn.RNNCell", "loop eager"):
         assert ("kernels", rival) in measured
     assert {("train_step", "transformer"), ("decode", "transformer L32")} <= measured
     operations = {row["op"] for row in quick if row["bench"] == "kernels" and "op" in row}
-    assert {"scan", "layer", "step"} <= operations
+    assert operations == {"scan", "tokens", "layer", "lstm", "step"}
 
 
 def test_rows_carry_rates_and_floors(quick):
@@ -187,8 +192,32 @@ def test_experiments_through_the_interpreter(tmp_path):
     assert len(settings) > 1
 
 
+COMPILE_CHAIN = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bench.tune import chain_kernel
+
+for chains in (1, 4):
+    signature = {"p_out": "*fp32", "steps": "i32", "CHAINS": "constexpr"}
+    source = ASTSource(fn=chain_kernel(), signature=signature, constexprs={(2,): chains})
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    print(made.asm["ptx"].count("mma.sync"))
+"""
+
+
+def test_the_compiler_keeps_the_chains_apart():
+    """16x16x16 is two instructions; four equal chains would be compiled to one."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE_CHAIN]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split() == ["2", "8"]
+
+
 def test_every_open_question_has_an_experiment():
-    assert len(tune.EXPERIMENTS) == 10
+    assert len(tune.EXPERIMENTS) == 11
     for name, experiment in tune.EXPERIMENTS.items():
         assert experiment.__doc__.strip().endswith(("?", "?)", ")", "do?")), name
 

@@ -1,7 +1,11 @@
 """Rows, races, the performance model and the figures, without measuring anything."""
 
+import gc
 import json
 import math
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +202,69 @@ def test_a_spent_budget_is_said_and_left_for_later(tmp_path, capsys):
     assert not harness.read_rows(own.path)
 
 
+def test_a_failed_row_is_not_run_again(tmp_path, monkeypatch):
+    """What breaks a device's context would stop every later run at the same place."""
+    monkeypatch.setenv("BENCH_COMMIT", "abc")
+    calls = []
+
+    def prepare():
+        calls.append(1)
+        raise ValueError("an illegal access")
+
+    ours = [Candidate("ours", prepare, rival=False)]
+    for flags, expected in (((), 1), ((), 1), (("--again",), 2)):
+        harness.race(results(tmp_path, *flags), "b", "case", ours, CPU, describe, rounds=1)
+        assert len(calls) == expected
+
+
+def test_toy_rows_do_not_stand_for_real_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_COMMIT", "abc")
+    results(tmp_path, "--quick").add("b", "learn", "")
+    assert not results(tmp_path).is_done("b", "learn")
+    assert results(tmp_path, "--quick").is_done("b", "learn")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_errors(error):
+    assert harness.is_out_of_memory(error)
+    # of triton: the setting does not fit, the memory does
+    assert not harness.is_out_of_memory(RuntimeError("out of resource: shared memory"))
+
+
+def test_a_replay_keeps_the_inputs_of_its_graph(monkeypatch):
+    """A graph reads them where they were, and holds none of them: freed memory would be read."""
+    replays = []
+    cuda = SimpleNamespace(
+        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        stream=lambda stream: nullcontext(),
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: replays.append(1)),
+        graph=lambda graph: nullcontext(),
+    )
+    monkeypatch.setattr(harness.torch, "cuda", cuda)
+
+    def make():
+        x = torch.ones(3)
+        return harness.captured(lambda: (x + 1,)), weakref.ref(x)
+
+    replay, x = make()
+    gc.collect()
+    assert x() is not None
+    assert torch.equal(replay()[0], torch.full((3,), 2.0))
+    assert len(replays) == 2  # once to check that the result is finite
+    del replay
+    gc.collect()
+    assert x() is None
+
+
 def test_slugs():
     assert harness.slug("NVIDIA H200") == "nvidia-h200"
     assert harness.slug("Intel(R) Xeon(R) Processor") == "intel-xeon-processor"
@@ -237,7 +304,7 @@ def test_work_counts_bytes_and_operations():
 
 def test_the_planar_step_is_the_definition():
     case = rnn_kernels.Case("scan", 3, 1, 3, 4, heads=2, dtype="fp32")
-    x, factors, beta, _ = rnn_kernels.scan_problem(case, CPU)
+    x, factors, beta, _, _ = rnn_kernels.scan_problem(case, CPU)
     h_0 = torch.randn(3, 2 * 24)
     a, b = factors
     expected, _ = rnn_kernels.kru_scan_reference(x, factors, beta, h_0)
@@ -344,3 +411,46 @@ def test_the_table_shows_ratios_and_reasons(tmp_path, capsys):
     assert "| kernels flashrnn | skipped | | not installed |" in said
     assert said.rstrip().endswith("0 failed")
     assert front.table(tmp_path, "Y") == 1
+
+
+def test_model_of_wide_factors_and_of_the_lstm():
+    device = model.DEVICES["h200"]
+
+    def of(kernel, P, Q, B, kind="kru"):
+        return model.predict(kernel, P, Q, "bf16", B, 1024, 1, device, kind)
+
+    assert model.counts("wide_forward", 256, 16, "bf16", "sm_90").instructions == 4 * 900
+    # the factor is read from L2 by every program in every step: 2 planes of 256 x 256 in 2 bytes
+    assert of("forward", 256, 16, 512).bound == "L2"
+    expected = 512 * 1024 * 2 * 256**2 * 2 / device.l2
+    assert math.isclose(of("forward", 256, 16, 512).seconds, expected)
+    assert of("weight_grad", 256, 16, 512).bound == "memory"
+    # at many rows memory is the limit: gates, state and cell of 2, 2 and 4 bytes
+    assert of("forward", 16, 16, 4096, "lstm").bound == "memory"
+    expected = 4096 * 1024 * 256 * (4 * 2 + 2 + 4) / device.bandwidth
+    assert math.isclose(of("forward", 16, 16, 4096, "lstm").seconds, expected)
+    assert of("backward", 32, 32, 16, "lstm").bound == "latency"
+
+
+def test_a_prediction_stands_beside_our_kernels_alone():
+    ceilings = {"copy_bytes_per_s": 1e30, "matmul_flops": 1e30}
+    scan = rnn_kernels.Case("scan", 64, 1024, 32, 32)
+    lstm = rnn_kernels.Case("lstm", 64, 1024, 32, 32, D=1024)
+
+    def predicted(case, name, limit=ceilings):
+        return rnn_kernels.predicted_ms(case, name, "both", "NVIDIA H200", limit)
+
+    assert predicted(scan, "kru triton graph") == predicted(scan, "kru triton") > 0
+    assert predicted(lstm, "krulstm triton") > predicted(scan, "kru triton")
+    slow = {**ceilings, "matmul_flops": 1e12}  # the projection's three products are then the time
+    more = predicted(lstm, "krulstm triton", slow) - predicted(lstm, "krulstm triton")
+    assert math.isclose(more, 1e3 * 3 * 2 * 1024 * 4096 * 64 * 1024 / 1e12, rel_tol=1e-6)
+    assert predicted(scan, "nn.LSTM(1024)") is None
+    assert predicted(scan, "kru torch") is None
+
+
+def test_work_of_tokens_is_their_eight_bytes():
+    tokens = rnn_kernels.Case("tokens", 2, 3, 4, 4, D=257)
+    moved, flops, _ = rnn_kernels.work(tokens, "kru", "forward")
+    assert moved == 2 * 3 * (8 + 32 * 2)
+    assert flops == 2 * 3 * (8 * 16 * (4 + 4))
