@@ -46,11 +46,17 @@ def lines(axis, rows, x: str, y: str, label) -> None:
 
 
 def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
+    from matplotlib import ticker
+
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     if log:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3)
     axis.legend(fontsize=6)
 
@@ -139,40 +145,39 @@ def growth(rows, new):
     for axis, family in zip(axes, families):
         points = sorted((r["value"], r["ms_p50"]) for r in found if r["family"] == family)
         axis.plot(*zip(*points), marker="o", label="measured")
-        if not family.startswith("factors"):
-            first, ms = points[0]
-            axis.plot(
-                [x for x, _ in points],
-                [ms * x / first for x, _ in points],
-                "--",
-                color="black",
-                label="linear",
-                linewidth=1,
-            )
+        laws = {"units N = P²": (1, 1.5), "factors F, same N": (0,)}.get(family, (1,))
+        first, ms = points[0]
+        for law, style in zip(laws, ("--", ":")):
+            guide = [ms * (x / first) ** law for x, _ in points]
+            name = {0: "constant", 1: "linear"}.get(law, f"power {law}")
+            xs = [x for x, _ in points]
+            axis.plot(xs, guide, style, color="black", label=name, linewidth=1)
         slopes = ok(rows, "cpu", section="exponent", family=family)
-        title = f"exponent {slopes[-1]['exponent']:.2f}" if slopes else ""
+        title = f"measured exponent {slopes[-1]['exponent']:.2f}" if slopes else ""
         axis.set_title(title, fontsize=9)
         finish(axis, family, "ms, forward + backward")
     return figure, found
 
 
 def speed(rows, new):
-    found = [
-        row
-        for section in ("scan", "layer")
-        for row in ok(rows, "cpu", section=section)
-        if "ratio" in row
-    ]
-    if not found:
+    panels = defaultdict(list)  # by what is compared
+    for section in ("scan", "layer"):
+        for row in ok(rows, "cpu", section=section):
+            if "ratio" in row:
+                panels[row.get("shape", section)].append(row)
+    if not panels:
         return None
-    figure, (axis,) = new(1)
-    names = [row["name"] for row in found]
-    axis.barh(names, [row["ms_p50"] for row in found], color="C0")
-    axis.invert_yaxis()
-    axis.tick_params(labelsize=6)
-    axis.set_xscale("log")
-    axis.set_xlabel("ms, forward + backward")
-    return figure, found
+    figure, axes = new(len(panels))
+    for axis, (title, chosen) in zip(axes, panels.items()):
+        names = [row.get("implementation", row["name"].removeprefix("layer ")) for row in chosen]
+        bars = axis.barh(names, [row["ms_p50"] for row in chosen], color="C0")
+        axis.bar_label(bars, fmt="{:.3g}", fontsize=7, padding=2)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("ms, forward + backward")
+    return figure, [row for chosen in panels.values() for row in chosen]
 
 
 FIGURES = {
@@ -206,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def new(panels: int):
         figure, axes = pyplot.subplots(
-            1, panels, figsize=(4.2 * panels + 0.6, 3.8), squeeze=False, layout="constrained"
+            1, panels, figsize=(3.4 * panels + 0.6, 3.3), squeeze=False, layout="constrained"
         )
         return figure, axes[0]
 
