@@ -261,7 +261,8 @@ def linear_seconds(P: int, Q: int, dtype: str, B: int, T: int, heads: int, devic
     block = 1 << round(math.log2(T / 2) / 2)
     blocks = math.ceil(T / block)
     rows = P, Q, dtype, B * blocks, block, heads, device
-    passes = [predict("forward", *rows)] * 3 + [predict(k, *rows) for k in PASSES if k != "forward"]
+    kernels = ("forward",) * 3 + ("backward", "weight_grad")
+    passes = [predict(kernel, *rows) for kernel in kernels]
     passes += [predict("forward", P, Q, "fp32", B, blocks, heads, device)] * 2
     copies = 6 * 2 * 2 * P * Q * ITEMSIZE[dtype] * heads * B * T / device.bandwidth
     return sum(p.seconds for p in passes) + copies
@@ -339,7 +340,7 @@ def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
         ratios = {
             B: of_direction("both", P, Q, dtype, B, 4 * T, 1, device).seconds
             / linear_seconds(P, Q, dtype, B, 4 * T, 1, device)
-            for B in batches
+            for B in (16, 256, 1024)
         }
         lines.append(f"  {P}x{Q}: " + "; ".join(f"B={B} {r:.1f}x" for B, r in ratios.items()))
     lines += ["", "growth of kru_scan forward + backward from 32x32, per doubling (2 is linear)"]
