@@ -21,10 +21,11 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
 
 Limits: 8 to 4096 units a head, factors of up to 64 x 64, zero-padded to powers of two, or powers of
 two up to 128; float32 or bfloat16 in memory (`support.why_not`). Larger powers of two, and factors
-that the device's shared memory cannot hold, go to the kernels of `wide` (`support.streams`). Rows
-and planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned
-to that is copied first. Offsets are 64 bit. Results are bitwise repeatable: nothing is accumulated
-across programs.
+that the device's memories cannot hold, go to the kernels of `wide` (`support.streams`). Rows and
+planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned to that
+is copied first. Offsets are 64 bit. Results are bitwise repeatable: nothing is accumulated across
+programs. A reset forgets even NaN; without one, a row that is not finite spoils the rows that share
+its tile, at most 31 and none from 256 units on.
 
     B, T    batch rows, steps                    PARTS   2 complex (all real parts, then all
     H       heads                                        imaginary ones), 1 real

@@ -269,6 +269,13 @@ def shared_limit(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", SHARED_EVERYWHERE)
 
 
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether Triton keeps accumulators in the tensor memory of the device (sm_100 to sm_11x)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (10, 11)
+
+
 def streams(a: torch.Tensor, b: torch.Tensor, x_proj: torch.Tensor, *how: str) -> bool:
     """Whether the kernels of `wide` run these factors, not those that hold them in a program.
 
@@ -282,6 +289,9 @@ def streams(a: torch.Tensor, b: torch.Tensor, x_proj: torch.Tensor, *how: str) -
     if max(P, Q) > MAX_HELD_SIDE:
         return True
     tile = Tile.of(P, Q, x_proj.element_size())
+    # 24 accumulators of 64 x 64 exceed the tensor memory, and Triton makes a kernel that traps
+    if precision == "fp32" and a.shape[0] * tile.size > 4096 and has_tensor_memory(x_proj.device):
+        return True
     sets = 2 if nonlinearity == "modtanh" else 1
     needed = shared_bytes(tile, a.shape[0], precision, sets)
     return needed > max(SHARED_EVERYWHERE, shared_limit(x_proj.device))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from kru_triton.kronecker import check_factors, kron_dense, product_shape, square_cuts
-from kru_triton.reference import kru_scan_reference
+from kru_triton.lstm import KRULSTM
+from kru_triton.reference import kru_lstm_scan_reference, kru_scan_reference
 from kru_triton.unitarity import gram_residual, named_factors
 
 __all__ = [
@@ -143,7 +144,7 @@ def _shapes(factors: Sequence[Tensor]) -> str:
 def gradient_norm_by_lag(
     kru: nn.Module,
     x: Tensor,
-    h_0: Tensor | None = None,
+    h_0: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     layer: int = 0,
     direction: int = 0,
@@ -157,13 +158,14 @@ def gradient_norm_by_lag(
     L = Σ ⟨c_t, h_t⟩ over the last `readout_steps` steps, for a fixed cotangent c; the gradients
     are exact, from the loop reference under autograd, on the states that `kru` visits on `x`
     (the vanishing gradient of Pascanu, Mikolov and Bengio, ICML 2013, as it is measured). The norm
-    is taken over the batch and the features.
+    is taken over the batch and the features. For a `KRULSTM` it is that of (∂L/∂h_t, ∂L/∂c_t), the
+    gradient in all that goes on to step t + 1: ∂L/∂c_t is taken with h_t held fixed.
 
     Args:
-        kru: a `KRU`; its first layer's forward direction is looked at.
+        kru: a `KRU` or a `KRULSTM`; its first layer's forward direction is looked at.
         x: input `(T, B, D)`, or `(B, T, D)` if `kru.batch_first`.
-        h_0: initial states as `kru` takes them, `(layers·directions, B, F)`; the first is used.
-            Default zeros.
+        h_0: initial states as `kru` takes them, `(layers·directions, B, F)`, for a `KRULSTM` the
+            tuple (h_0, c_0) of two such; the first is used. Default zeros.
         layer: 0, the only one supported.
         direction: 0, the only one supported.
         readout_steps: number of last steps in the loss. Default 1.
@@ -175,6 +177,7 @@ def gradient_norm_by_lag(
         lags: int64 `(T,)`, 0 … T − 1. norms: `(T,)` in the dtype of the states, norms[lag].
 
     Raises:
+        TypeError: an `h_0` that is no tensor, for a `KRULSTM` no tuple of two.
         ValueError: another layer or direction, an `x`, `h_0` or `cotangent` of the wrong shape,
             or a `readout_steps` outside 1 … T.
 
@@ -195,18 +198,16 @@ def gradient_norm_by_lag(
         )
     with torch.no_grad():
         x_proj = kru.input_projection(x, layer=0, direction=0)
-        beta = kru.beta(layer=0, direction=0)
         factors = [w.detach() for w in kru.recurrent_factors(layer=0, direction=0)]
+    lstm = isinstance(kru, KRULSTM)
     B, T, F = x_proj.shape
+    F = F // 4 if lstm else F
     if not 1 <= readout_steps <= T:
         raise ValueError(f"readout_steps: must be 1 … T = {T}, got {readout_steps}")
-    if h_0 is not None:
-        if h_0.ndim != 3 or h_0.shape[1:] != (B, F):
-            raise ValueError(
-                f"h_0: must have shape (layers·directions, B, F) = (…, {B}, {F}), got "
-                f"{tuple(h_0.shape)}"
-            )
-        h_0 = h_0[0].detach()
+    if lstm and h_0 is not None and not (isinstance(h_0, tuple | list) and len(h_0) == 2):
+        raise TypeError(f"h_0: must be a tuple (h_0, c_0) for a KRULSTM, got {type(h_0).__name__}")
+    start = (None, None) if h_0 is None else h_0 if lstm else (h_0,)
+    start = [_first_state(name, s, B, F) for name, s in zip(("h_0", "c_0"), start)]
     expected = (B, readout_steps, F)
     if cotangent is None:
         generator = torch.Generator().manual_seed(seed)
@@ -217,18 +218,50 @@ def gradient_norm_by_lag(
             f"{tuple(cotangent.shape)}"
         )
     with torch.enable_grad():
-        _, _, states = kru_scan_reference(
-            x_proj.requires_grad_(),
-            factors,
-            None if beta is None else beta.detach(),
-            h_0,
-            nonlinearity=kru.nonlinearity,
-            return_states=True,
-        )
+        x_proj.requires_grad_()
+        if lstm:
+            states, cells = _lstm_states(x_proj, factors, *start)
+        else:
+            beta = kru.beta(layer=0, direction=0)
+            _, _, states = kru_scan_reference(
+                x_proj,
+                factors,
+                None if beta is None else beta.detach(),
+                start[0],
+                nonlinearity=kru.nonlinearity,
+                return_states=True,
+            )
+            cells = []
         loss = (torch.stack(states[-readout_steps:], 1) * cotangent.to(x_proj)).sum()
-        gradients = torch.autograd.grad(loss, states)
-    norms = torch.stack([g.norm() for g in reversed(gradients)])
+        # the last cell goes nowhere: its gradient is zero
+        gradients = torch.autograd.grad(loss, [*states, *cells], materialize_grads=True)
+    norms = torch.stack([g.norm() for g in gradients]).view(-1, T).norm(dim=0).flip(0)
     return torch.arange(T), norms / norms[0] if relative else norms
+
+
+def _first_state(name: str, state: Tensor | None, B: int, F: int) -> Tensor | None:
+    """The first of the states `(layers·directions, B, F)`, or None."""
+    if state is None:
+        return None
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {type(state).__name__}")
+    if state.ndim != 3 or state.shape[1:] != (B, F):
+        raise ValueError(
+            f"{name}: must have shape (layers·directions, B, F) = (…, {B}, {F}), got "
+            f"{tuple(state.shape)}"
+        )
+    return state[0].detach()
+
+
+def _lstm_states(x_proj: Tensor, factors, h: Tensor | None, c: Tensor | None):
+    """h_t and c_t of all steps, each as a node through which it goes on to the next step."""
+    states, cells = [], []
+    for u in x_proj.unsqueeze(2).unbind(1):
+        _, last = kru_lstm_scan_reference(u, factors, h, c)
+        h, c = (s + 0 for s in last)  # what h_t takes of c_t passes the node of c_t by
+        states.append(h)
+        cells.append(c)
+    return states, cells
 
 
 def unitarity_figure(module_or_factors: nn.Module | Iterable):

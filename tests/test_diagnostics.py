@@ -20,6 +20,7 @@ from kru_triton.diagnostics import (
     unitarity_error,
     unitarity_figure,
 )
+from kru_triton.lstm import KRULSTM
 from kru_triton.modules import KRU
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
@@ -227,6 +228,36 @@ def test_gradient_norm_of_a_module(field, batch_first):
     assert torch.equal(lags, torch.arange(9))
     torch.testing.assert_close(norms, norms[:1].expand(9), rtol=1e-12, atol=0)
     assert list(unitarity_error(kru)) == ["factor0_l0", "factor1_l0"]
+
+
+@pytest.mark.parametrize("with_start", [False, True], ids=["zero", "h_0, c_0"])
+def test_gradient_norm_of_an_lstm(with_start):
+    """Against the Jacobian of the rest of the run in (h_t, c_t), as they enter it."""
+    torch.manual_seed(0)
+    lstm = KRULSTM(3, 12, factors=(3, 2), num_heads=2, batch_first=True, dtype=torch.float64)
+    x, on_h = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 2, 12, dtype=torch.float64)
+    start = tuple(torch.randn(1, 2, 12, dtype=torch.float64) for _ in range(2))
+    start = start if with_start else None
+    lags, norms = gradient_norm_by_lag(lstm, x, start, readout_steps=2, cotangent=on_h)
+    assert torch.equal(lags, torch.arange(6))
+    assert all(p.grad is None for p in lstm.parameters())
+    for t in range(6):
+        with torch.no_grad():
+            output, state = lstm(x[:, : t + 1], start)
+        h, c = (s.requires_grad_() for s in state)
+        rest = [h[0][:, None]]
+        if t < 5:
+            rest.append(lstm(x[:, t + 1 :], (h, c))[0])
+        seen = torch.cat([output[:, :-1], *rest], 1)[:, -2:]
+        gradient = torch.autograd.grad((seen * on_h).sum(), (h, c), materialize_grads=True)
+        expected = torch.cat([g.flatten() for g in gradient]).norm()
+        torch.testing.assert_close(norms[5 - t], expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("start", [torch.ones(1, 2, 12), (torch.ones(1, 2, 12),)])
+def test_gradient_norm_of_an_lstm_wants_both_initial_states(start):
+    with pytest.raises(TypeError, match=r"h_0: must be a tuple \(h_0, c_0\) for a KRULSTM"):
+        gradient_norm_by_lag(KRULSTM(3, 12, batch_first=True), torch.ones(2, 5, 3), start)
 
 
 def test_gradient_norm_depends_on_the_seed_only_through_the_cotangent():

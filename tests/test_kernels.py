@@ -415,6 +415,17 @@ def test_too_little_shared_memory_streams_the_factors(monkeypatch):
     assert not support.streams(*factors(32, 32), x_proj, *how)
 
 
+def test_too_little_tensor_memory_streams_the_factors(monkeypatch):
+    x_proj = torch.zeros(1, 1, 8192)
+    assert not support.has_tensor_memory(x_proj.device)
+    monkeypatch.setattr(support, "has_tensor_memory", lambda device: True)
+    assert support.streams(*factors(64, 64), x_proj, "modrelu", "fp32")
+    assert support.streams(*factors(40, 50), x_proj, "modrelu", "fp32")
+    assert not support.streams(*factors(64, 64, parts=1), x_proj, "modrelu", "fp32")
+    assert not support.streams(*factors(64, 64), x_proj, "modrelu", "bf16")
+    assert not support.streams(*factors(32, 64), x_proj, "modrelu", "fp32")
+
+
 def arguments_of_scan(case, **changed):
     """Keyword arguments of scan_forward on the device."""
     inputs, flags, _ = make(case)
