@@ -1,7 +1,7 @@
 """What converting a trained RNN to a KRU loses, and how fast training recovers it.
 
-    python bench/convert.py                    # 256 units, some minutes
-    python bench/convert.py --quick            # the same code for a moment
+    python -m bench.convert                    # 256 units, some minutes
+    python -m bench.convert --quick            # the same code for a moment
 
 Bytes of the standard library (`--data stdlib`) into an embedding, one recurrent layer of tanh
 units, a linear readout. A dense `nn.RNN` is trained, plain and kept orthogonal by torch's
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": versions(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "bench/convert.py", *(argv or sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "bench.convert", *(argv or sys.argv[1:])]),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
 

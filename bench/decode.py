@@ -110,9 +110,11 @@ def candidates(kind: str, base, batch: int, length: int, device) -> list[Candida
             return one
         with torch.no_grad(), autocast(device):
             _, state = model(tokens[:, None])
+        decoding = model.decoding()
+        decoding.__enter__()
         values["state_bytes"] = sum(s.numel() * s.element_size() for s in state)
 
-        def one():
+        def one(decoding=decoding):  # which ends with the last reference to it
             with torch.no_grad(), autocast(device):
                 return model(tokens[:, None], state)[0]
 

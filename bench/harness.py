@@ -30,6 +30,14 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 SCRATCH = ROOT / "build" / "bench"  # toy runs, which no figure may be drawn from
 STATUSES = ("ok", "skipped", "failed")
+SCRIPTS = (
+    "baselines",
+    "checkpoints",
+    "convert",
+    "data",
+    "kills",
+    "lm_search",
+)  # files in RESULTS whose rows are of another kind
 REQUIRED = {
     "bench": str,
     "name": str,
@@ -182,8 +190,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def result_files(folder: Path) -> list[Path]:
     """The files of a folder that hold rows; scripts of other names write tables of their own."""
-    others = ("baselines", "checkpoints", "data", "kills")
-    return [p for p in sorted(folder.glob("*.jsonl")) if p.stem not in others]
+    return [p for p in sorted(folder.glob("*.jsonl")) if p.stem not in SCRIPTS]
 
 
 def latest(rows: list[dict]) -> list[dict]:

@@ -10,6 +10,7 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     kernels-length    microseconds per step against length
     train-step        tokens per second against sequence length
     decode            tokens per second against cached positions
+    context           time per token against the tokens read before it, on a CPU
     cpu-growth        torch backend: time against T, B, N, F beside a linear law
     cpu-speed         torch backend against the loop and torch.nn
 """
@@ -135,6 +136,17 @@ def decode(rows, new):
     return figure, found
 
 
+def context(rows, new):
+    found = ok(rows, "context")
+    if len({row["context"] for row in found}) < 2:
+        return None
+    figure, (axis,) = new(1)
+    lines(axis, found, "context", "ms_p50", lambda row: row["implementation"])
+    finish(axis, "tokens read before", "ms per token")
+    axis.set_ylim(bottom=0.1)
+    return figure, found
+
+
 def growth(rows, new):
     found = ok(rows, "cpu", section="growth")
     found = [row for row in found if "value" in row]
@@ -185,6 +197,7 @@ FIGURES = {
     "kernels-length": length,
     "train-step": train_step,
     "decode": decode,
+    "context": context,
     "cpu-growth": growth,
     "cpu-speed": speed,
 }

@@ -3,13 +3,15 @@
     Z = A X Bᵀ + U,  h = σ(Z)        (Jose, Cissé and Fleuret, ICML 2018, regrouped)
 
 `kru_scan` regroups the factors, checks its arguments and sets up buffers at every call. That is
-little beside a sequence, and most of the time of a single step. A `Step` has done it once.
+little beside a sequence, and most of the time of a single step. A `Step`, or an `LSTMStep` for
+`kru_lstm_scan`, has done it once.
 """
 
 import torch
 from torch import Tensor
 
 from kru_triton.kronecker import group_factors
+from kru_triton.lstm import KRULSTM
 from kru_triton.modules import KRU
 from kru_triton.nonlinearity import tiny
 from kru_triton.torch_backend import left_block, right_block
@@ -62,3 +64,43 @@ class Step:
             modulus = squared.sqrt_()
             scale = modulus.tanh().div_(modulus)
         return z.mul_(scale).view(batch, -1)
+
+
+class LSTMStep:
+    """A step of one `KRULSTM` layer, with the weights that it has now: `h, c = step(x_proj, h, c)`.
+
+    Args:
+        lstm: with one layer and direction. Later changes of its weights are not seen.
+
+    Example:
+        >>> lstm = kru_triton.KRULSTM(8, 6)
+        >>> x, h_0, c_0 = torch.randn(1, 3, 8), torch.randn(1, 3, 6), torch.randn(1, 3, 6)
+        >>> with torch.no_grad():
+        ...     step = LSTMStep(lstm)
+        ...     h, c = step(lstm.input_projection(x)[:, 0], h_0[0], c_0[0])
+        ...     torch.allclose(h, lstm(x, (h_0, c_0))[0][0], atol=1e-6)
+        True
+    """
+
+    def __init__(self, lstm: KRULSTM):
+        a, b = (w[0] for w in group_factors(lstm.recurrent_factors(0)))
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        p, q = a.shape[-1], b.shape[-1]
+        self.left = a.to(dtype).view(4, lstm.num_heads, 1, p, p)
+        self.right = b.to(dtype).view(4, lstm.num_heads, q, q).transpose(-1, -2).contiguous()
+        self.dtype = dtype
+
+    def __call__(self, x_proj: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The next h and c `(B, F)` from `x_proj (B, 4·F)` and the last; not differentiable."""
+        batch = h.shape[0]
+        _, heads, _, p, _ = self.left.shape
+        q = self.right.shape[-1]
+        x = h.to(self.dtype).view(batch, heads, p, q).transpose(0, 1)
+        x = torch.matmul(x.reshape(heads, batch * p, q), self.right)  # (4, H, B·P, Q)
+        x = torch.matmul(self.left, x.view(4, heads, batch, p, q))
+        z = x_proj.to(self.dtype).view(batch, 4, -1) + x.permute(2, 0, 1, 3, 4).reshape(
+            batch, 4, -1
+        )
+        i, f, g, o = z.unbind(1)
+        c = f.sigmoid().mul_(c).addcmul_(i.sigmoid(), g.tanh())
+        return o.sigmoid().mul_(c.tanh()), c

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from kru_triton.decoding import Step
+from kru_triton.decoding import LSTMStep, Step
 from kru_triton.lstm import KRULSTM
 from kru_triton.lstm_scan import why_not_triton_lstm
 from kru_triton.modules import KRU, in_chunks
@@ -170,10 +170,11 @@ class LanguageModel(nn.Module):
             ...     _, state = model(torch.tensor([[1, 2, 3]]))  # the prompt
             ...     logits, state = model(torch.tensor([[4]]), state)
         """
-        mixers = [b.mixer for b in self.blocks if isinstance(b.mixer, _KRUMixer)]
+        mixers = [b.mixer for b in self.blocks if isinstance(b.mixer, _KRUMixer | _KRULSTMMixer)]
         with torch.no_grad():
             for mixer in mixers:
-                mixer.step = Step(mixer.kru)
+                kru = isinstance(mixer, _KRUMixer)
+                mixer.step = Step(mixer.kru) if kru else LSTMStep(mixer.lstm)
         try:
             yield
         finally:
@@ -308,7 +309,7 @@ class _KRUMixer(nn.Module):
         self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        if self._single_step(x, state, reset):
+        if self.step is not None and _single_step(x, state, reset):
             h_n = self.step(self.kru.input_projection(x)[:, 0], state[0])
             h = h_n[None].to(x.dtype)
         else:
@@ -320,15 +321,16 @@ class _KRUMixer(nn.Module):
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
         return self.projection(h), [h_n]
 
-    def _single_step(self, x: Tensor, state, reset) -> bool:
-        return (
-            self.step is not None
-            and x.shape[0] == 1
-            and state is not None
-            and reset is None
-            and x.device.type == "cpu"
-            and not torch.is_grad_enabled()
-        )
+
+def _single_step(x: Tensor, state, reset) -> bool:
+    """Whether a `Step` can stand for the scan of `x (T, B, D)`."""
+    return (
+        x.shape[0] == 1
+        and state is not None
+        and reset is None
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+    )
 
 
 class _KRULSTMMixer(nn.Module):
@@ -347,8 +349,12 @@ class _KRULSTMMixer(nn.Module):
             precision=config.precision,
         )
         self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
+        self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        if self.step is not None and _single_step(x, state, reset):
+            h, c = self.step(self.lstm.input_projection(x)[:, 0], *state)
+            return self.projection(h[None].to(x.dtype)), [h, c]
         hx = None if state is None else tuple(s[None] for s in state)
         h, last = self.lstm(x, hx, reset=reset)
         return self.projection(h), [s[0] for s in last]

@@ -383,6 +383,8 @@ def synthetic(path):
         name = f"transformer L{length}" if length else "kru"
         values = {**times, "B": 1, "length": length, "tokens_per_s": 100.0 + length}
         add("decode", name, case="B1", implementation=name, **values)
+    for seen in (10, 100):
+        add("context", f"kru {seen}", implementation="kru", context=seen, **times)
     for value in (16, 32):
         values = {**times, "ms_p20": 0.5, "ms_p50": value / 16, "value": value}
         add("cpu", f"growth {value}", section="growth", family="length T", **values)

@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import kru_triton  # noqa: E402
-from kru_triton import KRU, hf  # noqa: E402
-from kru_triton.decoding import Step  # noqa: E402
+from kru_triton import KRU, KRULSTM, hf  # noqa: E402
+from kru_triton.decoding import LSTMStep, Step  # noqa: E402
 from kru_triton.hf import CACHE, KRUCache, KRUConfig, KRUForCausalLM, KRUModel  # noqa: E402
 from kru_triton.language_model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
 
@@ -578,9 +578,27 @@ def test_a_prepared_step_equals_the_layer(name, batch):
             assert (h - expected[t]).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("factors", [(3, 4), (12,), (2, 2, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_prepared_step_equals_the_lstm(factors, batch):
+    torch.manual_seed(0)
+    lstm = KRULSTM(5, 24, num_heads=2, factors=factors).double()
+    x = torch.randn(4, batch, 5, dtype=torch.float64)
+    with torch.no_grad():
+        expected, (_, c_n) = lstm(x)
+        step = LSTMStep(lstm)
+        h, c = torch.zeros_like(expected[0]), torch.zeros_like(c_n[0])
+        for t in range(4):
+            h, c = step(lstm.input_projection(x[t : t + 1])[:, 0], h, c)
+            assert (h - expected[t]).abs().max() < 1e-13
+        assert (c - c_n[0]).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("model", ["kru", "krulstm"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_decoding_takes_the_prepared_steps_and_no_others(batch):
-    network = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=12)).eval()
+def test_decoding_takes_the_prepared_steps_and_no_others(model, batch):
+    config = LanguageModelConfig(model=model, d_model=16, hidden_size=12)
+    network = LanguageModel(config).eval()
     tokens, used = torch.randint(257, (batch, 6)), []
     with torch.no_grad():
         expected, _ = network(tokens)
