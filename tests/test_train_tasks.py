@@ -19,6 +19,7 @@ import torch
 from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
 from kru_triton.train import adding, copy_memory, music, pixel_mnist, reproduce, task_loop, timit
 from kru_triton.train.config import UserError, parse
+from kru_triton.train.run_directory import device_name
 from kru_triton.train.task_loop import SequenceModel
 from kru_triton.train.tokenizer import character_tokenizer
 
@@ -520,6 +521,14 @@ def test_patience_ends_a_run_and_the_best_weights_are_tested(tmp_path):
     assert summary["steps"] == summary["best_step"] + 15 < 400
     assert summary["best/loss_nats"] == min(values.values()) == values[summary["best_step"]]
     assert summary["test/loss_nats"] < 2 * summary["best/loss_nats"]
+
+
+def test_a_summary_names_the_device_and_the_commit_that_ran(tmp_path, monkeypatch):
+    later = iter(["before", "after"])  # what a checkout holds at the start, and at the end of a run
+    monkeypatch.setattr(task_loop, "commit", lambda: next(later))
+    _, summary = train(copy_memory, f"{TOY_COPY} --steps 2", tmp_path / "run")
+    assert summary["commit"] == "before"
+    assert summary["device"] == device_name(torch.device("cpu")) != ""
 
 
 def test_frozen_factors_stay_as_drawn(tmp_path):

@@ -46,7 +46,13 @@ from kru_triton.train.lm import (
 )
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
 from kru_triton.train.processes import Processes, Stop
-from kru_triton.train.run_directory import claim, commit, versions, write_settings
+from kru_triton.train.run_directory import (
+    claim,
+    commit,
+    device_name,
+    versions,
+    write_settings,
+)
 from kru_triton.train.sample import pick_device
 
 FACTOR_RATE_TIMES_LENGTH = 0.02  # of the automatic --recurrent-lr
@@ -407,7 +413,8 @@ def train(config: TaskConfig, task: Task) -> int:
     print(f"learning rates {peaks}; {device}, {torch.get_num_threads()} threads")
     if task.baseline is not None:
         print(f"memoryless baseline: {task.baseline:.6g} {task.unit}")
-    print(f"commit {commit()}, versions {versions()}")
+    made_by = {"device": device_name(device), "versions": versions(), "commit": commit()}
+    print(", ".join(f"{key} {value}" for key, value in made_by.items()))
 
     # Resume
     write_settings(run_dir, settings)
@@ -567,8 +574,7 @@ def train(config: TaskConfig, task: Task) -> int:
             "baseline": task.baseline,
             "diagnostics": {"before": at.before, "after": after},
             "data": task.facts,
-            "versions": versions(),
-            "commit": commit(),
+            **made_by,
         }
         write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         wandb.summarize(summary)
