@@ -37,6 +37,9 @@ MORE = {
     "model": ("bench.model", "predicted times, what bounds them, growth"),
     "plot": ("bench.plot", "draws the figures from the rows"),
     "checkpoints": ("bench.checkpoints", "what checkpoints cost a training run"),
+    "context": ("bench.context", "time per token after 10 to 100,000 others"),
+    "convert": ("bench.convert", "what converting a trained RNN loses, and how fast it recovers"),
+    "lm_search": ("bench/lm_search.py", "blocks of the language model at equal parameters"),
     "baselines": ("bench/baselines.py", "trained models at equal tokens and equal time"),
 }
 FOR_CPU, FOR_GPU = ("cpu", "compiled", "data"), ("kernels", "tune", "train_step", "decode")

@@ -137,20 +137,11 @@ def run(args, kind, model, flags, steps, lr) -> dict:
     folder = args.run_dir / f"{kind}-{model}-{lr:g}"
     flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train/lm.py"), *flags, "--run-dir", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    diverged = done.returncode == 3  # a row like any other, worse than all that did not
-    if done.returncode and not diverged:
-        raise RuntimeError(f"{' '.join(flags)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    summary = None if diverged else json.loads((folder / "summary.json").read_text())
+    summary = train(flags, folder)
     config = parse(flags)
     row = {
         **key,
-        "diverged": diverged,
+        "diverged": summary is None,  # a row like any other, worse than all that did not
         "val_bpb": summary["val/bpb"] if summary else 99.0,
         "tokens": steps * config.batch_size * config.segment_length,
         "parameters": summary and summary["parameters"],
@@ -168,6 +159,21 @@ def run(args, kind, model, flags, steps, lr) -> dict:
         out.write(json.dumps(row) + "\n")
     print(f"{kind} {model} lr {lr:g}: {row['val_bpb']:.4f} bits per byte", flush=True)
     return row
+
+
+def train(flags: list[str], folder: Path) -> dict | None:
+    """summary.json of one run of train/lm.py on one thread; None where it diverged."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train/lm.py"), *flags, "--run-dir", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 3:
+        return None
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(flags)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return json.loads((folder / "summary.json").read_text())
 
 
 def print_table(rows: list[dict]) -> None:

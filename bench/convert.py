@@ -107,7 +107,7 @@ def bits(model: nn.Module, validation: Tensor) -> float:
     return loss / count / math.log(2)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--units", type=int, default=256)
     parser.add_argument("--steps", type=int, default=600, help="of the dense RNN")
@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
         for steps in args.more:
             for name, model in (("converted", converted), ("fresh", fresh), ("dense", dense)):
                 best(source, name if name != "dense" else "dense, more", model, steps, seed=1)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

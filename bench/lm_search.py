@@ -12,16 +12,14 @@ are not repeated. `--table` prints what the file holds and runs nothing.
 
 import argparse
 import json
-import os
 import shlex
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from baselines import ROOT, train
+
 BASE = (
     "--preset tiny --d-model 48 --num-layers 2 --hidden-size 128 --num-heads 1 --nonlinearity relu "
     "--recurrent-lr 2e-3 --match-params 107840"
@@ -104,20 +102,11 @@ def run(args, trial: str, lr: float, seed: int) -> None:
     folder = args.run_dir / f"{args.name}-{trial}-{lr:g}-{seed}"
     quiet = "--resume never --wandb disabled --eval-every 0 --checkpoint-every 0 --sample-tokens 0"
     began = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train/lm.py"), *flags, *quiet.split()]
-    done = subprocess.run(
-        [*command, "--data", args.data, "--run-dir", str(folder)],
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-        capture_output=True,
-        text=True,
-    )
-    diverged = done.returncode == 3  # a row like any other
-    if done.returncode and not diverged:
-        raise RuntimeError(f"{shlex.join(flags)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    summary = {} if diverged else json.loads((folder / "summary.json").read_text())
+    ended = train([*flags, *quiet.split(), "--data", args.data], folder)
+    summary = ended or {}
     row = {
         **key,
-        "diverged": diverged,
+        "diverged": ended is None,  # a row like any other
         "val_bpb": summary.get("val/bpb"),
         "seconds": round(time.perf_counter() - began, 1),  # of whatever else ran meanwhile, too
         **{k: summary.get(k) for k in ("tokens", "parameters", "recurrent_parameters")},

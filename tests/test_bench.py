@@ -261,3 +261,19 @@ def test_checkpoint_overhead(tmp_path):
     assert row["write_s"] > 0
     interval = row["checkpoint_every"] * row["step_s"]
     assert math.isclose(row["share"], (row["blocked_s"] + row["thread_s"]) / interval)
+
+
+def test_a_search_goes_on_from_its_rows(tmp_path, capfd):
+    file = tmp_path / "rows.jsonl"
+    flags = ["--only", "base", "tanh", "--steps", "2", "--data", f"text:{ROOT / 'README.md'}"]
+    flags += ["--name", "readme", "--out", str(file), "--run-dir", str(tmp_path / "runs")]
+    for _ in range(2):  # the second time nothing is left to run
+        assert front.main(["lm_search", *flags]) == 0
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [(row["trial"], row["diverged"]) for row in rows] == [
+            ("base", False),
+            ("tanh", False),
+        ]
+    assert all(0 < row["val_bpb"] < 20 and row["tokens"] == 8192 for row in rows)
+    assert front.main(["lm_search", "--only", "nonsense"]) == 2
+    assert "there are base, modrelu" in capfd.readouterr().err
