@@ -9,7 +9,8 @@ lines and of Parquet into a temporary directory, shuffled 64 documents at a time
 `--megabytes` of UTF-8 text in batches of 32 lanes and 128 tokens, from its first batch on, when
 each line has one block ready. The cases take turns; a row holds the 20th, 50th and 80th percentile
 over the rounds of megabytes per second, and the median per second of CPU time where no worker
-processes are in it. BPE has 4,096 merges. Rows are appended to `--out` as JSON lines.
+processes are in it. BPE has 4,096 merges. What is in `memory` was tokenised before the clock
+started. Rows are appended to `--out` as JSON lines.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import datetime
 import functools
 import json
 import os
-import platform
 import resource
 import shlex
 import statistics
@@ -32,7 +32,7 @@ import torch
 from pyarrow import parquet
 
 from kru_triton.train import data
-from kru_triton.train.run_directory import commit, versions
+from kru_triton.train.run_directory import commit, device_name, versions
 from kru_triton.train.sources import find_source
 from kru_triton.train.streams import Plan, StreamBatches
 from kru_triton.train.tokenizer import ByteTokenizer, train_bpe
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                 speeds[kind, name, workers].append(pair)
 
     machine = {
-        "device": processor(),
+        "device": device_name(torch.device("cpu")),
         "threads": os.cpu_count(),
         "versions": versions(),
         "commit": commit(),
@@ -128,14 +128,6 @@ def measure(batches, megabytes: float, bytes_per_token: float) -> tuple[float, f
 def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def cpu_name() -> str:
+    """As `kru_triton.train.run_directory` has it, whose imports a GPU machine may lack."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(

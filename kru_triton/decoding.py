@@ -14,6 +14,7 @@ from kru_triton.kronecker import group_factors
 from kru_triton.lstm import KRULSTM
 from kru_triton.modules import KRU
 from kru_triton.nonlinearity import tiny
+from kru_triton.scan import _state_dtype
 from kru_triton.torch_backend import left_block, right_block
 
 
@@ -35,7 +36,7 @@ class Step:
 
     def __init__(self, kru: KRU):
         a, b = group_factors(kru.recurrent_factors(0))
-        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        dtype = _state_dtype(a)
         self.left, self.right = left_block(a.to(dtype)), right_block(b.to(dtype))
         self.sizes = a.shape[0], a.shape[1], a.shape[2], b.shape[2]
         self.dtype, self.nonlinearity = dtype, kru.nonlinearity
@@ -84,7 +85,7 @@ class LSTMStep:
 
     def __init__(self, lstm: KRULSTM):
         a, b = (w[0] for w in group_factors(lstm.recurrent_factors(0)))
-        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        dtype = _state_dtype(a)
         p, q = a.shape[-1], b.shape[-1]
         self.left = a.to(dtype).view(4, lstm.num_heads, 1, p, p)
         self.right = b.to(dtype).view(4, lstm.num_heads, q, q).transpose(-1, -2).contiguous()
