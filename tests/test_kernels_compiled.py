@@ -61,9 +61,8 @@ def compiled(tmp_path_factory):
         without_interpreter(directory, ROOT / "bench" / "compiled.py", *flags)
         return json.loads(file.read_text())
 
-    targets = list(TARGETS)
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda half: rows(*half), (targets[:2], targets[2:]))
+        halves = pool.map(lambda half: rows(*half), (TARGETS[:2], TARGETS[2:]))
         return {(row["variant"], row["arch"]): row for half in halves for row in half}
 
 
