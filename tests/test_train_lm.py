@@ -459,6 +459,8 @@ def test_bad_arguments_and_data_end_with_code_2_and_a_message(
         ([*corpus, "--match-params", "10"], "match_params"),
         ([*corpus, "--run-dir", tmp_path / "file" / "run"], "--run-dir"),
         ([*corpus, "--batch-size", "100000"], "too few for 100000 lanes"),
+        ([*corpus, "--frozen-factors", "--model", "gru"], "kru and krulstm, not for gru"),
+        ([*corpus, "--test", "text:/no/such/test"], "no file matches 'text:/no/such/test'"),
         ([*corpus, "--grad-accumulation", "3"], "must divide --batch-size (4 lanes), got 3"),
     ]
     for flags, message in cases:
@@ -501,6 +503,17 @@ def test_baselines_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model):
     whole = losses["whole"]
     assert whole == losses["parts"]
     assert whole[-1] < whole[0]
+
+
+def test_frozen_factors_stay_as_they_were_drawn_and_the_rest_learns(tmp_path, corpus, monkeypatch):
+    flags = [*TINY, *corpus, "--frozen-factors", "--checkpoint-every", 1, "--keep", 9]
+    for steps in (3, 6):  # and the second leg resumes
+        assert run_in_process(monkeypatch, *flags, "--steps", steps, "--run-dir", tmp_path) == 0
+    first, last = (
+        checkpoints.load(checkpoints.folder(tmp_path, step)).tensors["model"] for step in (1, 6)
+    )
+    for name in first:
+        assert torch.equal(first[name], last[name]) == (".factor" in name), name
 
 
 def test_bfloat16_and_the_unitary_penalty_take_effect(tmp_path, corpus, monkeypatch):

@@ -414,20 +414,22 @@ def test_unitary_baselines_stay_unitary_and_are_dense(model):
     torch.testing.assert_close(output[-1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_recurrent_matrices_learn_at_their_own_rate():
+def test_what_the_recurrence_repeats_learns_at_a_rate_of_its_own():
     config, task = copy_memory.setup(shlex.split("--T 180 --lr 1e-2"))
     model = SequenceModel(config, 10, 10, False)
     rates = {}
     for group in task_loop.parameter_groups(model, config, task.length):
         rates |= {id(p): group["lr"] for p in group["params"]}
     for name, p in model.named_parameters():
-        expected = task_loop.FACTOR_RATE_TIMES_LENGTH / 200 if "factor" in name else 1e-2
+        slow = "factor" in name or "beta" in name
+        expected = task_loop.RECURRENT_RATE_TIMES_LENGTH / 200 if slow else 1e-2
         assert rates[id(p)] == pytest.approx(expected)
-    for flags, count in (("--model lstm", 1), ("--model krulstm", 1), ("--frozen-factors", 1)):
+    frozen = "--frozen-factors --recurrent-lr 1e-4"  # beta still learns
+    for flags, slow in (("--model lstm", []), ("--model krulstm", []), (frozen, [1e-4])):
         config, _ = copy_memory.setup(shlex.split(flags))
         model = SequenceModel(config, 10, 10, False)
         groups = task_loop.parameter_groups(model, config, 100)
-        assert [group["lr"] for group in groups] == [config.lr] * count
+        assert [group["lr"] for group in groups] == [*slow, config.lr]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -669,12 +671,16 @@ def test_lm_preset_ptb_from_a_directory(treebank, tmp_path):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["parameters"] == 2 * size * 24 + 24 + 2 * (9 + 16) + size
     assert summary["val/bpb"] < 2.5 < math.log2(size)
+    assert summary["data"]["test"]["bytes"] == (treebank / "ptb.test.txt").stat().st_size
+    assert abs(summary["test/bpb"] - summary["val/bpb"]) < 0.3  # of other sentences alike
+    assert summary["test/bpb"] != summary["val/bpb"]
+    assert summary["device"] == device_name(torch.device("cpu"))
     assert json.loads((run_dir / "config.json").read_text())["frame"] == "plain"
 
 
 def test_a_half_present_treebank_names_the_files(tmp_path):
     (tmp_path / "ptb.train.txt").write_text("a\n")
-    with pytest.raises(UserError, match=r"no ptb\.valid\.txt there; the Penn Treebank is licensed"):
+    with pytest.raises(UserError, match=r"no ptb\.valid\.txt and no ptb\.test\.txt there; the Penn Treebank is licensed"):
         parse(["--preset", "ptb", "--data", f"ptb:{tmp_path}"])
 
 

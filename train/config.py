@@ -46,11 +46,13 @@ class Config:
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ("stdlib",)
     """Training text: stdlib (source of this Python's own library), text:GLOB (** = folders),
     json:GLOB[#field], parquet:GLOB[#field] (files or http(s) URLs),
-    hub:org/name[@config][/split][#field], or ptb:DIRECTORY (of Penn Treebank's ptb.train.txt and
-    ptb.valid.txt). Given several times, the sources are mixed, as WEIGHT:SPEC in these shares of
+    hub:org/name[@config][/split][#field], or ptb:DIRECTORY (of Penn Treebank's ptb.train.txt,
+    ptb.valid.txt and ptb.test.txt). Given several times, the sources are mixed, as WEIGHT:SPEC in these shares of
     tokens, else equally."""
     valid: str = ""
     """Validation text, spelled like --data. Empty: a fixed part of --data is held out."""
+    test: str = ""
+    """Test text, spelled like --data: all of it is measured, once, at the end of the run."""
     valid_bytes: int = 2_000_000
     """Validation text of a stream ends with the document that reaches this many bytes."""
     tokenizer: str = "bytes"
@@ -138,6 +140,8 @@ class Config:
     (GPUs, CPUs with AMX)."""
     compile: bool = False
     """torch.compile the model."""
+    frozen_factors: bool = False
+    """Control: leave the recurrent matrices of kru or krulstm as they were drawn."""
     recompute: int = 0
     """Run the blocks in chunks of this many steps and compute each again in the backward: less
     memory for more time. 0: keep everything."""
@@ -174,6 +178,7 @@ IDENTITY_FREE = {
     *("prompt", "sample_tokens", "temperature", "top_p"),
     *("backend", "precision", "device", "compile", "recompute", "workers"),
     *("batch_size", "grad_accumulation", "processes"),  # the lanes of all processes must stay
+    "test",
 }
 
 
@@ -210,7 +215,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
 def penn_treebank(config: Config) -> Config:
     """The files of `--data ptb:DIRECTORY` as sources."""
     folder = Path(config.data[0].removeprefix("ptb:")).expanduser()
-    paths = [folder / f"ptb.{part}.txt" for part in ("train", "valid")]
+    paths = [folder / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise UserError(
@@ -218,8 +223,9 @@ def penn_treebank(config: Config) -> Config:
             "licensed (LDC99T42), and language-model toolkits pass on its 10,000-word form as "
             "ptb.train.txt, ptb.valid.txt and ptb.test.txt"
         )
-    train, valid = (f"text:{glob.escape(str(path))}" for path in paths)
-    return dataclasses.replace(config, data=(train,), valid=config.valid or valid)
+    train, valid, test = (f"text:{glob.escape(str(path))}" for path in paths)
+    held_out = {"valid": config.valid or valid, "test": config.test or test}
+    return dataclasses.replace(config, data=(train,), **held_out)
 
 
 def model_settings(model_config: LanguageModelConfig) -> dict:
@@ -300,6 +306,8 @@ def validate(config: Config) -> None:
             f"--grad-accumulation must divide --batch-size ({config.batch_size} lanes), got "
             f"{config.grad_accumulation}"
         )
+    if config.frozen_factors and config.model not in ("kru", "krulstm"):
+        raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
     if not config.lr_floor <= 1:

@@ -84,6 +84,7 @@ class Data:
     tokenizer: ByteTokenizer | FileTokenizer
     train: "Lanes | StreamBatches"
     valid: "Stream"
+    test: "Stream | None"  # of --test
     facts: dict  # what is known of "train" and "valid"
     rivals: dict[str, float]  # bits per byte of gzip and xz on the validation text; rank 0 only
 
@@ -151,7 +152,13 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
         )
         batches = StreamBatches(plan, *sizes, config.workers)
     rivals = compressed_bits_per_byte(held_out) if rank == 0 else {}
-    return Data(tokenizer, batches, valid, {"train": known, "valid": facts(held_out)}, rivals)
+    known_facts = {"train": known, "valid": facts(held_out)}
+    test = None
+    if config.test:
+        documents = read_documents(config.test)
+        check_not_empty("test", documents, config.data, config.test)
+        test, known_facts["test"] = Stream(documents, tokenizer), facts(documents)
+    return Data(tokenizer, batches, valid, test, known_facts, rivals)
 
 
 # What a run remembers of its data

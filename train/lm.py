@@ -40,7 +40,14 @@ from kru_triton.train import checkpoints, data
 from kru_triton.train.config import Config, UserError, model_config, parse
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
 from kru_triton.train.processes import Processes, Stop, join, leave
-from kru_triton.train.run_directory import claim, commit, share, versions, write_settings
+from kru_triton.train.run_directory import (
+    claim,
+    commit,
+    device_name,
+    share,
+    versions,
+    write_settings,
+)
 from kru_triton.train.sample import generate, pick_device, pick_dtype
 
 EVALUATION_LANES = 32
@@ -222,9 +229,14 @@ def backward(
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, stream: data.Stream, length: int, autocast, processes: Processes
+    model: LanguageModel,
+    stream: data.Stream,
+    length: int,
+    autocast,
+    processes: Processes,
+    split: str = "val",
 ) -> dict[str, float]:
-    """Loss and bits per byte over the whole validation stream, in segments, state carried.
+    """Loss and bits per byte over a whole held-out stream, in segments, state carried.
 
     Each process reads some of the lanes.
     """
@@ -245,8 +257,8 @@ def evaluate(
     nats, count = processes.sum(nats.item(), count)
     bits_per_byte = nats / math.log(2) / stream.num_bytes
     if not math.isfinite(bits_per_byte):
-        raise NonFiniteError("non-finite validation loss")
-    return {"val/loss_nats": nats / count, "val/bpb": bits_per_byte}
+        raise NonFiniteError(f"non-finite {split} loss")
+    return {f"{split}/loss_nats": nats / count, f"{split}/bpb": bits_per_byte}
 
 
 def write_sample(model: LanguageModel, tokenizer, config: Config, step: int) -> str:
@@ -332,6 +344,9 @@ def train(
         architecture = model_config(config, text.tokenizer.vocab_size)
         torch.manual_seed(config.seed)
         model = build_model(architecture, device)
+    if config.frozen_factors:
+        for name, p in model.named_parameters():
+            p.requires_grad_(".factor" not in name)
     if not first:
         torch.manual_seed(config.seed + processes.rank)  # dropout draws of its own
     groups = model.parameter_groups(config.lr, config.recurrent_lr, config.weight_decay)
@@ -365,7 +380,8 @@ def train(
     rivals = text.rivals
     if first:
         print(f"valid, bits per byte: gzip -9 {rivals['gzip']:.4f}, xz {rivals['xz']:.4f}")
-    print(f"commit {commit()}, versions {versions()}")
+    made_by = {"device": device_name(device), "versions": versions(), "commit": commit()}
+    print(", ".join(f"{key} {value}" for key, value in made_by.items()))
 
     # Resume
     at = Position()
@@ -430,7 +446,7 @@ def train(
         parts = pack(at, model, optimizer, processes)
         writer.save(at.step, *parts, *([metrics.sync] if first else []))
 
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     stopping, batch = False, fetch()
     agree(0)
     done = progress()
@@ -520,11 +536,17 @@ def train(
         known = result.get("step") == at.step and "val/bpb" in result
         if processes.sum(known) == [0.0]:  # the budget was lowered
             result = evaluate(model, text.valid, config.segment_length, autocast, processes)
+        test = {}
+        if text.test:
+            test = evaluate(
+                model, text.test, config.segment_length, autocast, processes, "test"
+            )
         if not first:
             return code
         summary = {
             "val/bpb": result["val/bpb"],
             "val/loss_nats": result["val/loss_nats"],
+            **test,
             "gzip_bpb": rivals["gzip"],
             "xz_bpb": rivals["xz"],
             "steps": at.step,
@@ -539,15 +561,16 @@ def train(
             "processes": processes.count,
             "data": {**text.facts, "read": text.train.counts()},
             "backend": model.backend_report(),
-            "versions": versions(),
-            "commit": commit(),
+            **made_by,
         }
         checkpoints.write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         wandb.summarize(summary)
         bar.close()
         sampler = Path(sys.argv[0]).with_name("sample.py")
         print(
-            f"done: val/bpb {summary['val/bpb']:.4f}, gzip -9 {rivals['gzip']:.4f}, "
+            f"done: val/bpb {summary['val/bpb']:.4f}, "
+            + (f"test/bpb {test['test/bpb']:.4f}, " if test else "")
+            + f"gzip -9 {rivals['gzip']:.4f}, "
             f"xz {rivals['xz']:.4f}\n"
             f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent; "
             f"{at.step:,} steps, {at.tokens:,} tokens, {at.epochs:.2f} epochs, "

@@ -55,7 +55,7 @@ from kru_triton.train.run_directory import (
 )
 from kru_triton.train.sample import pick_device
 
-FACTOR_RATE_TIMES_LENGTH = 0.02  # of the automatic --recurrent-lr
+RECURRENT_RATE_TIMES_LENGTH = 0.005  # of the automatic --recurrent-lr
 
 
 @dataclass
@@ -101,9 +101,10 @@ class TaskConfig:
     batch_size: int = 32
     """Sequences per step."""
     lr: float = 3e-3
-    """Peak learning rate of everything but the recurrent matrices of kru, unitary, orthogonal."""
+    """Peak learning rate of everything but the recurrent matrices of kru, unitary, orthogonal and
+    the beta of their nonlinearity."""
     recurrent_lr: float = 0.0
-    """Peak learning rate of those. 0: min(lr, 0.02 / T) for sequences of T steps."""
+    """Peak learning rate of those. 0: min(lr, 0.005 / T) for sequences of T steps."""
     lr_floor: float = 0.05
     """The cosine over the budget ends at this share of the peak."""
     warmup: int = 0
@@ -301,17 +302,19 @@ def is_recurrent(name: str) -> bool:
 
 
 def parameter_groups(model: SequenceModel, config: TaskConfig, length: int) -> list[dict]:
-    """Two groups for Adam: recurrent matrices without gates around them at a rate of their own.
+    """Two groups for Adam: what T steps repeat, without gates around it, at a rate of its own.
 
-    Adam moves every entry of a factor by about its rate per step, and T steps of the recurrence
-    multiply what that does to W: rate · T is 0.02 (copy memory at T = 1000 learns at 2e-5).
+    Adam moves every number by about its rate per step. T steps of the recurrence multiply what that
+    does to a factor and add up what it does to a modReLU's beta, so rate · T is 0.005 for both.
+    (Copy memory at T = 1000: with beta at the rate of the rest, one seed of three lost all memory.)
     """
     ungated = config.model in ("kru", "unitary", "orthogonal")
-    own = config.recurrent_lr or min(config.lr, FACTOR_RATE_TIMES_LENGTH / length)
+    own = config.recurrent_lr or min(config.lr, RECURRENT_RATE_TIMES_LENGTH / length)
     groups = {own: [], config.lr: []} if ungated else {config.lr: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[own if ungated and is_recurrent(name) else config.lr].append(p)
+            repeated = is_recurrent(name) or ".beta" in name
+            groups[own if ungated and repeated else config.lr].append(p)
     return [{"params": params, "lr": rate} for rate, params in groups.items() if params]
 
 
