@@ -47,8 +47,8 @@ class Config:
     """Training text: stdlib (source of this Python's own library), text:GLOB (** = folders),
     json:GLOB[#field], parquet:GLOB[#field] (files or http(s) URLs),
     hub:org/name[@config][/split][#field], or ptb:DIRECTORY (of Penn Treebank's ptb.train.txt,
-    ptb.valid.txt and ptb.test.txt). Given several times, the sources are mixed, as WEIGHT:SPEC in these shares of
-    tokens, else equally."""
+    ptb.valid.txt and ptb.test.txt). Given several times, the sources are mixed, as WEIGHT:SPEC in
+    these shares of tokens, else equally."""
     valid: str = ""
     """Validation text, spelled like --data. Empty: a fixed part of --data is held out."""
     test: str = ""

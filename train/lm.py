@@ -538,9 +538,7 @@ def train(
             result = evaluate(model, text.valid, config.segment_length, autocast, processes)
         test = {}
         if text.test:
-            test = evaluate(
-                model, text.test, config.segment_length, autocast, processes, "test"
-            )
+            test = evaluate(model, text.test, config.segment_length, autocast, processes, "test")
         if not first:
             return code
         summary = {

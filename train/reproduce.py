@@ -34,7 +34,7 @@ from kru_triton.train.logger import read_rows
 
 TRAIN = Path(__file__).parent
 RESULTS = TRAIN.parent / "bench" / "results"
-TABLES = ("copy", "adding", "mnist", "ptb", "music")
+TABLES = ("copy", "adding", "mnist", "ptb", "music", "frozen", "gradients")
 CURVE_POINTS = 200
 DIVERGED = 3  # exit code of a script
 
@@ -42,7 +42,9 @@ DIVERGED = 3  # exit code of a script
 @dataclass
 class Config:
     table: tyro.conf.Positional[str]
-    """copy, adding, mnist, ptb, music, all, or draw: table and figures from the rows alone."""
+    """copy, adding, mnist, ptb, music; frozen: language models whose factors learn or do not;
+    gradients: norm against lag, with and without the unitary penalty; all; or draw: table and
+    figures from the rows alone."""
     scale: Literal["cpu", "gpu"] = "cpu"
     """Lengths, sizes and budgets for hours on a CPU, or those of the paper's set-up."""
     seeds: int = 3
@@ -86,6 +88,8 @@ def cells(table: str, config: Config) -> list[Cell]:
         "mnist": mnist_cells,
         "ptb": ptb_cells,
         "music": music_cells,
+        "frozen": frozen_cells,
+        "gradients": gradient_cells,
     }[table](config)
 
 
@@ -95,7 +99,7 @@ def cell(table: str, name: str, script: str, flags: str) -> Cell:
 
 def copy_cells(config: Config) -> list[Cell]:
     found = []
-    for length in (1000, 2000):
+    for length, steps in {1000: 600, 2000: 500}.items():
         models = {
             "kru": "",
             "kru-frozen": "--frozen-factors",
@@ -110,7 +114,8 @@ def copy_cells(config: Config) -> list[Cell]:
             }
         for model, flags in models.items():
             name = f"{model}-T{length}"
-            found.append(cell("copy", name, "copy_memory.py", f"--T {length} --steps 600 {flags}"))
+            shared = f"--T {length} --steps {steps}"
+            found.append(cell("copy", name, "copy_memory.py", f"{shared} {flags}"))
     return found
 
 
@@ -168,6 +173,28 @@ def music_cells(config: Config) -> list[Cell]:
         if data
         for model in ("balanced", "lstm", "gru", "rnn")
     ]
+
+
+def frozen_cells(config: Config) -> list[Cell]:
+    """What learning the factors is worth to a language model: in the paper's frame, and in ours."""
+    steps = 400 if config.scale == "cpu" else 4000
+    shared = f"--preset tiny --steps {steps} --eval-every 0 --sample-tokens 0"
+    frames = {
+        "plain": "--frame plain --tokenizer characters --hidden-size 128 --factors 8 16",
+        "residual": "",
+    }
+    return [
+        cell("frozen", f"{frame}-{name}", "lm.py", f"{shared} {flags} {control}")
+        for frame, flags in frames.items()
+        for name, control in {"trained": "", "frozen": "--frozen-factors"}.items()
+    ]
+
+
+def gradient_cells(config: Config) -> list[Cell]:
+    """Copy memory with factors that learn fast enough to leave unitarity."""
+    shared = "--T 200 --steps 400 --recurrent-lr 1e-3"
+    weights = {f"penalty-{w}": f"{shared} --unitarity-weight {w}" for w in ("0", "0.1", "1")}
+    return [cell("gradients", name, "copy_memory.py", flags) for name, flags in weights.items()]
 
 
 # Run and gather
@@ -328,7 +355,8 @@ def row_of(entries: list[str]) -> str:
 
 
 def draw(rows: list[dict], folder: Path) -> list[Path]:
-    """Loss against step (copy, adding); the measure against recurrent parameters (the others)."""
+    """Loss against step (copy, adding), gradient norm against lag (gradients), and the measure
+    against recurrent parameters (the others)."""
     from matplotlib.figure import Figure
 
     paths = []
@@ -340,7 +368,8 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         axes.grid(True, alpha=0.3)
         axes.set_title(table)
-        (draw_curves if table in ("copy", "adding") else draw_measure)(axes, cells)
+        kinds = {"copy": draw_curves, "adding": draw_curves, "gradients": draw_gradients}
+        kinds.get(table, draw_measure)(axes, cells)
         axes.legend(fontsize=8)
         paths.append(folder / f"reproduction_{table}.png")
         figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
@@ -350,14 +379,45 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
 def draw_curves(axes, cells: dict[str, list[dict]]) -> None:
     unit = ""
     for index, (name, own) in enumerate(cells.items()):
+        color, seeds = f"C{index}", {}  # step to the losses of all seeds there
         for row in own:
             curve, unit = row["curve"], row["curve"]["unit"] or unit
-            status = "" if row["status"] == "done" else f" ({row['status']})"
-            label = name + status if row is own[0] or status else None
-            axes.plot(curve["step"], curve["loss"], color=f"C{index}", label=label, linewidth=1)
+            diverged = row["status"] != "done"
+            label = f"{name} seed {row['seed']} ({row['status']})" if diverged else None
+            axes.plot(curve["step"], curve["loss"], color=color, alpha=0.35, lw=0.8, label=label)
+            for step, loss in zip(curve["step"], curve["loss"]):
+                seeds.setdefault(step, []).append(loss)
+        shared = [step for step in sorted(seeds) if len(seeds[step]) == len(own)]
+        medians = [statistics.median(seeds[step]) for step in shared]
+        axes.plot(shared, medians, color=color, linewidth=1.8, label=name)
     axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_ylabel(f"training loss ({unit}), one line per seed")
+    axes.set_ylabel(f"training loss ({unit}): seeds (thin) and their median")
+
+
+def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
+    """Mean over seeds and their range, after training; before it, all cells together."""
+
+    def line(name: str, when: str, rows: list[dict], **style) -> None:
+        found = [row["summary"]["diagnostics"][when]["gradient_by_lag"] for row in rows]
+        lags = [int(lag) for lag in found[0]]
+        by_lag = list(zip(*(norms.values() for norms in found)))
+        axes.plot(lags, [statistics.geometric_mean(norms) for norms in by_lag], label=name, **style)
+        bounds = [min(norms) for norms in by_lag], [max(norms) for norms in by_lag]
+        axes.fill_between(lags, *bounds, color=style["color"], alpha=0.15)
+
+    done = {n: [row for row in own if row["status"] == "done"] for n, own in cells.items()}
+    started = [row for own in done.values() for row in own]
+    if started:
+        line("before training", "before", started, color="black", linestyle="--")
+    for index, (name, own) in enumerate(done.items()):
+        if own:
+            line(f"{name}, after", "after", own, color=f"C{index}")
+        else:
+            axes.plot([], [], "x", label=f"{name}: diverged")
+    axes.set_yscale("log")
+    axes.set_xlabel("lag (steps)")
+    axes.set_ylabel("gradient norm over that at lag 0, mean and range over seeds")
 
 
 def draw_measure(axes, cells: dict[str, list[dict]]) -> None:

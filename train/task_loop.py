@@ -332,7 +332,7 @@ def diagnose(model: SequenceModel, x: Tensor) -> dict:
         return {}
     radii = diagnostics.spectrum(kru.recurrent_factors(0)).abs()
     lags, norms = diagnostics.gradient_norm_by_lag(kru, x.transpose(0, 1), relative=True)
-    shown = sorted({round((len(lags) - 1) * k / 8) for k in range(9)})
+    shown = sorted({round((len(lags) - 1) * k / 32) for k in range(33)})
     errors = diagnostics.unitarity_error(kru)
     return {
         "unitarity_error": {name: error.flatten().tolist() for name, error in errors.items()},
