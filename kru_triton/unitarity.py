@@ -6,6 +6,7 @@ Dimensions: parts = 2 ([real, imag]) or 1 (real field), H heads, factors of P ro
 n matrices of one shape taken together.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["gram_residual", "named_factors", "unitarity_penalty", "unitary_"]
 
 
 @torch.no_grad()
-def unitary_(tensor: Tensor) -> Tensor:
+def unitary_(tensor: Tensor, spread: float = 1.0) -> Tensor:
     """Fill `tensor` in place with Haar-distributed unitary (real: orthogonal) matrices.
 
     Z = QR for a Gaussian Z, then Q diag(R_jj / |R_jj|) (Mezzadri, Notices of the AMS 54, 2007).
@@ -27,13 +28,17 @@ def unitary_(tensor: Tensor) -> Tensor:
 
     Args:
         tensor: planar `(parts, H, P, Q)`, or complex or real `(P, Q)` or `(H, P, Q)`.
+        spread: below 1, square matrices exp(spread A) instead, with A skew-Hermitian and Gaussian,
+            of such a size that its eigenvalues fill (-πi, πi) (Wigner's semicircle): those of
+            exp(spread A) have angles up to about spread π. 0: the identity, an integrator.
 
     Returns:
         `tensor`.
 
     Raises:
         TypeError: `tensor` is not a floating-point or complex tensor.
-        ValueError: `tensor` has none of these shapes.
+        ValueError: `tensor` has none of these shapes, or is not square where `spread` is below 1,
+            or `spread` is not in [0, 1].
 
     Example:
         >>> import torch
@@ -45,12 +50,19 @@ def unitary_(tensor: Tensor) -> Tensor:
     complex_field = tensor.is_complex() or (tensor.ndim == 4 and tensor.shape[0] == 2)
     dtype = torch.complex128 if complex_field else torch.float64
     P, Q = tensor.shape[-2:]
+    if not 0 <= spread <= 1:
+        raise ValueError(f"spread: must be in [0, 1], got {spread}")
+    if spread < 1 and P != Q:
+        raise ValueError(f"spread: below 1 is for square matrices, got {spread} for {P} x {Q}")
     batch = tensor.shape[1:-2] if tensor.ndim == 4 else tensor.shape[:-2]
-    w, R = torch.linalg.qr(
-        torch.randn(*batch, max(P, Q), min(P, Q), dtype=dtype, device=tensor.device)
-    )
-    w = w * R.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]
-    w = w.mT if P < Q else w
+    w = torch.randn(*batch, max(P, Q), min(P, Q), dtype=dtype, device=tensor.device)
+    if spread < 1:
+        # The entries of w - wᴴ have variance 2, so its eigenvalues fill ±2i sqrt(2 P)
+        w = torch.matrix_exp((w - w.mH) * (spread * math.pi / math.sqrt(8 * P)))
+    else:
+        w, R = torch.linalg.qr(w)
+        w = w * R.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]
+        w = w.mT if P < Q else w
     if tensor.ndim == 4:
         w = torch.stack([w.real, w.imag]) if complex_field else w[None]
     return tensor.copy_(w)

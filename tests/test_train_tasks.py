@@ -385,6 +385,15 @@ def test_parameters_of_the_papers_copy_network(flags, parameters, recurrent):
     assert (model.num_parameters, model.num_recurrent_parameters) == (parameters, recurrent)
 
 
+def test_a_narrow_init_starts_as_an_integrator():
+    config, _ = copy_memory.setup(shlex.split("--init-spread 0.01 --num-layers 2 --preset paper"))
+    model = SequenceModel(config, 10, 10, False)
+    for layer in range(2):
+        w = model.recurrence.recurrent_matrix(layer)
+        distance = torch.linalg.matrix_norm(w - torch.eye(128), 2)
+        assert 0 < distance < 7 * 0.02 * math.pi  # the angles of seven factors at most add up
+
+
 @pytest.mark.parametrize("model", ["unitary", "orthogonal"])
 def test_unitary_baselines_stay_unitary_and_are_dense(model):
     config, task = copy_memory.setup(
@@ -570,6 +579,8 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--T 0", "--T must be at least 1, got 0"),
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--lr nan", "--lr must be at least 0, got nan"),
+        ("--init-spread 1.5", r"--init-spread must be in \[0, 1\], got 1[.]5"),
+        ("--init-spread 0.5 --model lstm", "--init-spread is for kru, not for lstm"),
         ("--dropout 1", "--dropout must be below 1"),
         ("--steps 0", "one of --steps, --minutes and --patience"),
         ("--patience 2 --eval-every 0", "give --eval-every too"),

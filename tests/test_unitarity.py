@@ -99,6 +99,24 @@ def test_init_is_haar():
     assert abs(trace_of_square.abs().square().mean() - 2) < 12 / n**0.5
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_narrow_init_is_unitary_with_angles_in_its_share_of_the_circle(parts):
+    torch.manual_seed(0)
+    for spread in (0.0, 0.01, 0.5):
+        w = unitary_(torch.empty(parts, 2, 100, 100, dtype=torch.float64), spread)
+        assert unitarity_penalty([w]) < 1e-18
+        angles = torch.linalg.eigvals(complex_heads(w)).angle().abs()
+        assert angles.max() <= spread * torch.pi * 1.1 + 1e-9
+        assert angles.max() >= spread * torch.pi * 0.9
+        # Wigner's semicircle: the median of |x| on the unit circle's half is 0.404
+        assert angles.median() == pytest.approx(0.404 * spread * torch.pi, abs=0.08 * spread + 1e-9)
+    for spread in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"spread: must be in \[0, 1\]"):
+            unitary_(w, spread)
+    with pytest.raises(ValueError, match=r"square matrices, got 0\.5 for 3 x 2"):
+        unitary_(torch.empty(1, 1, 3, 2), 0.5)
+
+
 def test_init_follows_the_global_seed_whatever_the_dtype():
     torch.manual_seed(3)
     double = unitary_(torch.empty(2, 2, 4, 4, dtype=torch.float64))
