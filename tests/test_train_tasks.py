@@ -386,12 +386,15 @@ def test_parameters_of_the_papers_copy_network(flags, parameters, recurrent):
 
 
 def test_a_narrow_init_starts_as_an_integrator():
-    config, _ = copy_memory.setup(shlex.split("--init-spread 0.01 --num-layers 2 --preset paper"))
-    model = SequenceModel(config, 10, 10, False)
-    for layer in range(2):
-        w = model.recurrence.recurrent_matrix(layer)
-        distance = torch.linalg.matrix_norm(w - torch.eye(128), 2)
-        assert 0 < distance < 7 * 0.02 * math.pi  # the angles of seven factors at most add up
+    for spreads, narrow in {"0.01": [True, True], "1 0.01": [False, True]}.items():
+        flags = f"--init-spread {spreads} --num-layers 2 --preset paper"
+        config, _ = copy_memory.setup(shlex.split(flags))
+        model = SequenceModel(config, 10, 10, False)
+        for layer in range(2):
+            w = model.recurrence.recurrent_matrix(layer)
+            distance = torch.linalg.matrix_norm(w - torch.eye(128), 2)
+            # the angles of seven factors at most add up
+            assert distance < 7 * 0.02 * math.pi if narrow[layer] else distance > 1
 
 
 @pytest.mark.parametrize("model", ["unitary", "orthogonal"])
@@ -579,7 +582,8 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--T 0", "--T must be at least 1, got 0"),
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--lr nan", "--lr must be at least 0, got nan"),
-        ("--init-spread 1.5", r"--init-spread must be in \[0, 1\], got 1[.]5"),
+        ("--init-spread 1.5", r"--init-spread must be 1 or 1 numbers in \[0, 1\]"),
+        ("--num-layers 3 --init-spread 0 1", r"must be 1 or 3 numbers in .*, got \(0.0, 1.0\)"),
         ("--init-spread 0.5 --model lstm", "--init-spread is for kru, not for lstm"),
         ("--dropout 1", "--dropout must be below 1"),
         ("--steps 0", "one of --steps, --minutes and --patience"),

@@ -83,9 +83,9 @@ class TaskConfig:
     """Control: leave the recurrent matrices of kru or krulstm as they were drawn."""
     input_std: float = 0.0
     """Standard deviation of the initial input weights of kru, unitary, orthogonal. 0: 1/sqrt(D)."""
-    init_spread: float = 1.0
-    """Of kru: angles of the initial factors' eigenvalues, as a share of the whole circle's. Near 0
-    the recurrence starts as an integrator."""
+    init_spread: tuple[float, ...] = (1.0,)
+    """Of kru: angles of the initial factors' eigenvalues, as a share of the whole circle's; one for
+    all layers, or one per layer. Near 0 a layer starts as an integrator."""
     dropout: float = 0.0
     """Between stacked layers and before the readout."""
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -199,9 +199,12 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
-    if not 0 <= config.init_spread <= 1:
-        raise UserError(f"--init-spread must be in [0, 1], got {config.init_spread}")
-    if config.init_spread < 1 and config.model != "kru":
+    spreads = config.init_spread
+    if len(spreads) not in (1, config.num_layers) or not all(0 <= s <= 1 for s in spreads):
+        raise UserError(
+            f"--init-spread must be 1 or {config.num_layers} numbers in [0, 1], got {spreads}"
+        )
+    if min(spreads) < 1 and config.model != "kru":
         raise UserError(f"--init-spread is for kru, not for {config.model}")
     if not (config.steps or config.minutes or config.patience):
         raise UserError("one of --steps, --minutes and --patience must limit the run")
@@ -266,9 +269,11 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
     elif config.model == "kru":
         options = {"field": config.field, "nonlinearity": config.nonlinearity}
         layers = KRU(*sizes, **options, **kronecker)
-        for w in [w for factors in layers.recurrent_factors() for w in factors]:
-            if config.init_spread < 1:
-                unitary_(w, config.init_spread)
+        for layer in range(config.num_layers):
+            spread = config.init_spread[layer if len(config.init_spread) > 1 else 0]
+            if spread < 1:
+                for w in layers.recurrent_factors(layer):
+                    unitary_(w, spread)
     else:
         field = "complex" if config.model == "unitary" else "real"
         dense = {"factors": (config.hidden_size,), "nonlinearity": config.nonlinearity}
