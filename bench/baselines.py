@@ -2,8 +2,10 @@
 
     python bench/baselines.py --run-dir runs/baselines
     python bench/baselines.py --models kru lstm --steps 200 --minutes 0.5 --run-dir runs/two
+    python bench/baselines.py --params 100000 --seeds 3 --run-dir runs/small \\
+        --data text:shakespeare.txt --name shakespeare
 
-Two comparisons, both through `train/lm.py` on the `stdlib` corpus, in one residual frame:
+Two comparisons, both through `train/lm.py`, in one residual frame:
 
     tokens  every model reads the same number of tokens (`--steps`)
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
@@ -11,13 +13,15 @@ Two comparisons, both through `train/lm.py` on the `stdlib` corpus, in one resid
 
 The learning rates double from `--lr` on; while the best one is at an end of those tried, the next
 one beyond it is run too, so every best is bracketed from both sides. The Kronecker factors keep the
-preset's rate. Rows go to `bench/results/baselines.jsonl`; runs found there are not repeated.
+preset's rate. `--seeds` repeats the best rate of each model with other seeds. Rows go to
+`bench/results/baselines.jsonl`; runs found there are not repeated, `--table` prints them all.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -41,6 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--preset", default="tiny", help="of the KRU; the others match its size")
+    parser.add_argument("--params", type=int, default=0, help="parameters of all; 0: the preset's")
+    parser.add_argument("--flags", default="", help="of train/lm.py, over the preset, for all")
+    parser.add_argument("--data", default="stdlib", help="as of train/lm.py")
+    parser.add_argument("--name", default="stdlib", help="of the data, in the rows")
+    parser.add_argument("--seeds", type=int, default=1, help="of the best rate of each model")
     parser.add_argument("--steps", type=int, default=400, help="at equal tokens; 0: leave out")
     parser.add_argument("--minutes", type=float, default=1.5, help="at equal time; 0: leave out")
     parser.add_argument("--lr", type=float, default=2e-3, help="lowest learning rate of the grid")
@@ -48,12 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/baselines"))
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/baselines.jsonl")
+    parser.add_argument("--table", action="store_true", help="print the rows, run nothing")
     args = parser.parse_args(argv)
+    if args.table:
+        return print_table(read(args.out))
 
-    count = num_parameters(["--preset", args.preset])
+    shared = ["--preset", args.preset, *shlex.split(args.flags)]
+    count = args.params or num_parameters(shared)
     settings = {
-        model: ["--preset", args.preset, "--model", model, "--match-params", str(count)]
-        for model in args.models
+        model: [*shared, "--model", model, "--match-params", str(count)] for model in args.models
     }
     args.run_dir.mkdir(parents=True, exist_ok=True)
     steps = {}
@@ -71,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             lambda task: bracket(args, *task, settings[task[1]], steps[task[0]][task[1]]),
             tasks,
         )
-        rows = [row for rows in done for row in rows]
-    print_table(rows)
+        print_table([row for rows in done for row in rows])
 
 
 def num_parameters(flags: list[str]) -> int:
@@ -124,20 +135,29 @@ def bracket(args, kind: str, model: str, flags: list[str], steps: int) -> list[d
         elif best == max(rows):
             rates = [best * 2]
         else:
-            return list(rows.values())
+            break
+    seeds = range(1, args.seeds)
+    return [*rows.values(), *(run(args, kind, model, flags, steps, best, s) for s in seeds)]
 
 
-def run(args, kind, model, flags, steps, lr) -> dict:
+def read(path: Path) -> list[dict]:
+    """The rows of a file; the first ones name no data and no seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{"data": "stdlib", "seed": 0, "params": 0, "flags": ""} | json.loads(l) for l in lines]
+
+
+def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
     """One training run, or its row where it has been made before."""
     key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
-    for line in args.out.read_text().splitlines() if args.out.exists() else []:
-        row = json.loads(line)
+    key |= {"data": args.name, "params": args.params, "flags": args.flags, "seed": seed}
+    for row in read(args.out):
         if all(row[name] == value for name, value in key.items()):
             return row
-    folder = args.run_dir / f"{kind}-{model}-{lr:g}"
+    folder = args.run_dir / f"{args.name}-{args.params}-{kind}-{model}-{lr:g}-{seed}"
     flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
-    summary = train(flags, folder)
+    flags += ["--seed", str(seed)]
+    summary = train([*flags, "--data", args.data], folder)
     config = parse(flags)
     row = {
         **key,
@@ -151,13 +171,13 @@ def run(args, kind, model, flags, steps, lr) -> dict:
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         "versions": summary and summary["versions"],
         "commit": summary and summary["commit"],
-        "command": " ".join(["python", "train/lm.py", *flags]),
+        "command": shlex.join(["python", "train/lm.py", *flags]),
         "date": time.strftime("%Y-%m-%d"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as out:
         out.write(json.dumps(row) + "\n")
-    print(f"{kind} {model} lr {lr:g}: {row['val_bpb']:.4f} bits per byte", flush=True)
+    print(f"{kind} {model} lr {lr:g} seed {seed}: {row['val_bpb']:.4f} bits per byte", flush=True)
     return row
 
 
@@ -177,21 +197,25 @@ def train(flags: list[str], folder: Path) -> dict | None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Per comparison and model the best row, and every rate that was tried."""
-    columns = "comparison, model, parameters (recurrent), tokens, best lr, val bpb, all"
-    print(f"\n| {columns.replace(', ', ' | ')} |\n{'|---' * 7}|")
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        for model in dict.fromkeys(row["model"] for row in rows):
-            own = sorted(
-                (r for r in rows if (r["kind"], r["model"]) == (kind, model)), key=lambda r: r["lr"]
-            )
-            best = min(own, key=lambda r: r["val_bpb"])
-            tried = ", ".join(f"{r['lr']:g}: {r['val_bpb']:.3f}" for r in own)
-            print(
-                f"| {kind} | {model} | {best['parameters']:,} ({best['recurrent_parameters']:,}) "
-                f"| {best['tokens'] / 1e6:.2f} M | {best['lr']:g} "
-                f"| {best['val_bpb']:.3f} | {tried} |"
-            )
+    """Per comparison and model the best rate, its mean over seeds, and every rate of seed 0."""
+    columns = "data, comparison, model, parameters (recurrent), tokens, best lr, val bpb, all"
+    print(f"\n| {columns.replace(', ', ' | ')} |\n{'|---' * 8}|")
+    cells = {}
+    for row in rows:
+        comparison = row["data"], row["preset"], row["params"], row["flags"], row["kind"]
+        cells.setdefault((comparison, row["model"]), []).append(row)
+    for ((name, *_, kind), model), own in sorted(cells.items(), key=lambda cell: cell[0][0]):
+        first = sorted((r for r in own if r["seed"] == 0), key=lambda r: r["lr"])
+        best = min(first, key=lambda r: r["val_bpb"])
+        bits = [r["val_bpb"] for r in own if (r["lr"], r["steps"]) == (best["lr"], best["steps"])]
+        spread = f" ± {statistics.stdev(bits):.3f} ({len(bits)} seeds)" if len(bits) > 1 else ""
+        tried = ", ".join(f"{r['lr']:g}: {r['val_bpb']:.3f}" for r in first)
+        print(
+            f"| {name} | {kind} | {model} "
+            f"| {best['parameters']:,} ({best['recurrent_parameters']:,}) "
+            f"| {best['tokens'] / 1e6:.2f} M | {best['lr']:g} "
+            f"| {statistics.mean(bits):.3f}{spread} | {tried} |"
+        )
 
 
 if __name__ == "__main__":
