@@ -60,6 +60,13 @@ TRIALS = {
     "unitarity-1e-1": "--unitarity-weight 1e-1",
     "dropout-0.1": "--dropout 0.1",
     "weight-decay-0": "--weight-decay 0",
+    # the leaders together
+    "joint-identity-wide": "--nonlinearity identity --radius 0.9 --d-model 27 --hidden-size 256",
+    "joint-identity-deep": "--nonlinearity identity --radius 0.9 --num-layers 3 --d-model 40 "
+    "--hidden-size 100",
+    "joint-modrelu-wide": "--nonlinearity modrelu --radius 0.9 --d-model 27 --hidden-size 256",
+    "joint-modrelu-deep": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 40 "
+    "--hidden-size 100",
 }
 
 
