@@ -584,7 +584,6 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--lr nan", "--lr must be at least 0, got nan"),
         ("--init-spread 1.5", r"--init-spread must be 1 or 1 numbers in \[0, 1\]"),
         ("--num-layers 3 --init-spread 0 1", r"must be 1 or 3 numbers in .*, got \(0.0, 1.0\)"),
-        ("--init-spread 0.5 --model lstm", "--init-spread is for kru, not for lstm"),
         ("--dropout 1", "--dropout must be below 1"),
         ("--steps 0", "one of --steps, --minutes and --patience"),
         ("--patience 2 --eval-every 0", "give --eval-every too"),

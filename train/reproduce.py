@@ -120,14 +120,18 @@ def copy_cells(config: Config) -> list[Cell]:
 
 
 def adding_cells(config: Config) -> list[Cell]:
-    budget = {100: 5000, 200: 8000, 400: 15000, 750: 30000}
-    models = {"kru": "", "lstm": "--model lstm"}
+    """Until the validation error is below 0.01, or the budget is spent."""
+    steps = 2000 if config.scale == "cpu" else 20000
+    shared = f"--steps {steps} --target 0.01 --eval-every 50"
+    models = {"kru": "", "lstm": "--preset lstm"}
     if config.scale == "gpu":
-        models |= {"unitary": "--model unitary", "gru": "--model gru"}
+        paper = "--preset paper --nonlinearity modrelu"
+        models |= {"kru-paper": paper, "unitary": f"{paper} --model unitary --factors"}
+        models |= {"gru": "--preset lstm --model gru"}
     return [
-        cell("adding", f"{m}-T{T}", "adding.py", f"--T {T} --steps {steps} {flags}")
-        for T, steps in budget.items()
-        for m, flags in models.items()
+        cell("adding", f"{model}-T{T}", "adding.py", f"--T {T} {shared} {flags}")
+        for T in (100, 200, 400, 750)
+        for model, flags in models.items()
     ]
 
 

@@ -204,8 +204,6 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
         raise UserError(
             f"--init-spread must be 1 or {config.num_layers} numbers in [0, 1], got {spreads}"
         )
-    if min(spreads) < 1 and config.model != "kru":
-        raise UserError(f"--init-spread is for kru, not for {config.model}")
     if not (config.steps or config.minutes or config.patience):
         raise UserError("one of --steps, --minutes and --patience must limit the run")
     for name in ("patience", "target"):
