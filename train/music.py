@@ -34,9 +34,15 @@ PADDING = -1.0  # target of frames that are not there
 
 # Config
 
-# Sizes of about equal parameters in all (LSTM: 128 units)
+# Sizes of about equal parameters in all
 PRESETS = {
-    "balanced": {"hidden_size": 128, "factors": (8, 16)},
+    "balanced": {
+        "hidden_size": 72,
+        "num_layers": 2,
+        "factors": (8, 9),
+        "nonlinearity": "relu",
+        "dropout": 0.5,
+    },
     "lstm": {"model": "lstm", "hidden_size": 70},
     "gru": {"model": "gru", "hidden_size": 84},
     "rnn": {"model": "rnn", "hidden_size": 145},

@@ -171,26 +171,38 @@ def ptb_cells(config: Config) -> list[Cell]:
 
 
 def music_cells(config: Config) -> list[Cell]:
+    """Equal parameters; the baselines without dropout, and with that of the KRU."""
+    models = {"kru": "--preset balanced"}
+    for model in ("lstm", "gru", "rnn"):
+        models |= {
+            model: f"--preset {model}",
+            f"{model}-dropout": f"--preset {model} --dropout 0.5",
+        }
     return [
-        cell("music", f"{model}-{name}", "music.py", f"--data {shlex.quote(data)} --preset {model}")
+        cell("music", f"{model}-{name}", "music.py", f"--data {shlex.quote(data)} {flags}")
         for name, data in {"jsb": config.jsb, "piano": config.piano}.items()
         if data
-        for model in ("balanced", "lstm", "gru", "rnn")
+        for model, flags in models.items()
     ]
 
 
 def frozen_cells(config: Config) -> list[Cell]:
-    """What learning the factors is worth to a language model: in the paper's frame, and in ours."""
+    """What learning the factors is worth: to language models, in the paper's frame and in ours, and
+    to music.
+    """
     steps = 400 if config.scale == "cpu" else 4000
     shared = f"--preset tiny --steps {steps} --eval-every 0 --sample-tokens 0"
     frames = {
         "plain": "--frame plain --tokenizer characters --hidden-size 128 --factors 8 16",
         "residual": "",
     }
+    pairs = {name: ("lm.py", f"{shared} {flags}") for name, flags in frames.items()}
+    if config.jsb:
+        pairs["jsb"] = ("music.py", f"--data {shlex.quote(config.jsb)}")
     return [
-        cell("frozen", f"{frame}-{name}", "lm.py", f"{shared} {flags} {control}")
-        for frame, flags in frames.items()
-        for name, control in {"trained": "", "frozen": "--frozen-factors"}.items()
+        cell("frozen", f"{name}-{state}", script, f"{flags} {control}")
+        for name, (script, flags) in pairs.items()
+        for state, control in {"trained": "", "frozen": "--frozen-factors"}.items()
     ]
 
 
