@@ -67,6 +67,8 @@ TRIALS = {
     "joint-modrelu-wide": "--nonlinearity modrelu --radius 0.9 --d-model 27 --hidden-size 256",
     "joint-modrelu-deep": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 40 "
     "--hidden-size 100",
+    "joint-modrelu-deep-wide": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
+    "--hidden-size 168",
 }
 
 
