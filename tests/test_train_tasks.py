@@ -395,6 +395,12 @@ def test_a_narrow_init_starts_as_an_integrator():
             distance = torch.linalg.matrix_norm(w - torch.eye(128), 2)
             # the angles of seven factors at most add up
             assert distance < 7 * 0.02 * math.pi if narrow[layer] else distance > 1
+    for kind in ("unitary", "orthogonal"):
+        flags = f"--model {kind} --init-spread 0.1 --hidden-size 64 --factors"
+        config, _ = copy_memory.setup(shlex.split(flags))
+        w = SequenceModel(config, 10, 10, False).recurrence.recurrent_matrix()
+        widest = torch.linalg.eigvals(w).angle().abs().max()
+        assert 0.08 * math.pi < widest < 0.12 * math.pi
 
 
 @pytest.mark.parametrize("model", ["unitary", "orthogonal"])

@@ -32,11 +32,18 @@ HUB_VALIDATION = 5000
 
 # Config
 
+# Small angles let a state keep what neighbouring pixels, rows and strokes have in common.
 # "kronecker": 72 recurrent parameters in nine 2x2 factors
 PRESETS = {
-    "balanced": {"hidden_size": 128, "factors": (8, 16)},
-    "kronecker": {"hidden_size": 512, "factors": (2,) * 9},
-    "lstm": {"model": "lstm", "hidden_size": 32, "lr": 3e-3},
+    "balanced": {"factors": (8, 16), "init_spread": (0.1,), "input_std": 0.1},
+    "kronecker": {
+        "hidden_size": 512,
+        "factors": (2,) * 9,
+        "init_spread": (0.1,),
+        "input_std": 0.1,
+    },
+    "unitary": {"model": "unitary", "hidden_size": 38, "init_spread": (0.1,), "input_std": 0.1},
+    "lstm": {"model": "lstm", "hidden_size": 32},
     "tiny": {"hidden_size": 16, "factors": (4, 4), "steps": 100},
 }
 

@@ -84,8 +84,8 @@ class TaskConfig:
     input_std: float = 0.0
     """Standard deviation of the initial input weights of kru, unitary, orthogonal. 0: 1/sqrt(D)."""
     init_spread: tuple[float, ...] = (1.0,)
-    """Of kru: angles of the initial factors' eigenvalues, as a share of the whole circle's; one for
-    all layers, or one per layer. Near 0 a layer starts as an integrator."""
+    """Of kru, unitary, orthogonal: angles of the eigenvalues of the initial factors, as a share of
+    the whole circle's; one for all layers, or one per layer. Near 0 a layer is an integrator."""
     dropout: float = 0.0
     """Between stacked layers and before the readout."""
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -261,23 +261,23 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
                     nn.init.ones_(p.data[config.hidden_size : 2 * config.hidden_size])
         return layers
     shared |= {"backend": config.backend, "precision": config.precision}
+    spreads = config.init_spread
+    spreads = spreads * config.num_layers if len(spreads) == 1 else spreads
     kronecker = {"factors": config.factors or None, "num_heads": config.num_heads, **shared}
     if config.model == "krulstm":
         layers = KRULSTM(*sizes, **kronecker)
     elif config.model == "kru":
         options = {"field": config.field, "nonlinearity": config.nonlinearity}
         layers = KRU(*sizes, **options, **kronecker)
-        for layer in range(config.num_layers):
-            spread = config.init_spread[layer if len(config.init_spread) > 1 else 0]
-            if spread < 1:
-                for w in layers.recurrent_factors(layer):
-                    unitary_(w, spread)
+        for layer, spread in enumerate(spreads):
+            for w in layers.recurrent_factors(layer) if spread < 1 else ():
+                unitary_(w, spread)
     else:
         field = "complex" if config.model == "unitary" else "real"
         dense = {"factors": (config.hidden_size,), "nonlinearity": config.nonlinearity}
         layers = KRU(*sizes, field=field, **dense, **shared)
-        for layer in range(config.num_layers):
-            keep_unitary(layers, f"factor0_l{layer}")
+        for layer, spread in enumerate(spreads):
+            keep_unitary(layers, f"factor0_l{layer}", spread)
     if config.input_std and config.model != "krulstm":
         nn.init.normal_(layers.weight_ih_l0, std=config.input_std)
     if config.frozen_factors:
@@ -296,15 +296,15 @@ class _ComplexToPlanar(nn.Module):
         return torch.stack([w.real, w.imag]) if w.is_complex() else w[None]
 
 
-def keep_unitary(layers: nn.Module, name: str) -> None:
+def keep_unitary(layers: nn.Module, name: str, spread: float) -> None:
     """Make the dense factor `name` exp(A), A the skew-Hermitian part of a free planar real matrix.
 
-    A's entries start so small that its eigenvalues fill (-πi, πi): those of exp(A) go round the
-    unit circle about once (Wigner's semicircle of radius 2·sqrt(N)·std).
+    A's entries start so small that its eigenvalues fill (-πi, πi) times `spread`: those of exp(A)
+    go round the unit circle about once for 1 (Wigner's semicircle of radius 2·sqrt(N)·std).
     """
     weight = getattr(layers, name)
     parts, size = weight.shape[0], weight.shape[-1]
-    nn.init.normal_(weight, std=math.pi / (2 * math.sqrt(parts * size)))
+    nn.init.normal_(weight, std=spread * math.pi / (2 * math.sqrt(parts * size)))
     parametrize.register_parametrization(layers, name, _PlanarToComplex(), unsafe=True)
     orthogonal(layers, name, orthogonal_map="matrix_exp", use_trivialization=False)
     parametrize.register_parametrization(layers, name, _ComplexToPlanar(), unsafe=True)
