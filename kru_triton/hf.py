@@ -332,7 +332,7 @@ class KRUModel(KRUPreTrainedModel):
             input_ids: `(B, T)` int64.
             attention_mask: 1 for tokens, 0 for padding; `(B, T)`, or `(B, seen + T)` with what the
                 cache has read. Padding may stand on the left, or on the right where no cache is
-                asked for.
+                asked for. Compiled or exported, a model takes it to be on the left, unchecked.
             past_key_values, cache: two names of the state to go on from; it is brought up to date.
             use_cache: return the state. None: `config.use_cache`, but not in training, and not with
                 padding on the right, which would be part of it.
@@ -356,9 +356,8 @@ class KRUModel(KRUPreTrainedModel):
         start, padded_right = None, False
         if attention_mask is not None:
             start, padded_right, started = _read_mask(attention_mask, batch, time, cache)
-        wants_cache = cache is not None or (
-            use_cache if use_cache is not None else self.config.use_cache and not self.training
-        )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not padded_right
         if padded_right and (use_cache or cache is not None):
             raise ValueError(
                 "attention_mask: has padding on the right, which would become part of the state; "
@@ -381,13 +380,13 @@ class KRUModel(KRUPreTrainedModel):
         layers = outputs[0] if len(outputs) == 1 else [torch.cat(x, 1) for x in zip(*outputs)]
         x = layers.pop().contiguous()  # not time-first any more
 
-        if wants_cache and not padded_right:
+        if use_cache or cache is not None:
             cache = KRUCache() if cache is None else cache
             cache.state = state
             cache.seen += time
-            cache.started = None if attention_mask is None or started.all() else started
-        else:
-            cache = None
+            cache.started = None if attention_mask is None else started
+            if cache.started is not None and not torch.compiler.is_compiling():
+                cache.started = None if started.all() else started
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=(*layers, x) if output_hidden_states else None,
@@ -450,7 +449,9 @@ def _read_mask(
     mask: Tensor, batch: int, time: int, cache: KRUCache | None
 ) -> tuple[Tensor, bool, Tensor]:
     """What an attention mask says of these tokens: `start (B, T)`, True at the first token of a
-    row; whether a row ends in padding; and `started (B,)`, whether a row has seen a token."""
+    row; whether a row ends in padding; and `started (B,)`, whether a row has seen a token.
+
+    Compiled, a mask is trusted: its values are not looked at, and no row ends in padding."""
     seen = 0 if cache is None else cache.seen
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (time, seen + time):
         raise ValueError(
@@ -466,6 +467,8 @@ def _read_mask(
     before = torch.cat((started[:, None], real[:, :-1]), 1)
     previous = torch.cat((started[:, None], mask[:, :-1]), 1)
     start = mask & ~before
+    if torch.compiler.is_compiling():
+        return start, False, real[:, -1]
     holes = (mask & before & ~previous).any(1)
     if holes.any():
         row = int(holes.nonzero()[0])

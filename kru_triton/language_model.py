@@ -131,11 +131,12 @@ class LanguageModel(nn.Module):
             tokens: as for `forward`, or rows of the embedding in their place, `(B, T, D)`.
             state, reset: as for `forward`.
             layers: a list that what the first block reads and what each block returns is added to,
-                `(B, T, D)` each; nothing is recomputed then. Not for the plain frame.
+                `(B, T, D)` each; nothing is recomputed then. A plain frame adds nothing.
         """
         embedded = tokens.is_floating_point() and self.config.frame == "residual"
         if tokens.dim() != 2 + embedded:
-            raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
+            rule = "(B, T, D), rows of the embedding, if not integers" if embedded else "(B, T)"
+            raise ValueError(f"tokens: must be {rule}, got shape {tuple(tokens.shape)}")
         states = sum(block.mixer.num_states for block in self.blocks)
         if state is not None and len(state) != states:
             raise ValueError(f"state: expected {states} tensors, got {len(state)}")

@@ -205,17 +205,35 @@ def test_device_map(model, folder):
     assert torch.equal(loaded(tokens_of()).logits, model(tokens_of()).logits)
 
 
-def test_compiled_in_one_graph(model):
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 4)])
+def test_compiled_in_one_graph(model, lengths):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (tokens, mask), more = padded(*lengths), tokens_of(seed=1)
+    read, later = {}, {}
+    if lengths == (7, 4):
+        read = {"attention_mask": mask}
+        later = {"attention_mask": F.pad(mask, (0, 7), value=1)}
     with torch.no_grad():
-        first = compiled(tokens_of())
-        expected = model(tokens_of())
+        first, expected = compiled(tokens, **read), model(tokens, **read)
         assert torch.equal(first.logits, expected.logits)
         assert first[CACHE].seen == 7
-        second = compiled(tokens_of(seed=1), **{CACHE: first[CACHE]})
-        assert torch.equal(
-            second.logits, model(tokens_of(seed=1), **{CACHE: expected[CACHE]}).logits
-        )
+        second = compiled(more, **{CACHE: first[CACHE]}, **later)
+        assert torch.equal(second.logits, model(more, **{CACHE: expected[CACHE]}, **later).logits)
+
+
+def test_exported_with_a_mask(model):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, mask):
+            return self.model(tokens, mask, use_cache=False).logits
+
+    with torch.no_grad():
+        program = torch.export.export(Logits(), padded(7, 4)).module()
+        found, expected = (f(*padded(3, 7, seed=9)) for f in (program, Logits()))
+    assert (found - expected).abs().max() < 1e-5
 
 
 # Hidden states, and embeddings in place of tokens
