@@ -32,9 +32,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import local_torch_dtype
 
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.language_model import LanguageModel, LanguageModelConfig, _Block
+from kru_triton.modules import KRU
 
 # What this version of transformers calls the cache of a model; models here take both names.
 CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
@@ -207,6 +210,10 @@ class KRUCache:
         return cache
 
 
+class KRUBlock(_Block, GradientCheckpointingLayer):
+    """A block that `gradient_checkpointing_enable` makes the backward compute again."""
+
+
 class KRUPreTrainedModel(PreTrainedModel):
     """What `KRUModel` and `KRUForCausalLM` share: loading, saving, initial weights."""
 
@@ -215,24 +222,28 @@ class KRUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _is_stateful = True
-    _no_split_modules = ("_Block",)
-    _keep_in_fp32_modules_strict = (r"factor",)  # rounded to bfloat16 they are not unitary any more
+    _no_split_modules = ("KRUBlock",)
+    # rounded to bfloat16 the factors are not unitary any more
+    _keep_in_fp32_modules_strict = (r"factor\d+_l\d+",)
     _skip_keys_device_placement = ("past_key_values", "cache")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; a folder without all of the weights is refused."""
+        """As `PreTrainedModel.from_pretrained`; a folder without all of the weights is refused,
+        unless `output_loading_info` asks which ones it lacks."""
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
+        if wants_info:
+            return model, info
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: the weights do not fit the configuration, "
                     f"{kind.replace('_', ' ')}: {', '.join(sorted(info[kind])[:5])}"
                 )
-        return (model, info) if wants_info else model
+        return model
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `PreTrainedModel.save_pretrained`, and a model card where the folder has none."""
@@ -248,7 +259,16 @@ class KRUPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
             nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
         elif hasattr(module, "reset_parameters"):
+            present = {
+                p: p.clone() for p in module.parameters() if getattr(p, "_is_hf_initialized", False)
+            }
             module.reset_parameters()
+            if isinstance(module, KRU):
+                factors = module.recurrent_factors(0)
+                for w in factors:
+                    w.mul_(self.config.radius ** (1 / len(factors)))
+            for parameter, value in present.items():
+                parameter.copy_(value)
 
 
 class KRUModel(KRUPreTrainedModel):
@@ -269,12 +289,22 @@ class KRUModel(KRUPreTrainedModel):
                 f"frame: a {config.frame!r} network has no embedding or head of its own, which "
                 "transformers needs; use the residual frame"
             )
-        self.network = LanguageModel(config.language_model_config())
-        self.gradient_checkpointing = False
+        dtype = torch.get_default_dtype()
+        with local_torch_dtype(torch.promote_types(dtype, torch.float32)):
+            self.set_network(LanguageModel(config.language_model_config()))
+        for name, parameter in self.network.named_parameters():
+            if ".factor" not in name:
+                parameter.data = parameter.to(dtype)
         if self.network.embedding.weight.device.type != "meta":
             for module in self.network.modules():
                 module._is_hf_initialized = True
         self.post_init()
+
+    def set_network(self, network: LanguageModel) -> None:
+        """Put `network` itself inside; its blocks become `KRUBlock`s."""
+        for block in network.blocks:
+            block.__class__ = KRUBlock
+        self.network = network
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.network.embedding
@@ -293,6 +323,8 @@ class KRUModel(KRUPreTrainedModel):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         cache: KRUCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Read tokens.
 
@@ -300,26 +332,32 @@ class KRUModel(KRUPreTrainedModel):
             input_ids: `(B, T)` int64.
             attention_mask: 1 for tokens, 0 for padding; `(B, T)`, or `(B, seen + T)` with what the
                 cache has read. Padding may stand on the left, or on the right where no cache is
-                asked for.
+                asked for. Compiled or exported, a model takes it to be on the left, unchecked.
             past_key_values, cache: two names of the state to go on from; it is brought up to date.
             use_cache: return the state. None: `config.use_cache`, but not in training, and not with
                 padding on the right, which would be part of it.
+            inputs_embeds: rows of the embedding, `(B, T, D)`, in place of `input_ids`; no document
+                starts are seen in them.
+            output_hidden_states: return what the first block reads and what each block returns, the
+                last one after the final norm. None: `config.output_hidden_states`.
 
         Returns:
-            `last_hidden_state (B, T, D)` and the cache, under the name transformers gives it.
+            `last_hidden_state (B, T, D)`, the cache, under the name transformers gives it, and
+            `hidden_states`, `num_layers + 1` of `(B, T, D)`.
         """
         if past_key_values is not None and cache is not None:
             raise ValueError("past_key_values and cache are two names of one argument; give one")
         cache = past_key_values if cache is None else cache
-        self._check_input(input_ids, cache)
+        self._check_input(input_ids, inputs_embeds, cache)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        batch, time = tokens.shape[:2]
         if attention_mask is None and cache is not None and cache.started is not None:
-            attention_mask = torch.ones_like(input_ids)  # rows may begin here
+            attention_mask = tokens.new_ones(batch, time)  # rows may begin here
         start, padded_right = None, False
         if attention_mask is not None:
-            start, padded_right, started = _read_mask(attention_mask, input_ids, cache)
-        wants_cache = cache is not None or (
-            use_cache if use_cache is not None else self.config.use_cache and not self.training
-        )
+            start, padded_right, started = _read_mask(attention_mask, batch, time, cache)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not padded_right
         if padded_right and (use_cache or cache is not None):
             raise ValueError(
                 "attention_mask: has padding on the right, which would become part of the state; "
@@ -327,53 +365,67 @@ class KRUModel(KRUPreTrainedModel):
             )
         reset = self._resets(input_ids, start)
         state = None if cache is None else cache.state
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
 
-        checkpoint = None
-        if self.gradient_checkpointing and self.training:
-            checkpoint = self._gradient_checkpointing_func
-        if torch.is_grad_enabled() or input_ids.shape[1] <= PROMPT_CHUNK:
-            x, state = self.network.hidden(input_ids, state, reset, checkpoint)
-        else:
-            pieces = []
-            for first in range(0, input_ids.shape[1], PROMPT_CHUNK):
-                piece = slice(first, first + PROMPT_CHUNK)
-                cut = None if reset is None else reset[:, piece]
-                x, state = self.network.hidden(input_ids[:, piece], state, cut)
-                pieces.append(x)
-            x = torch.cat(pieces, 1)
-        x = x.contiguous()  # not time-first any more
+        pieces = [slice(None)]
+        if not torch.is_grad_enabled() and time > PROMPT_CHUNK:
+            pieces = [slice(t, t + PROMPT_CHUNK) for t in range(0, time, PROMPT_CHUNK)]
+        outputs = []
+        for piece in pieces:
+            layers = [] if output_hidden_states else None
+            cut = None if reset is None else reset[:, piece]
+            x, state = self.network.hidden(tokens[:, piece], state, cut, layers)
+            outputs.append([*layers[:-1], x] if layers else [x])
+        layers = outputs[0] if len(outputs) == 1 else [torch.cat(x, 1) for x in zip(*outputs)]
+        x = layers.pop().contiguous()  # not time-first any more
 
-        if wants_cache and not padded_right:
+        if use_cache or cache is not None:
             cache = KRUCache() if cache is None else cache
             cache.state = state
-            cache.seen += input_ids.shape[1]
-            cache.started = None if attention_mask is None or started.all() else started
-        else:
-            cache = None
-        output = BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
+            cache.seen += time
+            cache.started = None if attention_mask is None else started
+            if cache.started is not None and not torch.compiler.is_compiling():
+                cache.started = None if started.all() else started
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=(*layers, x) if output_hidden_states else None,
+            **{CACHE: cache},
+        )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
-    def _check_input(self, input_ids: Tensor | None, cache: KRUCache | None) -> None:
-        if input_ids is None or input_ids.dim() != 2:
-            got = None if input_ids is None else f"shape {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids: must be (B, T) token ids, got {got}")
-        if input_ids.numel() == 0:
+    def _check_input(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: KRUCache | None
+    ) -> None:
+        if inputs_embeds is None:
+            name, tokens, rule = "input_ids", input_ids, "(B, T) token ids"
+            fits = tokens is not None and tokens.dim() == 2
+        elif input_ids is not None:
+            raise ValueError("inputs_embeds: stand in place of input_ids; give one of the two")
+        else:
+            width = self.config.d_model
+            name, tokens, rule = "inputs_embeds", inputs_embeds, f"(B, T, {width}) numbers"
+            fits = tokens.dim() == 3 and tokens.shape[2] == width and tokens.is_floating_point()
+        if not fits:
+            got = None if tokens is None else f"shape {tuple(tokens.shape)}"
+            raise ValueError(f"{name}: must be {rule}, got {got}")
+        if tokens.numel() == 0:
             bos = self.config.bos_token_id
             hint = "set config.bos_token_id" if bos is None else f"start with token {bos}"
             raise ValueError(
-                f"input_ids: is empty (shape {tuple(input_ids.shape)}); {hint}, the start of a "
-                "document"
+                f"{name}: is empty (shape {tuple(tokens.shape)}); {hint}, the start of a document"
             )
         if cache is not None and not isinstance(cache, KRUCache):
             raise TypeError(f"past_key_values: must be a KRUCache, got {type(cache).__name__}")
         if cache is not None and cache.state is not None:
             rows = cache.state[0].shape[0]
-            if rows != input_ids.shape[0]:
+            if rows != tokens.shape[0]:
                 raise ValueError(
-                    f"past_key_values: holds {rows} rows and input_ids has {input_ids.shape[0]}; "
+                    f"past_key_values: holds {rows} rows and {name} has {tokens.shape[0]}; "
                     "repeat them with cache.batch_repeat_interleave(n)"
                 )
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and input_ids is not None:
             least, most = (int(x) for x in torch.aminmax(input_ids))
             size = self.network.embedding.num_embeddings
             if least < 0 or most >= size:
@@ -382,23 +434,24 @@ class KRUModel(KRUPreTrainedModel):
                     f"of {size}; is the tokenizer this model's?"
                 )
 
-    def _resets(self, input_ids: Tensor, start: Tensor | None) -> Tensor | None:
+    def _resets(self, input_ids: Tensor | None, start: Tensor | None) -> Tensor | None:
         """`(B, T)`, True where the state is cut; None where it is nowhere."""
         reset = start
-        if self.config.bos_token_id is not None:
+        if self.config.bos_token_id is not None and input_ids is not None:
             reset = input_ids == self.config.bos_token_id
             reset = reset if start is None else reset | start
-        if reset is None or torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+        if reset is None or torch.compiler.is_compiling() or reset.device.type != "cpu":
             return reset
         return reset if reset.any() else None
 
 
 def _read_mask(
-    mask: Tensor, input_ids: Tensor, cache: KRUCache | None
+    mask: Tensor, batch: int, time: int, cache: KRUCache | None
 ) -> tuple[Tensor, bool, Tensor]:
     """What an attention mask says of these tokens: `start (B, T)`, True at the first token of a
-    row; whether a row ends in padding; and `started (B,)`, whether a row has seen a token."""
-    batch, time = input_ids.shape
+    row; whether a row ends in padding; and `started (B,)`, whether a row has seen a token.
+
+    Compiled, a mask is trusted: its values are not looked at, and no row ends in padding."""
     seen = 0 if cache is None else cache.seen
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (time, seen + time):
         raise ValueError(
@@ -414,6 +467,8 @@ def _read_mask(
     before = torch.cat((started[:, None], real[:, :-1]), 1)
     previous = torch.cat((started[:, None], mask[:, :-1]), 1)
     start = mask & ~before
+    if torch.compiler.is_compiling():
+        return start, False, real[:, -1]
     holes = (mask & before & ~previous).any(1)
     if holes.any():
         row = int(holes.nonzero()[0])
@@ -456,7 +511,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
     def from_language_model(cls, model: LanguageModel, **kwargs) -> "KRUForCausalLM":
         """`model` itself, with the face of transformers; kwargs go to `KRUConfig`."""
         causal_lm = cls(KRUConfig(**dataclasses.asdict(model.config), **kwargs))
-        causal_lm.model.network = model
+        causal_lm.model.set_network(model)
         causal_lm.tie_weights()
         return causal_lm.train(model.training)
 
@@ -475,16 +530,24 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         with self.model.network.decoding():
             return super().generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
+    ):
         """As `GenerationMixin.prepare_inputs_for_generation`; nothing new to read is an error."""
         if next_sequence_length is not None and next_sequence_length < 1:
+            name, count = "input_ids", input_ids.shape[1]
+            if inputs_embeds is not None:
+                name, count = "inputs_embeds", inputs_embeds.shape[1]
             raise ValueError(
-                f"input_ids: has {input_ids.shape[1]} tokens, and the cache has read "
-                f"{input_ids.shape[1] - next_sequence_length}; pass the whole text, what the cache "
-                "has read and what is new"
+                f"{name}: has {count} tokens, and the cache has read "
+                f"{count - next_sequence_length}; pass the whole text, what the cache has read and "
+                "what is new"
             )
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
 
     def forward(
@@ -498,6 +561,9 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         cache: KRUCache | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits, and the loss where `labels` are given.
 
@@ -506,13 +572,24 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
                 is what padding must have. With labels no cache is returned unless asked for.
             logits_to_keep: how many of the last positions get logits (0: all), or their indices.
             num_items_in_batch: what the sum of losses is divided by; None: the number of targets.
+            kwargs: `shift_labels (B, T)`, the token after each one, in place of `labels`. (Trainer
+                takes an argument of that name for one that each batch has.)
             The other arguments are those of `KRUModel.forward`.
 
         Returns:
-            `loss`, `logits (B, T, V)` and the cache, under the name transformers gives it.
+            `loss`, `logits (B, T, V)`, the cache, under the name transformers gives it, and
+            `hidden_states`.
         """
-        if labels is not None:
-            _check_labels(labels, input_ids, attention_mask)
+        shift_labels = kwargs.pop("shift_labels", None)
+        if kwargs:
+            raise TypeError(f"{', '.join(kwargs)}: no argument of KRUForCausalLM.forward")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if shift_labels is not None:
+            _check_labels("shift_labels", shift_labels, tokens, None)
+        elif labels is not None:
+            _check_labels("labels", labels, tokens, attention_mask)
+        learning = labels is not None or shift_labels is not None
+        if learning:
             use_cache = bool(use_cache)
         output = self.model(
             input_ids,
@@ -521,25 +598,33 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             return_dict=True,
             cache=cache,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if learning:
             loss = self.loss_function(
                 logits,
                 labels,
                 vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: output.get(CACHE)})
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            **{CACHE: output.get(CACHE)},
+        )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
-def _check_labels(labels: Tensor, input_ids: Tensor, mask: Tensor | None) -> None:
-    if input_ids is not None and labels.shape != input_ids.shape:
+def _check_labels(name: str, labels: Tensor, tokens: Tensor | None, mask: Tensor | None) -> None:
+    if tokens is not None and labels.shape != tokens.shape[:2]:
         raise ValueError(
-            f"labels: must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{name}: must have the shape of input_ids, {tuple(tokens.shape[:2])}, got "
             f"{tuple(labels.shape)}"
         )
     if mask is None or mask.shape != labels.shape:

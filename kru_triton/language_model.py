@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,16 +122,21 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         state: list[Tensor] | None = None,
         reset: Tensor | None = None,
-        checkpoint: Callable | None = None,
+        layers: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """What the head reads, `(B, T, D)` (the logits of a plain frame, whose block has the head),
-        and the state; arguments are those of `forward`.
+        and the state.
 
-        `checkpoint(block, *args)` calls each block: `torch.utils.checkpoint.checkpoint` recomputes
-        it in the backward.
+        Args:
+            tokens: as for `forward`, or rows of the embedding in their place, `(B, T, D)`.
+            state, reset: as for `forward`.
+            layers: a list that what the first block reads and what each block returns is added to,
+                `(B, T, D)` each; nothing is recomputed then. A plain frame adds nothing.
         """
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
+        embedded = tokens.is_floating_point() and self.config.frame == "residual"
+        if tokens.dim() != 2 + embedded:
+            rule = "(B, T, D), rows of the embedding, if not integers" if embedded else "(B, T)"
+            raise ValueError(f"tokens: must be {rule}, got shape {tuple(tokens.shape)}")
         states = sum(block.mixer.num_states for block in self.blocks)
         if state is not None and len(state) != states:
             raise ValueError(f"state: expected {states} tensors, got {len(state)}")
@@ -140,24 +144,29 @@ class LanguageModel(nn.Module):
             x = nnf.one_hot(tokens.t(), self.config.vocab_size).to(self.blocks[0].bias.dtype)
             x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
             return x.transpose(0, 1), state
-        x = self.dropout(self.embedding(tokens.t()) * math.sqrt(self.config.d_model))
-        run = functools.partial(self._run_blocks, checkpoint=checkpoint)
-        x, state = in_chunks(run, self.config.recompute, x, state, reset)
+        x = tokens.transpose(0, 1) if embedded else self.embedding(tokens.t())
+        x = self.dropout(x * math.sqrt(self.config.d_model))
+        if layers is None:
+            x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
+        else:
+            x, state = self._run_blocks(x, state, reset, layers=layers)
         return self.norm(x).transpose(0, 1), state
 
     def _run_blocks(
-        self, x: Tensor, state, reset, lengths=None, checkpoint: Callable | None = None
+        self, x: Tensor, state, reset, lengths=None, layers: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """All blocks on `x (T, B, D)`."""
         new_state = []
+        if layers is not None:
+            x = _added_to(layers, x)
         for block in self.blocks:
             own = None
             if state is not None:
                 own = state[len(new_state) : len(new_state) + block.mixer.num_states]
-            x, out = (
-                block(x, own, reset) if checkpoint is None else checkpoint(block, x, own, reset)
-            )
+            x, out = block(x, own, reset)
             new_state += out
+            if layers is not None:
+                x = _added_to(layers, x)
         return x, new_state
 
     @contextlib.contextmanager
@@ -228,6 +237,12 @@ class LanguageModel(nn.Module):
         x_proj = layers.weight_ih_l0.new_empty(1, 1, layers.weight_ih_l0.shape[0])
         reason = why_not(x_proj, layers.recurrent_factors(0), precision=layers.precision)
         return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
+
+
+def _added_to(layers: list[Tensor], x: Tensor) -> Tensor:
+    """`x (T, B, D)`, seen through the `(B, T, D)` that is added: that has a gradient then."""
+    layers.append(x.transpose(0, 1))
+    return layers[-1].transpose(0, 1)
 
 
 def _is_recurrent(name: str) -> bool:

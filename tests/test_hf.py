@@ -7,6 +7,7 @@ those of one pass, the cache has a constant size.
 """
 
 import copy
+import inspect
 import json
 import math
 
@@ -23,6 +24,7 @@ from kru_triton import KRU, KRULSTM, hf  # noqa: E402
 from kru_triton.decoding import LSTMStep, Step  # noqa: E402
 from kru_triton.hf import CACHE, KRUCache, KRUConfig, KRUForCausalLM, KRUModel  # noqa: E402
 from kru_triton.language_model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
+from kru_triton.unitarity import unitarity_penalty  # noqa: E402
 
 VOCAB, BOS = 31, 30
 FREE = {"eos_token_id": None, "pad_token_id": BOS}  # generation to the end of its length
@@ -180,6 +182,21 @@ def test_bfloat16_keeps_the_factors_in_float32(model, folder):
     assert loaded.generate(tokens_of(), max_new_tokens=5, **FREE).shape == (2, 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_new_model_of_another_dtype_has_exact_factors(dtype):
+    config = config_of(hidden_size=16, radius=0.5)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    high = torch.promote_types(dtype, torch.float32)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (high if "factor" in name else dtype), name
+    for block in model.model.network.blocks:
+        for w in block.mixer.kru.recurrent_factors(0):
+            u = torch.complex(*w.detach().double() / 0.5**0.5)
+            assert (u @ u.mH - torch.eye(u.shape[-1])).abs().max() < 20 * torch.finfo(high).eps
+    tokens = tokens_of()
+    assert model(tokens).logits.dtype == dtype
+
+
 def test_device_map(model, folder):
     pytest.importorskip("accelerate")
     loaded = KRUForCausalLM.from_pretrained(folder, device_map="cpu")
@@ -188,17 +205,148 @@ def test_device_map(model, folder):
     assert torch.equal(loaded(tokens_of()).logits, model(tokens_of()).logits)
 
 
-def test_compiled_in_one_graph(model):
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 4)])
+def test_compiled_in_one_graph(model, lengths):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (tokens, mask), more = padded(*lengths), tokens_of(seed=1)
+    read, later = {}, {}
+    if lengths == (7, 4):
+        read = {"attention_mask": mask}
+        later = {"attention_mask": F.pad(mask, (0, 7), value=1)}
     with torch.no_grad():
-        first = compiled(tokens_of())
-        expected = model(tokens_of())
+        first, expected = compiled(tokens, **read), model(tokens, **read)
         assert torch.equal(first.logits, expected.logits)
         assert first[CACHE].seen == 7
-        second = compiled(tokens_of(seed=1), **{CACHE: first[CACHE]})
-        assert torch.equal(
-            second.logits, model(tokens_of(seed=1), **{CACHE: expected[CACHE]}).logits
-        )
+        second = compiled(more, **{CACHE: first[CACHE]}, **later)
+        assert torch.equal(second.logits, model(more, **{CACHE: expected[CACHE]}, **later).logits)
+
+
+def test_exported_with_a_mask(model):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, mask):
+            return self.model(tokens, mask, use_cache=False).logits
+
+    with torch.no_grad():
+        program = torch.export.export(Logits(), padded(7, 4)).module()
+        found, expected = (f(*padded(3, 7, seed=9)) for f in (program, Logits()))
+    assert (found - expected).abs().max() < 1e-5
+
+
+# Hidden states, and embeddings in place of tokens
+
+
+@every_model
+def test_hidden_states_are_those_between_the_blocks(kind):
+    model, tokens = make(kind), tokens_of()
+    tokens[0, 3] = BOS
+    network = model.model.network
+    output = model(tokens, output_hidden_states=True)
+    x = network.embedding(tokens) * 4  # sqrt(d_model)
+    assert torch.equal(output.hidden_states[0], x)
+    for block, found in zip(network.blocks, [*output.hidden_states[1:-1], None], strict=True):
+        x = block(x.transpose(0, 1), None, tokens == BOS)[0].transpose(0, 1)
+        if found is not None:
+            assert (found - x).abs().max() < 1e-5
+    base = model.model(tokens, output_hidden_states=True)
+    assert base.hidden_states[-1] is base.last_hidden_state
+    assert (network.norm(x) - output.hidden_states[-1]).abs().max() < 1e-5
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert (output.logits - model(tokens).logits).abs().max() < 1e-5
+
+
+def test_hidden_states_have_gradients(model):
+    output = model(tokens_of(), output_hidden_states=True)
+    *inner, last = output.hidden_states
+    for x in inner:
+        x.retain_grad()
+    last[:, 2].sum().backward()
+    for x in inner:
+        assert (x.grad[:, :3] != 0).all()
+        assert (x.grad[:, 3:] == 0).all()
+
+
+def test_hidden_states_are_left_out_unless_asked_for(model, monkeypatch):
+    tokens = tokens_of()
+    assert "hidden_states" not in model(tokens)
+    monkeypatch.setattr(model.config, "output_hidden_states", True)
+    assert len(model(tokens).hidden_states) == 3
+    assert len(model.model(tokens, return_dict=False)[-1]) == 3
+    assert "hidden_states" not in model(tokens, output_hidden_states=False)
+
+
+def test_hidden_states_of_a_long_prompt_and_of_a_recomputed_one(monkeypatch):
+    model, tokens = make(recompute=4), tokens_of(2, 20)
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    assert [tuple(x.shape) for x in expected] == [(2, 20, 16)] * 3
+    monkeypatch.setattr(hf, "PROMPT_CHUNK", 6)
+    with torch.no_grad():
+        found = model(tokens, output_hidden_states=True).hidden_states
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_returns_the_hidden_states_of_each_step(model, beams):
+    output = model.generate(
+        tokens_of(),
+        num_beams=beams,
+        max_new_tokens=5,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        **FREE,
+    )
+    lengths = [7, 1, 1, 1, 1]
+    for length, layers in zip(lengths, output.hidden_states, strict=True):
+        assert [tuple(x.shape) for x in layers] == [(2 * beams, length, 16)] * 3
+    if beams == 1:
+        whole = model(output.sequences[:, :-1], output_hidden_states=True).hidden_states
+        for layer in range(3):
+            steps = torch.cat([layers[layer] for layers in output.hidden_states], 1)
+            assert (steps - whole[layer]).abs().max() < 1e-5
+
+
+@every_model
+def test_embeddings_stand_in_for_tokens(kind):
+    model, (tokens, mask) = make(kind), padded(7, 4)
+    embedded = model.get_input_embeddings()(tokens)
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[1, 3] = -100  # or padding would predict it
+    expected = model(tokens, attention_mask=mask, labels=labels)
+    output = model(inputs_embeds=embedded, attention_mask=mask, labels=labels)
+    assert (output.logits - expected.logits)[mask == 1].abs().max() < 1e-5
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    (grad,) = torch.autograd.grad(output.loss, embedded)
+    assert (grad[1, :3] == 0).all()  # padding
+    assert (grad[1, 3:6] != 0).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_from_embeddings(model, beams):
+    tokens, mask = padded(7, 4)
+    embed = model.get_input_embeddings()
+    options = {**FREE, "num_beams": beams, "max_new_tokens": 6, "attention_mask": mask}
+    expected = model.generate(tokens, **options)
+    assert torch.equal(model.generate(inputs_embeds=embed(tokens), **options), expected[:, 7:])
+    both = model.generate(tokens, inputs_embeds=embed(tokens), **options)
+    assert torch.equal(both, expected)
+    soft = embed(tokens) + torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(model.generate(inputs_embeds=soft, **options), expected[:, 7:])
+
+
+def test_generation_goes_on_from_embeddings_and_a_cache(model):
+    embed, options = model.get_input_embeddings(), {**FREE, "return_dict_in_generate": True}
+    whole = model.generate(tokens_of(), max_new_tokens=9, **FREE)
+    first = model.generate(inputs_embeds=embed(tokens_of()), max_new_tokens=4, **options)
+    text = embed(torch.cat((tokens_of(), first.sequences), 1))
+    cache = {CACHE: first[CACHE]}
+    second = model.generate(inputs_embeds=text, max_new_tokens=5, **cache, **FREE)
+    assert torch.equal(torch.cat((first.sequences, second), 1), whole[:, 7:])
+    with pytest.raises(ValueError, match="inputs_embeds: has 11 tokens, and the cache has read 15"):
+        model.generate(inputs_embeds=text, max_new_tokens=2, **cache, **FREE)
 
 
 # Training
@@ -218,6 +366,10 @@ def test_labels_give_the_loss_of_the_next_token(model):
     assert halved.item() == pytest.approx(total / 20, rel=1e-6)
     loss, logits = model(tokens, labels=labels, return_dict=False)
     assert torch.equal(loss, output.loss)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model(tokens, shift_labels=shifted).loss, output.loss)
+    ahead = model(tokens, labels=labels, shift_labels=labels).loss
+    assert abs(ahead.item() - output.loss.item()) > 1e-3
 
 
 def test_no_cache_in_training_and_none_where_it_is_not_asked_for(model):
@@ -229,23 +381,36 @@ def test_no_cache_in_training_and_none_where_it_is_not_asked_for(model):
     assert CACHE in training(tokens, use_cache=True)
 
 
-def test_checkpointed_blocks_give_the_same_gradients():
-    model, tokens = make(dropout=0.1).train(), tokens_of()
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_give_the_same_gradients(reentrant, wrapped):
+    model, tokens = make(dropout=0.1, num_layers=3).train(), tokens_of()
+    if wrapped:
+        network = LanguageModel(model.config.language_model_config())
+        model = KRUForCausalLM.from_language_model(network).train()
     calls = []
-    model.model.network.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for i, block in enumerate(model.model.network.blocks):
+        block.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
 
     def gradients():
         torch.manual_seed(1)
         model.zero_grad()
         calls.clear()
         model(tokens, labels=tokens).loss.backward()
-        return [p.grad.clone() for p in model.parameters()], len(calls)
+        return [p.grad.clone() for p in model.parameters()], [calls.count(i) for i in range(3)]
 
     plain, once = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     again, twice = gradients()
-    assert (once, twice) == (1, 2)
+    assert (once, twice) == ([1, 1, 1], [2, 2, 2])
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    if "every_n_layers" in inspect.signature(model.gradient_checkpointing_enable).parameters:
+        model.gradient_checkpointing_enable(every_n_layers=2)
+        again, some = gradients()
+        assert some == [2, 1, 2]
+        assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    model.gradient_checkpointing_disable()
+    assert gradients()[1] == [1, 1, 1]
 
 
 def test_trainer_learns_evaluates_and_resumes(tmp_path):
@@ -653,8 +818,21 @@ def test_bad_tokens_and_caches_are_refused(model):
         model.generate(torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=2)
     with pytest.raises(ValueError, match="bos_token_id"):
         make(bos_token_id=None).generate(max_new_tokens=2)
-    with pytest.raises((ValueError, TypeError), match="inputs_embeds"):
-        model.generate(inputs_embeds=torch.zeros(1, 3, 16), max_new_tokens=2)
+    embedded = model.get_input_embeddings()(tokens)
+    cases = [
+        (dict(input_ids=tokens, inputs_embeds=embedded), "inputs_embeds: stand in place of"),
+        (dict(inputs_embeds=embedded[0]), r"inputs_embeds: must be \(B, T, 16\) .* \(7, 16\)"),
+        (dict(inputs_embeds=embedded[..., 1:]), r"inputs_embeds: must be \(B, T, 16\) numbers"),
+        (dict(inputs_embeds=embedded[:, :0]), "inputs_embeds: is empty"),
+        (dict(inputs_embeds=embedded[:1], cache=model(tokens)[CACHE]), "and inputs_embeds has 1"),
+        (dict(inputs_embeds=embedded, labels=tokens[:, 1:]), "labels: must have the shape of"),
+        (dict(input_ids=tokens, shift_labels=tokens[:, 1:]), "shift_labels: must have the shape"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**arguments)
+    with pytest.raises(TypeError, match="atention_mask: no argument of KRUForCausalLM"):
+        model(tokens, atention_mask=tokens)
 
 
 def test_bad_masks_are_refused(model):
@@ -730,6 +908,19 @@ def test_settings_survive_the_folder_and_can_be_overridden(tmp_path):
     assert KRUConfig.from_pretrained(tmp_path, backend="torch").backend == "torch"
 
 
+@pytest.mark.parametrize("kind", ["kru", "krulstm"])
+def test_weights_that_a_folder_lacks_are_drawn_as_a_new_models(kind):
+    config = config_of(model=kind, d_model=32, hidden_size=64, radius=0.5, vocab_size=99)
+    new = KRUForCausalLM(config)
+    drawn, info = KRUForCausalLM.from_pretrained(
+        None, config=config, state_dict={}, output_loading_info=True
+    )
+    assert info["missing_keys"] >= {name for name, _ in new.named_parameters()}
+    for (name, a), (_, b) in zip(new.named_parameters(), drawn.named_parameters()):
+        spread, other = float(a.detach().std()), float(b.detach().std())
+        assert other == pytest.approx(spread, rel=0.5), name  # of 32 draws or more, or constant
+
+
 def test_folders_that_do_not_fit_are_refused(model, folder, tmp_path):
     other = tmp_path / "other"
     transformers.GPT2Config(n_layer=1).save_pretrained(other)
@@ -746,6 +937,11 @@ def test_folders_that_do_not_fit_are_refused(model, folder, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
     with pytest.raises(ValueError, match=f"missing keys: {name}"):
         KRUForCausalLM.from_pretrained(tmp_path / "cut")
+    completed, info = KRUForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True)
+    assert info["missing_keys"] == {name}  # asked for, so not refused
+    for key, value in completed.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]) == (key != name), key
+    assert unitarity_penalty(completed) < 1e-8  # the new factor is drawn as a new model's
     settings = json.loads((folder / "config.json").read_text())
     model.save_pretrained(tmp_path / "thin")
     thin = json.dumps({**settings, "num_layers": 1})

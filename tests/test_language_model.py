@@ -326,6 +326,10 @@ def test_errors_of_calls(model):
     lm, tokens = make(model), tokens_of()
     with pytest.raises(ValueError, match=r"tokens: must be \(B, T\), got shape \(11,\)"):
         lm(tokens[0])
+    with pytest.raises(
+        ValueError, match=r"tokens: must be \(B, T, D\), rows of .* if not integers"
+    ):
+        lm(tokens.float())
     _, state = lm(tokens)
     with pytest.raises(ValueError, match=f"state: expected {len(state)} tensors, got "):
         lm(tokens, [*state, state[0]])
