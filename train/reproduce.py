@@ -197,7 +197,8 @@ def frozen_cells(config: Config) -> list[Cell]:
     steps = 400 if config.scale == "cpu" else 4000
     shared = f"--preset tiny --steps {steps} --eval-every 0 --sample-tokens 0"
     frames = {
-        "plain": "--frame plain --tokenizer characters --hidden-size 128 --factors 8 16",
+        "plain": "--frame plain --num-layers 1 --num-heads 1 --tokenizer characters "
+        "--hidden-size 128 --factors 8 16",
         "residual": "",
     }
     pairs = {name: ("lm.py", f"{shared} {flags}") for name, flags in frames.items()}
@@ -291,7 +292,7 @@ def gather(path: Path, rows: list[dict]) -> list[dict]:
     by_place = {place(row): row for row in [*kept, *rows]}
     everything = [by_place[key] for key in sorted(by_place)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(everything, indent=1) + "\n")
+    write_atomic(path, "[\n" + ",\n".join(map(json.dumps, everything)) + "\n]\n")
     return everything
 
 
@@ -437,7 +438,7 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
             axes.plot([], [], "x", label=f"{name}: diverged")
     axes.set_yscale("log")
     axes.set_xlabel("lag (steps)")
-    axes.set_ylabel("gradient norm over that at lag 0, mean and range over seeds")
+    axes.set_ylabel("gradient norm over that at lag 0: mean, range")
 
 
 def draw_measure(axes, cells: dict[str, list[dict]]) -> None:
