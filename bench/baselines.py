@@ -35,6 +35,7 @@ from kru_triton.language_model import LanguageModel
 from kru_triton.train import data
 from kru_triton.train.config import model_config, parse
 from kru_triton.train.lm import keep_freed_memory
+from kru_triton.train.reproduce import without_folder
 from kru_triton.train.sample import pick_dtype
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +159,7 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
     flags += ["--seed", str(seed)]
     summary = train([*flags, "--data", args.data], folder)
-    config = parse(flags)
+    config, data_name = parse(flags), without_folder(args.data)
     row = {
         **key,
         "diverged": summary is None,  # a row like any other, worse than all that did not
@@ -171,7 +172,7 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         "versions": summary and summary["versions"],
         "commit": summary and summary["commit"],
-        "command": shlex.join(["python", "train/lm.py", *flags]),
+        "command": shlex.join(["python", "train/lm.py", *flags, "--data", data_name]),
         "date": time.strftime("%Y-%m-%d"),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

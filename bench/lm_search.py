@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from baselines import ROOT, train
+from baselines import ROOT, read, train
 
 BASE = (
     "--preset tiny --d-model 48 --num-layers 2 --hidden-size 128 --num-heads 1 --nonlinearity relu "
@@ -94,10 +94,6 @@ def main(argv: list[str] | None = None) -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda trial: run(args, *trial), todo))
     print_table([row for row in read(args.out) if row["trial"] in names])
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run(args, trial: str, lr: float, seed: int) -> None:

@@ -156,7 +156,8 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
     test = None
     if config.test:
         documents = read_documents(config.test)
-        check_not_empty("test", documents, config.data, config.test)
+        if not any(document for _, document in documents):
+            raise UserError(f"test data is empty (--test {config.test!r})")
         test, known_facts["test"] = Stream(documents, tokenizer), facts(documents)
     return Data(tokenizer, batches, valid, test, known_facts, rivals)
 

@@ -537,7 +537,7 @@ def train(
         if processes.sum(known) == [0.0]:  # the budget was lowered
             result = evaluate(model, text.valid, config.segment_length, autocast, processes)
         test = {}
-        if text.test:
+        if text.test is not None:
             test = evaluate(model, text.test, config.segment_length, autocast, processes, "test")
         if not first:
             return code

@@ -380,6 +380,7 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
     against recurrent parameters (the others)."""
     from matplotlib.figure import Figure
 
+    kinds = {"copy": draw_curves, "adding": draw_curves, "gradients": draw_gradients}
     paths = []
     for table in TABLES:
         cells = groups(rows, table)
@@ -389,7 +390,6 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         axes = figure.add_subplot()
         axes.grid(True, alpha=0.3)
         axes.set_title(table)
-        kinds = {"copy": draw_curves, "adding": draw_curves, "gradients": draw_gradients}
         kinds.get(table, draw_measure)(axes, cells)
         axes.legend(fontsize=8)
         paths.append(folder / f"reproduction_{table}.png")
