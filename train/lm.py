@@ -587,6 +587,7 @@ def train(
         return 3
     finally:
         bar.close()
+        text.train.close()
         wandb.finish()
 
 

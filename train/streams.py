@@ -294,10 +294,12 @@ class Workers:
         return pool.submit(self.work, source, epoch, line, begin)
 
     def close(self) -> None:
+        """End the processes, and wait for that: one left to the exit of a process that is itself a
+        child of multiprocessing may never be told to end."""
         if self.num_processes:
             self.alive.close()
             for pool in self.pools:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
         else:
             self.pools[0].close()
 
