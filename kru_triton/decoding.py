@@ -4,8 +4,10 @@
 
 `kru_scan` regroups the factors, checks its arguments and sets up buffers at every call. That is
 little beside a sequence, and most of the time of a single step. A `Step`, or an `LSTMStep` for
-`kru_lstm_scan`, has done it once.
+`kru_lstm_scan`, has done it once. On a GPU a `GraphedStep` replays all launches of a model's step.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -105,3 +107,32 @@ class LSTMStep:
         i, f, g, o = z.unbind(1)
         c = f.sigmoid().mul_(c).addcmul_(i.sigmoid(), g.tanh())
         return o.sigmoid().mul_(c.tanh()), c
+
+
+class GraphedStep:
+    """A step of a whole model as one CUDA graph: `outputs = step(*inputs)`.
+
+    Args:
+        function: what is captured: of tensors on a GPU, returning a list of tensors, and never
+            waiting for the device.
+        inputs: of the first call; later ones have the same shapes and dtypes.
+    """
+
+    def __init__(self, function: Callable[..., list[Tensor]], *inputs: Tensor):
+        self.inputs = [x.clone() for x in inputs]  # where the graph reads
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles the kernels and warms the allocator
+            for _ in range(3):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Copies of the results; not differentiable."""
+        for place, x in zip(self.inputs, inputs):
+            place.copy_(x)
+        self.graph.replay()
+        return [x.clone() for x in self.outputs]

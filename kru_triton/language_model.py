@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from kru_triton.decoding import LSTMStep, Step
+from kru_triton.decoding import GraphedStep, LSTMStep, Step
 from kru_triton.lstm import KRULSTM
 from kru_triton.lstm_scan import why_not_triton_lstm
 from kru_triton.modules import KRU, in_chunks
@@ -89,6 +89,7 @@ class LanguageModel(nn.Module):
                 f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
             )
         self.config = config
+        self.graphs = None  # while decoding, by shapes and dtypes of the inputs
         if config.frame == "plain":
             self.blocks = nn.ModuleList([_PlainBlock(config)])
             return
@@ -140,10 +141,17 @@ class LanguageModel(nn.Module):
         states = sum(block.mixer.num_states for block in self.blocks)
         if state is not None and len(state) != states:
             raise ValueError(f"state: expected {states} tensors, got {len(state)}")
+        if layers is None and self._has_graphs_for(tokens, state):
+            return self._graphed_step(tokens, state, reset)
+        return self._hidden(tokens, state, reset, layers)
+
+    def _hidden(self, tokens, state, reset, layers=None) -> tuple[Tensor, list[Tensor]]:
+        """As `hidden`, of checked arguments."""
         if self.config.frame == "plain":
             x = nnf.one_hot(tokens.t(), self.config.vocab_size).to(self.blocks[0].bias.dtype)
             x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
             return x.transpose(0, 1), state
+        embedded = tokens.is_floating_point()
         x = tokens.transpose(0, 1) if embedded else self.embedding(tokens.t())
         x = self.dropout(x * math.sqrt(self.config.d_model))
         if layers is None:
@@ -169,9 +177,40 @@ class LanguageModel(nn.Module):
                 x = _added_to(layers, x)
         return x, new_state
 
+    def _has_graphs_for(self, tokens: Tensor, state: list[Tensor] | None) -> bool:
+        """Whether a CUDA graph can stand for the launches of these tokens `(B, T)`."""
+        return (
+            self.graphs is not None
+            and tokens.dim() == 2
+            and tokens.shape[1] == 1
+            and state is not None
+            and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        )
+
+    def _graphed_step(
+        self, tokens: Tensor, state: list[Tensor], reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`_hidden` of one token a row by a graph, captured where it is the first of its kind."""
+        inputs = [tokens, *state] if reset is None else [tokens, *state, reset]
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = (autocast, *((x.shape, x.dtype) for x in inputs))
+        if key not in self.graphs:
+
+            def step(tokens, *others):
+                own, reset = list(others[: len(state)]), others[len(state) :]
+                x, new = self._hidden(tokens, own, reset[0] if reset else None)
+                return [x, *new]
+
+            self.graphs[key] = GraphedStep(step, *inputs)
+        x, *state = self.graphs[key](*inputs)
+        return x, state
+
     @contextlib.contextmanager
     def decoding(self):
-        """Inside, single steps on a CPU are fast, on the promise that no weight changes meanwhile.
+        """Inside, single steps are fast, on the promise that no weight changes meanwhile.
+
+        On a CPU a Kronecker layer prepares its matrices once; on a GPU all launches of a step of a
+        Kronecker model are one CUDA graph.
 
         Example:
             >>> model = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=16)).eval()
@@ -184,9 +223,13 @@ class LanguageModel(nn.Module):
             for mixer in mixers:
                 kru = isinstance(mixer, _KRUMixer)
                 mixer.step = Step(mixer.kru) if kru else LSTMStep(mixer.lstm)
+        devices = {p.device for p in self.parameters()}
+        on_one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
+        self.graphs = {} if on_one_gpu and self._why_not_triton() is None else None
         try:
             yield
         finally:
+            self.graphs = None
             for mixer in mixers:
                 mixer.step = None
 
@@ -223,20 +266,27 @@ class LanguageModel(nn.Module):
 
     def backend_report(self) -> str:
         """One line: what runs the time loop on the model's device, and why."""
-        model, mixer = self.config.model, self.blocks[0].mixer
-        if model == "kru":
-            op, layers = "kru_scan", mixer.kru
+        reason = self._why_not_triton()
+        op = {"kru": "kru_scan", "krulstm": "kru_lstm_scan"}.get(self.config.model)
+        if op is None:
+            return f"{self.config.model}: torch.nn"
+        return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
+
+    def _why_not_triton(self) -> str | None:
+        """Why no kernel runs the time loop on the model's device; None: one does."""
+        mixer = self.blocks[0].mixer
+        if self.config.model == "kru":
+            layers = mixer.kru
             options = {"beta": layers.beta(), "nonlinearity": layers.nonlinearity}
             why_not = functools.partial(why_not_triton, **options)
-        elif model == "krulstm":
-            op, layers, why_not = "kru_lstm_scan", mixer.lstm, why_not_triton_lstm
+        elif self.config.model == "krulstm":
+            layers, why_not = mixer.lstm, why_not_triton_lstm
         else:
-            return f"{model}: torch.nn"
+            return "its layers are torch.nn's"
         if layers.backend == "torch":
-            return f'{op}: torch backend, because backend="torch"'
+            return 'backend="torch"'
         x_proj = layers.weight_ih_l0.new_empty(1, 1, layers.weight_ih_l0.shape[0])
-        reason = why_not(x_proj, layers.recurrent_factors(0), precision=layers.precision)
-        return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
+        return why_not(x_proj, layers.recurrent_factors(0), precision=layers.precision)
 
 
 def _added_to(layers: list[Tensor], x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kru_triton import KRU, kru_embedding_scan, kru_scan, unitary_, why_not_triton
 from kru_triton.kernels import support
+from kru_triton.language_model import LanguageModel, LanguageModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
@@ -335,6 +336,26 @@ def test_a_cuda_graph_replays_forward_and_backward(form):
         graph.replay()
         for got, want in zip(captured, step()):
             assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs are made of launches on a GPU")
+@pytest.mark.parametrize("model", ["kru", "krulstm"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_decoding_replays_a_graph(model, reset):
+    config = LanguageModelConfig(model=model, d_model=64, hidden_size=256, precision="fp32")
+    network = LanguageModel(config).eval().to(DEVICE)
+    tokens = torch.randint(257, (2, 8), device=DEVICE)
+    cut = torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)
+    cut[0, 5] = reset
+    with torch.no_grad():
+        expected, _ = network(tokens, None, cut)
+        with network.decoding():
+            _, state = network(tokens[:, :3], None, cut[:, :3])
+            for t in range(3, 8):
+                at = slice(t, t + 1)
+                logits, state = network(tokens[:, at], state, cut[:, at] if reset else None)
+                assert (logits[:, 0] - expected[:, t]).abs().max() < 1e-3
+            assert len(network.graphs) == 1
 
 
 def test_an_error_of_the_kernels_names_the_way_out(monkeypatch):

@@ -6,14 +6,19 @@ nothing, generation goes on from a returned cache, beams reorder it, logits of s
 those of one pass, the cache has a constant size.
 """
 
+import contextlib
 import copy
 import inspect
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 transformers = pytest.importorskip("transformers")
 
@@ -784,6 +789,76 @@ def test_decoding_takes_the_prepared_steps_and_no_others(model, batch):
                 network(tokens[:, :1], state)[0].sum().backward()
             assert len(used) == 6
     assert all(block.mixer.step is None for block in network.blocks)
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: what runs is noted, and runs again on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, results))
+        return results
+
+    def replay(self):
+        for function, args, kwargs, results in self.calls:
+            again = function(*args, **kwargs)
+            for place, result in zip(tree_leaves(results), tree_leaves(again)):
+                if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():
+                    place.copy_(result)
+
+
+@pytest.fixture
+def graphs_on_a_cpu(monkeypatch):
+    """`torch.cuda` as far as capturing goes; the list of recordings."""
+    made = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: made.append(Recording()) or made[-1],
+        "graph": lambda graph: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return made
+
+
+@pytest.mark.parametrize("model", ["kru", "krulstm"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_steps_as_graphs(model, reset, graphs_on_a_cpu):
+    """Each kind of call is captured once, and replays read what they are given."""
+    torch.manual_seed(0)
+    network = LanguageModel(LanguageModelConfig(model=model, d_model=16, hidden_size=12)).eval()
+    tokens = torch.randint(257, (2, 8))
+    cut = torch.zeros(2, 8, dtype=torch.bool)
+    cut[0, 5] = reset
+    with torch.no_grad():
+        expected, _ = network(tokens, None, cut)
+        with network.decoding():
+            assert network.graphs is None  # on a CPU
+            network.graphs = {}
+            logits, state = network(tokens[:, :3], None, cut[:, :3])
+            assert not graphs_on_a_cpu
+            kept = []
+            for t in range(3, 8):
+                at = slice(t, t + 1)
+                kept.append(state)
+                logits, state = network(tokens[:, at], state, cut[:, at] if reset else None)
+                assert (logits[:, 0] - expected[:, t]).abs().max() < 1e-5
+            assert len(graphs_on_a_cpu) == 1
+            again, _ = network(tokens[:, 5:6], kept[2], cut[:, 5:6] if reset else None)
+            assert (again[:, 0] - expected[:, 5]).abs().max() < 1e-5  # kept states are copies
+            network(tokens[:1, :1], [s[:1] for s in state])  # one row
+            assert len(graphs_on_a_cpu) == 2
+            with torch.enable_grad():
+                network(tokens[:, :1], state)[0].sum().backward()
+            network.train()(tokens[:, :1], state)
+            assert len(graphs_on_a_cpu) == 2
+        assert network.graphs is None
 
 
 # Bad input
