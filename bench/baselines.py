@@ -2,10 +2,12 @@
 
     python bench/baselines.py --run-dir runs/baselines
     python bench/baselines.py --models kru lstm --steps 200 --minutes 0.5 --run-dir runs/two
-    python bench/baselines.py --params 100000 --seeds 3 --run-dir runs/small \\
-        --data text:shakespeare.txt --name shakespeare
+    python bench/baselines.py --params 108000 --flags '--hidden-size 168' --seeds 3 \\
+        --data text:shakespeare.txt --name shakespeare --run-dir runs/small
 
-Two comparisons, both through `train/lm.py`, in one residual frame:
+Two comparisons, both through `train/lm.py`, in one residual frame of equally many blocks. Each
+model has its own width of state over that of the stream: the Kronecker models the preset's, the
+others the better one of those tried (`SHAPES`).
 
     tokens  every model reads the same number of tokens (`--steps`)
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
@@ -40,6 +42,12 @@ from kru_triton.train.sample import pick_dtype
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "transformer")
+SHAPES = {  # what matters is the ratio: --match-params scales both
+    "lstm": "--d-model 64 --hidden-size 64",
+    "gru": "--d-model 64 --hidden-size 128",
+    "rnn": "--d-model 64 --hidden-size 128",
+    "transformer": "--num-heads 4",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,8 +73,10 @@ def main(argv: list[str] | None = None) -> None:
 
     shared = ["--preset", args.preset, *shlex.split(args.flags)]
     count = args.params or num_parameters(shared)
+    shared += ["--match-params", str(count)]
     settings = {
-        model: [*shared, "--model", model, "--match-params", str(count)] for model in args.models
+        model: [*shared, "--model", model, *shlex.split(SHAPES.get(model, ""))]
+        for model in args.models
     }
     args.run_dir.mkdir(parents=True, exist_ok=True)
     steps = {}
