@@ -22,7 +22,7 @@ from baselines import ROOT, read, train
 
 BASE = (
     "--preset tiny --d-model 48 --num-layers 2 --hidden-size 128 --num-heads 1 --nonlinearity relu "
-    "--recurrent-lr 2e-3 --match-params 107840"
+    "--radius 1 --recurrent-lr 2e-3 --match-params 107840"
 )
 TRIALS = {
     "base": "",
@@ -69,6 +69,12 @@ TRIALS = {
     "--hidden-size 100",
     "joint-modrelu-deep-wide": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
     "--hidden-size 168",
+    "joint-heads-2": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
+    "--hidden-size 168 --num-heads 2",
+    "joint-heads-4": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
+    "--hidden-size 168 --num-heads 4",
+    "joint-identity-heads-2": "--nonlinearity identity --radius 0.9 --num-layers 3 --d-model 28 "
+    "--hidden-size 168 --num-heads 2",
 }
 
 
