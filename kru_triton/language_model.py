@@ -49,8 +49,8 @@ class LanguageModelConfig:
     factors: tuple[int, ...] | None = None  # Kronecker models: sizes of square factors; None: two
     num_heads: int = 1  # Kronecker models: independent blocks; transformer: attention heads
     field: Literal["complex", "real"] = "complex"
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "relu"
-    radius: float = 1.0  # KRU: the recurrent matrix starts as this times a unitary one
+    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
+    radius: float = 0.9  # KRU: the recurrent matrix starts as this times a unitary one
     time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     context_length: int = 256  # transformer: how many earlier positions are attended to
@@ -546,9 +546,16 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
 
 
 PRESETS = {
-    "tiny": LanguageModelConfig(d_model=80, num_layers=2, hidden_size=256, num_heads=4),
+    "tiny": LanguageModelConfig(d_model=56, num_layers=3, hidden_size=256, num_heads=2),
     "small": LanguageModelConfig(d_model=96, num_layers=3, hidden_size=512, num_heads=4),
     "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
-    "ptb": LanguageModelConfig(frame="plain", num_layers=1, hidden_size=411, factors=(3, 137)),
+    "ptb": LanguageModelConfig(
+        frame="plain",
+        num_layers=1,
+        hidden_size=411,
+        factors=(3, 137),
+        nonlinearity="relu",
+        radius=1.0,
+    ),
     "large": LanguageModelConfig(d_model=768, num_layers=12, hidden_size=4096, num_heads=16),
 }

@@ -268,7 +268,7 @@ def test_hidden_states_have_gradients(model):
     *inner, last = output.hidden_states
     for x in inner:
         x.retain_grad()
-    last[:, 2].sum().backward()
+    (last[:, 2] @ torch.linspace(-1, 1, last.shape[-1])).backward(torch.ones(2))
     for x in inner:
         assert (x.grad[:, :3] != 0).all()
         assert (x.grad[:, 3:] == 0).all()
@@ -1016,7 +1016,8 @@ def test_folders_that_do_not_fit_are_refused(model, folder, tmp_path):
     assert info["missing_keys"] == {name}  # asked for, so not refused
     for key, value in completed.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]) == (key != name), key
-    assert unitarity_penalty(completed) < 1e-8  # the new factor is drawn as a new model's
+    penalties = [unitarity_penalty(each).item() for each in (completed, model)]
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-4)  # drawn as a new model's
     settings = json.loads((folder / "config.json").read_text())
     model.save_pretrained(tmp_path / "thin")
     thin = json.dumps({**settings, "num_layers": 1})

@@ -289,7 +289,7 @@ def test_backend_report_is_one_line(model):
 
 
 def test_unitarity_penalty():
-    lm = make("kru", num_layers=2)
+    lm = make("kru", num_layers=2, radius=1.0)
     assert lm.unitarity_penalty() < 1e-10
     with torch.no_grad():
         for name, p in lm.named_parameters():

@@ -27,7 +27,7 @@ from kru_triton.language_model import PRESETS, LanguageModelConfig, match_parame
 # fmt: off
 TRAINING = {
     #        batch_size  segment_length     lr  recurrent_lr  warmup   steps
-    "tiny":  (       32,            128,  8e-3,         2e-3,     50,   1000),
+    "tiny":  (       32,            128, 1.6e-2,        2e-3,     50,   1000),
     "small": (       32,            128,  1e-2,         2e-3,     50,   4000),
     "base":  (       32,            256,  3e-3,         1e-3,    100,  20000),
     "large": (       64,            512,  1e-3,         3e-4,    500, 100000),
@@ -89,7 +89,7 @@ class Config:
     """Numbers the recurrence works in."""
     nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
     """Nonlinearity of the recurrence."""
-    radius: float = 1.0
+    radius: float = 0.9
     """The recurrent matrix starts as this times a unitary one."""
     time_parallel: bool = False
     """With --nonlinearity identity: run blocks of time side by side (for a GPU and few lanes)."""
