@@ -27,9 +27,9 @@ from kru_triton.language_model import PRESETS, LanguageModelConfig, match_parame
 # fmt: off
 TRAINING = {
     #        batch_size  segment_length     lr  recurrent_lr  warmup   steps
-    "tiny":  (       32,            128, 1.6e-2,        2e-3,     50,   1000),
-    "small": (       32,            128,  1e-2,         2e-3,     50,   4000),
-    "base":  (       32,            256,  3e-3,         1e-3,    100,  20000),
+    "tiny":  (       32,            128, 1.6e-2,        5e-4,     50,   1000),
+    "small": (       32,            128,  1e-2,         5e-4,     50,   4000),
+    "base":  (       32,            256,  3e-3,         5e-4,    100,  20000),
     "large": (       64,            512,  1e-3,         3e-4,    500, 100000),
     "ptb":   (       32,            100,  1e-2,         2e-3,     50,   8000),
 }

@@ -583,7 +583,8 @@ def train(
         bar.close()
         where = f"stopped after step {at.step}; {last_good(writer)}"
         if first:
-            print(f"error: {error}; {where}; a lower --lr or --clip may help", file=sys.stderr)
+            hint = "a lower --recurrent-lr, --lr or --clip may help"
+            print(f"error: {error}; {where}; {hint}", file=sys.stderr)
         return 3
     finally:
         bar.close()
