@@ -588,7 +588,6 @@ def train(
         return 3
     finally:
         bar.close()
-        text.train.close()
         wandb.finish()
 
 
