@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from kru_triton.decoding import capture
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 SCRATCH = ROOT / "build" / "bench"  # toy runs, which no figure may be drawn from
@@ -375,15 +377,7 @@ def captured(function: Callable) -> Callable:
 
     The replay keeps `function`: the graph reads its inputs where they were, and holds none of them.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = function()
+    graph, kept = capture(function)
 
     def replay(_inputs=function):
         graph.replay()

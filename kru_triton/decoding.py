@@ -109,6 +109,22 @@ class LSTMStep:
         return o.sigmoid().mul_(c.tanh()), c
 
 
+def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
+    """The launches of `function` as a CUDA graph, and what it returned, which replays fill anew.
+
+    The graph reads the inputs of `function` where they were, and holds none of them.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels and warms the allocator
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, function()
+
+
 class GraphedStep:
     """A step of a whole model as one CUDA graph: `outputs = step(*inputs)`.
 
@@ -120,15 +136,7 @@ class GraphedStep:
 
     def __init__(self, function: Callable[..., list[Tensor]], *inputs: Tensor):
         self.inputs = [x.clone() for x in inputs]  # where the graph reads
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and warms the allocator
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(*self.inputs)
+        self.graph, self.outputs = capture(lambda: function(*self.inputs))
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Copies of the results; not differentiable."""
