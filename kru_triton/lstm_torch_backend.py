@@ -23,6 +23,8 @@ B batch, T time, H heads, P, Q sizes of A_k and B_k, F = H·P·Q features of a s
 import torch
 from torch import Tensor
 
+from kru_triton.torch_backend import CHUNK_STEPS
+
 CHUNK_BYTES = 1 << 20  # per chunk buffer of gates
 
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # d y (1 - y)
@@ -38,7 +40,8 @@ class _Layout:
         self.dtype, self.device = a.dtype, a.device
         # the weights of every step of a chunk lie side by side when the gates are recomputed
         numbers = 4 * self.heads * max(batch * self.p * self.q, self.p**2, self.q**2)
-        self.chunk = max(1, min(time, CHUNK_BYTES // (numbers * self.dtype.itemsize)))
+        most = CHUNK_BYTES // (numbers * self.dtype.itemsize)
+        self.chunk = max(1, min(time, CHUNK_STEPS, most))
         self.left = a.roll(1, 0).transpose(0, 1).reshape(self.heads, 4 * self.p, self.p)
         right = b.roll(1, 0).transpose(0, 1).transpose(-1, -2)
         self.right = right.reshape(4 * self.heads, self.q, self.q)

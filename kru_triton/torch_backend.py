@@ -23,6 +23,7 @@ from torch import Tensor
 from kru_triton.nonlinearity import PHASE_NONLINEARITIES, tiny
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer; half of the L2 cache of a current server core
+CHUNK_STEPS = 64  # views of a chunk's steps cost more to make than chunks to begin
 
 
 def left_block(a: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class _Step:
         self.batch, self.time = x.shape[:2]
         self.dtype, self.device = dtype, x.device
         step_bytes = max(1, self.batch * x.shape[2]) * dtype.itemsize
-        self.chunk = max(1, min(self.time, CHUNK_BYTES // step_bytes))
+        self.chunk = max(1, min(self.time, CHUNK_STEPS, CHUNK_BYTES // step_bytes))
         self.has_left = self.p > 1  # a 1×1 A is the identity: B is then the whole matrix
         self.right = right_block(b.to(dtype))
         left = left_block(a.to(dtype)) if self.has_left else None
