@@ -75,6 +75,13 @@ TRIALS = {
     "--hidden-size 168 --num-heads 4",
     "joint-identity-heads-2": "--nonlinearity identity --radius 0.9 --num-layers 3 --d-model 28 "
     "--hidden-size 168 --num-heads 2",
+    "joint-real-identity": "--field real --nonlinearity identity --radius 0.9 --num-layers 3 "
+    "--d-model 28 --hidden-size 336 --num-heads 2",
+    "joint-real-modrelu": "--field real --nonlinearity modrelu --radius 0.9 --num-layers 3 "
+    "--d-model 28 --hidden-size 336 --num-heads 2",
+    "joint-real-relu": "--field real --nonlinearity relu --num-layers 3 --d-model 28 "
+    "--hidden-size 336 --num-heads 2",
+    "joint-relu": "--nonlinearity relu --num-layers 3 --d-model 28 --hidden-size 168 --num-heads 2",
 }
 
 
