@@ -192,10 +192,10 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
     return row
 
 
-def train(flags: list[str], folder: Path) -> dict | None:
+def train(flags: list[str], folder: Path, script: str = "train/lm.py") -> dict | None:
     """summary.json of one run of train/lm.py on one thread; None where it diverged."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train/lm.py"), *flags, "--run-dir", str(folder)],
+        [sys.executable, str(ROOT / script), *flags, "--run-dir", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -24,6 +24,10 @@ BASE = (
     "--preset tiny --d-model 48 --num-layers 2 --hidden-size 128 --num-heads 1 --nonlinearity relu "
     "--radius 1 --recurrent-lr 2e-3 --match-params 107840"
 )
+LEADER = (
+    "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 --hidden-size 168 "
+    "--num-heads 2"
+)
 TRIALS = {
     "base": "",
     # nonlinearity, and the scale of the recurrent matrix at the start
@@ -69,8 +73,7 @@ TRIALS = {
     "--hidden-size 100",
     "joint-modrelu-deep-wide": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
     "--hidden-size 168",
-    "joint-heads-2": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
-    "--hidden-size 168 --num-heads 2",
+    "joint-heads-2": LEADER,
     "joint-heads-4": "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 "
     "--hidden-size 168 --num-heads 4",
     "joint-identity-heads-2": "--nonlinearity identity --radius 0.9 --num-layers 3 --d-model 28 "
@@ -82,6 +85,16 @@ TRIALS = {
     "joint-real-relu": "--field real --nonlinearity relu --num-layers 3 --d-model 28 "
     "--hidden-size 336 --num-heads 2",
     "joint-relu": "--nonlinearity relu --num-layers 3 --d-model 28 --hidden-size 168 --num-heads 2",
+    # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
+    "variant-no-state-norm": LEADER,
+    "variant-input-gate": LEADER,
+    "variant-sigmoid-gate": LEADER,
+    "variant-conv-4": LEADER,
+    "variant-token-shift": LEADER,
+    "variant-forget": f"{LEADER} --radius 1",
+    "variant-head-radii": f"{LEADER} --num-heads 4",
+    "variant-penalty-down": f"{LEADER} --unitarity-weight 1e-1",
+    "variant-penalty-up": f"{LEADER} --unitarity-weight 1e-1",
 }
 
 
@@ -120,7 +133,11 @@ def run(args, trial: str, lr: float, seed: int) -> None:
     folder = args.run_dir / f"{args.name}-{trial}-{lr:g}-{seed}"
     quiet = "--resume never --wandb disabled --eval-every 0 --checkpoint-every 0 --sample-tokens 0"
     began = time.perf_counter()
-    ended = train([*flags, *quiet.split(), "--data", args.data], folder)
+    flags = [*flags, *quiet.split(), "--data", args.data]
+    if trial.startswith("variant-"):
+        ended = train([trial.removeprefix("variant-"), *flags], folder, "bench/lm_variants.py")
+    else:
+        ended = train(flags, folder)
     summary = ended or {}
     row = {
         **key,

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bench import __main__ as front
-from bench import cpu, decode, harness, rnn_kernels, train_step, tune
+from bench import cpu, decode, harness, lm_variants, rnn_kernels, train_step, tune
+from kru_triton.language_model import LanguageModelConfig
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {"scan", "memory", "layer", "calls", "profile", "growth", "exponent", "linear"}
@@ -277,3 +279,27 @@ def test_a_search_goes_on_from_its_rows(tmp_path, capfd):
     assert all(0 < row["val_bpb"] < 20 and row["tokens"] == 8192 for row in rows)
     assert front.main(["lm_search", "--only", "nonsense"]) == 2
     assert "there are base, modrelu" in capfd.readouterr().err
+
+
+def test_variants_of_the_block():
+    config = LanguageModelConfig(d_model=8, hidden_size=12, num_heads=2)
+    x, reset = torch.randn(6, 3, 8), torch.zeros(3, 6, dtype=torch.bool)
+    reset[1, 2] = True
+    for name, mixer in lm_variants.MIXERS.items():
+        block = mixer(config)
+        y, state = block(x, None, reset)
+        assert y.shape == x.shape
+        if name not in ("conv-4", "token-shift"):  # these begin every segment anew
+            first, middle = block(x[:4], None, reset[:, :4])
+            second, last = block(x[4:], middle, reset[:, 4:])
+            torch.testing.assert_close(torch.cat((first, second)), y)
+            torch.testing.assert_close(last, state)
+    # one γ for all units is a factor of W and of the input
+    forget, plain = lm_variants.Forget(config), lm_variants.NoStateNorm(config)
+    forget.norm = nn.Identity()
+    with torch.no_grad():
+        forget.decay.fill_(math.log(9.0))  # γ = 0.9
+        plain.load_state_dict(forget.state_dict(), strict=False)
+        for p, scale in ((plain.kru.factor0_l0, 0.9), (plain.kru.weight_ih_l0, 0.19**0.5)):
+            p.mul_(scale)
+    torch.testing.assert_close(forget(x, None, reset)[0], plain(x, None, reset)[0])
