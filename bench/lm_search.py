@@ -85,6 +85,11 @@ TRIALS = {
     "joint-real-relu": "--field real --nonlinearity relu --num-layers 3 --d-model 28 "
     "--hidden-size 336 --num-heads 2",
     "joint-relu": "--nonlinearity relu --num-layers 3 --d-model 28 --hidden-size 168 --num-heads 2",
+    "joint-two-blocks": "--nonlinearity modrelu --radius 0.9 --num-heads 2",
+    "joint-recurrent-lr-5e-4": f"{LEADER} --recurrent-lr 5e-4",
+    "joint-factors-4x42": f"{LEADER} --num-heads 1 --factors 4 42",
+    "joint-mlp-4": f"{LEADER} --mlp-ratio 4",
+    "joint-mlp-1": f"{LEADER} --mlp-ratio 1",
     # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
     "variant-no-state-norm": LEADER,
     "variant-input-gate": LEADER,
