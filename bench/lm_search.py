@@ -95,6 +95,7 @@ TRIALS = {
     "variant-input-gate": LEADER,
     "variant-sigmoid-gate": LEADER,
     "variant-conv-4": LEADER,
+    "variant-conv-4-input-gate": LEADER,
     "variant-token-shift": LEADER,
     "variant-forget": f"{LEADER} --radius 1",
     "variant-head-radii": f"{LEADER} --num-heads 4",

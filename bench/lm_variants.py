@@ -58,6 +58,10 @@ class Conv(_KRUMixer):
         return super().forward(x, state, reset)
 
 
+class ConvInputGate(Conv, InputGate):
+    """The convolution, then the gate on what the recurrence reads."""
+
+
 class TokenShift(_KRUMixer):
     """Per channel a learned mix of x_t and x_{t-1}, before recurrence and gate."""
 
@@ -133,6 +137,7 @@ MIXERS = {
     "no-state-norm": NoStateNorm,
     "input-gate": InputGate,
     "conv-4": Conv,
+    "conv-4-input-gate": ConvInputGate,
     "token-shift": TokenShift,
     "forget": Forget,
     "head-radii": HeadRadii,
