@@ -22,7 +22,7 @@ from baselines import ROOT, read, train
 
 BASE = (
     "--preset tiny --d-model 48 --num-layers 2 --hidden-size 128 --num-heads 1 --nonlinearity relu "
-    "--radius 1 --recurrent-lr 2e-3 --match-params 107840"
+    "--radius 1 --no-input-gated --recurrent-lr 2e-3 --match-params 107840"
 )
 LEADER = (
     "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 --hidden-size 168 "
@@ -90,12 +90,12 @@ TRIALS = {
     "joint-factors-4x42": f"{LEADER} --num-heads 1 --factors 4 42",
     "joint-mlp-4": f"{LEADER} --mlp-ratio 4",
     "joint-mlp-1": f"{LEADER} --mlp-ratio 1",
+    "joint-input-gated": f"{LEADER} --input-gated",
     # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
     "variant-no-state-norm": LEADER,
-    "variant-input-gate": LEADER,
     "variant-sigmoid-gate": LEADER,
     "variant-conv-4": LEADER,
-    "variant-conv-4-input-gate": LEADER,
+    "variant-conv-4-input-gated": f"{LEADER} --input-gated",
     "variant-token-shift": LEADER,
     "variant-forget": f"{LEADER} --radius 1",
     "variant-head-radii": f"{LEADER} --num-heads 4",
@@ -141,7 +141,8 @@ def run(args, trial: str, lr: float, seed: int) -> None:
     began = time.perf_counter()
     flags = [*flags, *quiet.split(), "--data", args.data]
     if trial.startswith("variant-"):
-        ended = train([trial.removeprefix("variant-"), *flags], folder, "bench/lm_variants.py")
+        name = trial.removeprefix("variant-").removesuffix("-input-gated")
+        ended = train([name, *flags], folder, "bench/lm_variants.py")
     else:
         ended = train(flags, folder)
     summary = ended or {}

@@ -20,23 +20,11 @@ from kru_triton.train import lm
 
 
 class NoStateNorm(_KRUMixer):
-    """V (KRU(x) · silu(G x))."""
+    """V (KRU(x · sigmoid(I x)) · silu(G x))."""
 
     def __init__(self, config):
         super().__init__(config)
         self.norm = nn.Identity()
-
-
-class InputGate(_KRUMixer):
-    """KRU(σ(I x) · x) in place of KRU(x)."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.input_gate = nn.Linear(config.d_model, config.d_model)
-        self.kru.register_forward_pre_hook(lambda _, args: (self.opened(args[0]), *args[1:]))
-
-    def opened(self, x: Tensor) -> Tensor:
-        return x * self.input_gate(x).sigmoid()
 
 
 class Conv(_KRUMixer):
@@ -56,10 +44,6 @@ class Conv(_KRUMixer):
     def forward(self, x: Tensor, state, reset):
         x = self.conv(nnf.pad(x.permute(1, 2, 0), (3, 0))).permute(2, 0, 1)
         return super().forward(x, state, reset)
-
-
-class ConvInputGate(Conv, InputGate):
-    """The convolution, then the gate on what the recurrence reads."""
 
 
 class TokenShift(_KRUMixer):
@@ -135,9 +119,7 @@ def annealed_penalty(start: float, end: float, steps: int):
 
 MIXERS = {
     "no-state-norm": NoStateNorm,
-    "input-gate": InputGate,
     "conv-4": Conv,
-    "conv-4-input-gate": ConvInputGate,
     "token-shift": TokenShift,
     "forget": Forget,
     "head-radii": HeadRadii,

@@ -2,10 +2,10 @@
 
     embedding -> num_layers × [ x += mixer(norm(x));  x += MLP(norm(x)) ] -> norm -> tied head
 
-The mixer is a Kronecker recurrence `V (norm(KRU(x)) · silu(G x))`, a Kronecker LSTM or one of
-`torch.nn`'s LSTM, GRU and RNN with a projection, or causal attention over a sliding window. Each
-carries its state from one call to the next, so the context of a recurrent model has no fixed
-length, and `reset` cuts the state where a document starts.
+The mixer is a gated Kronecker recurrence `V (norm(KRU(x · sigmoid(I x))) · silu(G x))`, a Kronecker
+LSTM or one of `torch.nn`'s LSTM, GRU and RNN with a projection, or causal attention over a sliding
+window. Each carries its state from one call to the next, so the context of a recurrent model has no
+fixed length, and `reset` cuts the state where a document starts.
 
 `frame="plain"` is the network of the KRU paper instead: one-hot tokens -> recurrence -> linear.
 
@@ -53,6 +53,7 @@ class LanguageModelConfig:
     radius: float = 0.9  # KRU: the recurrent matrix starts as this times a unitary one
     time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
+    input_gated: bool = True  # KRU: multiply the input by sigmoid(I x) before the recurrence
     context_length: int = 256  # transformer: how many earlier positions are attended to
     recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -332,7 +333,7 @@ class _PlainBlock(nn.Module):
                 f"frame: 'plain' is one recurrent layer, got model={config.model!r} and "
                 f"num_layers={config.num_layers}"
             )
-        sizes = {"d_model": config.vocab_size, "gated": False}
+        sizes = {"d_model": config.vocab_size, "gated": False, "input_gated": False}
         self.mixer = mixers.get(config.model, _RNNMixer)(dataclasses.replace(config, **sizes))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         for name, p in self.mixer.named_parameters():
@@ -345,7 +346,7 @@ class _PlainBlock(nn.Module):
 
 
 class _KRUMixer(nn.Module):
-    """V (norm(KRU(x)) · silu(G x))."""
+    """V (norm(KRU(x · sigmoid(I x))) · silu(G x))."""
 
     num_states = 1
 
@@ -370,15 +371,18 @@ class _KRUMixer(nn.Module):
         plain = config.frame == "plain"
         self.norm = nn.Identity() if plain else nn.LayerNorm(features, bias=False)
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
+        d = config.d_model
+        self.input_gate = nn.Linear(d, d) if config.input_gated else None
         self.projection = nn.Linear(features, config.d_model, bias=False)
         self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()
         if self.step is not None and _single_step(x, state, reset):
-            h_n = self.step(self.kru.input_projection(x)[:, 0], state[0])
+            h_n = self.step(self.kru.input_projection(read)[:, 0], state[0])
             h = h_n[None].to(x.dtype)
         else:
-            h, h_n = self.kru(x, None if state is None else state[0][None], reset=reset)
+            h, h_n = self.kru(read, None if state is None else state[0][None], reset=reset)
             h_n = h_n[0]
         h = self.norm(h)
         if self.gate is not None:

@@ -282,7 +282,7 @@ def test_a_search_goes_on_from_its_rows(tmp_path, capfd):
 
 
 def test_variants_of_the_block():
-    config = LanguageModelConfig(d_model=8, hidden_size=12, num_heads=2)
+    config = LanguageModelConfig(d_model=8, hidden_size=12, num_heads=2, input_gated=False)
     x, reset = torch.randn(6, 3, 8), torch.zeros(3, 6, dtype=torch.bool)
     reset[1, 2] = True
     for name, mixer in lm_variants.MIXERS.items():

@@ -95,6 +95,8 @@ class Config:
     """With --nonlinearity identity: run blocks of time side by side (for a GPU and few lanes)."""
     gated: bool = True
     """Multiply the recurrence's output by a gate of the input."""
+    input_gated: bool = True
+    """Multiply the recurrence's input by a gate of the input."""
     mlp_ratio: float = 2.0
     """Width of a block's MLP over d_model."""
     dropout: float = 0.0
