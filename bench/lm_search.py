@@ -22,12 +22,13 @@ from baselines import ROOT, read, train
 
 BASE = (
     "--preset tiny --d-model 48 --num-layers 2 --hidden-size 128 --num-heads 1 --nonlinearity relu "
-    "--radius 1 --no-input-gated --recurrent-lr 2e-3 --match-params 107840"
+    "--radius 1 --no-input-gated --no-token-shift --recurrent-lr 2e-3 --match-params 107840"
 )
 LEADER = (
     "--nonlinearity modrelu --radius 0.9 --num-layers 3 --d-model 28 --hidden-size 168 "
     "--num-heads 2"
 )
+LONG = f"{LEADER} --recurrent-lr 5e-4"
 TRIALS = {
     "base": "",
     # nonlinearity, and the scale of the recurrent matrix at the start
@@ -86,20 +87,21 @@ TRIALS = {
     "--hidden-size 336 --num-heads 2",
     "joint-relu": "--nonlinearity relu --num-layers 3 --d-model 28 --hidden-size 168 --num-heads 2",
     "joint-two-blocks": "--nonlinearity modrelu --radius 0.9 --num-heads 2",
-    "joint-recurrent-lr-5e-4": f"{LEADER} --recurrent-lr 5e-4",
     "joint-factors-4x42": f"{LEADER} --num-heads 1 --factors 4 42",
     "joint-mlp-4": f"{LEADER} --mlp-ratio 4",
     "joint-mlp-1": f"{LEADER} --mlp-ratio 1",
-    "joint-input-gated": f"{LEADER} --input-gated",
-    "joint-input-gated-deep": f"{LEADER} --input-gated --hidden-size 100",
-    "joint-input-gated-identity": f"{LEADER} --input-gated --nonlinearity identity",
+    "long": LONG,  # for more steps
+    "long-input-gated": f"{LONG} --input-gated",
+    "long-token-shift": f"{LONG} --token-shift",
+    "long-both": f"{LONG} --input-gated --token-shift",
+    "long-both-identity": f"{LONG} --input-gated --token-shift --nonlinearity identity",
+    "long-both-relu": f"{LONG} --input-gated --token-shift --nonlinearity relu --radius 1",
+    "long-both-100": f"{LONG} --input-gated --token-shift --hidden-size 100",
     # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
     "variant-no-state-norm": LEADER,
     "variant-sigmoid-gate": LEADER,
     "variant-conv-4": LEADER,
     "variant-conv-4-input-gated": f"{LEADER} --input-gated",
-    "variant-token-shift": LEADER,
-    "variant-token-shift-input-gated": f"{LEADER} --input-gated",
     "variant-forget": f"{LEADER} --radius 1",
     "variant-head-radii": f"{LEADER} --num-heads 4",
     "variant-penalty-down": f"{LEADER} --unitarity-weight 1e-1",

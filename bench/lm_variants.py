@@ -46,18 +46,6 @@ class Conv(_KRUMixer):
         return super().forward(x, state, reset)
 
 
-class TokenShift(_KRUMixer):
-    """Per channel a learned mix of x_t and x_{t-1}, before recurrence and gate."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.mix = nn.Parameter(torch.zeros(config.d_model))
-
-    def forward(self, x: Tensor, state, reset):
-        before = nnf.pad(x[:-1], (0, 0, 0, 0, 1, 0))
-        return super().forward(torch.lerp(x, before, self.mix), state, reset)
-
-
 class Forget(_KRUMixer):
     """h_t = σ(γ · (W h_{t-1}) + √(1 − γ²) · u_t) with a learned γ in (0, 1) for every unit.
 
@@ -120,7 +108,6 @@ def annealed_penalty(start: float, end: float, steps: int):
 MIXERS = {
     "no-state-norm": NoStateNorm,
     "conv-4": Conv,
-    "token-shift": TokenShift,
     "forget": Forget,
     "head-radii": HeadRadii,
 }

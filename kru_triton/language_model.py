@@ -54,6 +54,7 @@ class LanguageModelConfig:
     time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     input_gated: bool = True  # KRU: multiply the input by sigmoid(I x) before the recurrence
+    token_shift: bool = True  # KRU: mix every input with the one before, by a share per channel
     context_length: int = 256  # transformer: how many earlier positions are attended to
     recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -333,7 +334,8 @@ class _PlainBlock(nn.Module):
                 f"frame: 'plain' is one recurrent layer, got model={config.model!r} and "
                 f"num_layers={config.num_layers}"
             )
-        sizes = {"d_model": config.vocab_size, "gated": False, "input_gated": False}
+        sizes = {"d_model": config.vocab_size, "gated": False}
+        sizes |= {"input_gated": False, "token_shift": False}
         self.mixer = mixers.get(config.model, _RNNMixer)(dataclasses.replace(config, **sizes))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         for name, p in self.mixer.named_parameters():
@@ -346,9 +348,7 @@ class _PlainBlock(nn.Module):
 
 
 class _KRUMixer(nn.Module):
-    """V (norm(KRU(x · sigmoid(I x))) · silu(G x))."""
-
-    num_states = 1
+    """V (norm(KRU(x · sigmoid(I x))) · silu(G x)), where x_t may be mixed with x_{t-1}."""
 
     def __init__(self, config: LanguageModelConfig):
         super().__init__()
@@ -373,10 +373,16 @@ class _KRUMixer(nn.Module):
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
         d = config.d_model
         self.input_gate = nn.Linear(d, d) if config.input_gated else None
+        self.shift = nn.Parameter(torch.zeros(d)) if config.token_shift else None
+        self.num_states = 1 if self.shift is None else 2  # h_n, and the last x
         self.projection = nn.Linear(features, config.d_model, bias=False)
         self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        last = []
+        if self.shift is not None:
+            last = [x[-1]]
+            x = self._shifted(x, None if state is None else state[1], reset)
         read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()
         if self.step is not None and _single_step(x, state, reset):
             h_n = self.step(self.kru.input_projection(read)[:, 0], state[0])
@@ -388,7 +394,15 @@ class _KRUMixer(nn.Module):
         if self.gate is not None:
             gate = nnf.silu(self.gate(x))
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
-        return self.projection(h), [h_n]
+        return self.projection(h), [h_n, *last]
+
+    def _shifted(self, x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
+        """x_t + s · (x_{t-1} − x_t), with zeros for the x before the first of a document."""
+        first = x.new_zeros(1, *x.shape[1:]) if last is None else last[None].to(x.dtype)
+        before = torch.cat((first, x[:-1]))
+        if reset is not None:
+            before = before.masked_fill(reset.t()[..., None], 0)
+        return torch.lerp(x, before, self.shift.to(x.dtype))
 
 
 def _single_step(x: Tensor, state, reset) -> bool:

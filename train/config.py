@@ -97,6 +97,8 @@ class Config:
     """Multiply the recurrence's output by a gate of the input."""
     input_gated: bool = True
     """Multiply the recurrence's input by a gate of the input."""
+    token_shift: bool = True
+    """Mix what recurrence and gates read with the token before, by a share per channel."""
     mlp_ratio: float = 2.0
     """Width of a block's MLP over d_model."""
     dropout: float = 0.0
