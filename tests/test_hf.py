@@ -670,7 +670,8 @@ def test_one_token_per_step_and_a_state_of_constant_size(model, monkeypatch):
     monkeypatch.setattr(model.model.network, "hidden", watched)
     model.generate(tokens_of(), max_new_tokens=200, **FREE)
     assert [length for length, _ in seen] == [7] + [1] * 199
-    assert {size for _, size in seen} == {2 * 2 * 24}  # layers, rows, real numbers
+    d = model.config.d_model
+    assert {size for _, size in seen} == {2 * 2 * (24 + d)}  # layers, rows, state and last input
 
 
 def test_cache_rows_are_selected_and_repeated(model):
