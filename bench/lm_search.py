@@ -97,6 +97,11 @@ TRIALS = {
     "long-both-identity": f"{LONG} --input-gated --token-shift --nonlinearity identity",
     "long-both-relu": f"{LONG} --input-gated --token-shift --nonlinearity relu --radius 1",
     "long-both-100": f"{LONG} --input-gated --token-shift --hidden-size 100",
+    "long-both-64": f"{LONG} --input-gated --token-shift --hidden-size 64",
+    "long-both-100-identity": f"{LONG} --input-gated --token-shift --hidden-size 100 "
+    "--nonlinearity identity",
+    "long-both-100-recurrent-lr-2e-3": f"{LEADER} --input-gated --token-shift --hidden-size 100",
+    "long-both-80-deep": f"{LONG} --input-gated --token-shift --hidden-size 80 --num-layers 4",
     # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
     "variant-no-state-norm": LEADER,
     "variant-sigmoid-gate": LEADER,
