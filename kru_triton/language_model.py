@@ -402,7 +402,7 @@ class _KRUMixer(nn.Module):
         before = torch.cat((first, x[:-1]))
         if reset is not None:
             before = before.masked_fill(reset.t()[..., None], 0)
-        return torch.lerp(x, before, self.shift.to(x.dtype))
+        return x + self.shift.to(x.dtype) * (before - x)  # lerp rounds its vector tails otherwise
 
 
 def _single_step(x: Tensor, state, reset) -> bool:

@@ -250,7 +250,7 @@ def test_evaluation_equals_one_pass_by_hand(run_dir, text, length):
         assert row["perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-6)
         assert row["bpb"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
     losses = [row["loss_nats"] for row in report["results"]]
-    assert len({round(loss, 6) for loss in losses}) == 4  # carried and 5,000 are the same here
+    assert len(set(losses)) == 4  # carried and 5,000 are the same here
     assert losses[0] == losses[4]
     assert "shorter than 5,000 tokens" in evaluate.table(report)
 
