@@ -158,8 +158,8 @@ class KRUCache:
         >>> model = KRUForCausalLM(KRUConfig(d_model=8, hidden_size=4)).eval()
         >>> cache = KRUCache()
         >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
-        >>> cache.get_seq_length(), [tuple(s.shape) for s in cache.state]
-        (3, [(1, 8), (1, 8)])
+        >>> cache.get_seq_length(), [tuple(s.shape) for s in cache.state]  # per layer h and last x
+        (3, [(1, 8), (1, 8), (1, 8), (1, 8)])
     """
 
     is_compileable = False

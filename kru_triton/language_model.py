@@ -564,8 +564,12 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
 
 
 PRESETS = {
-    "tiny": LanguageModelConfig(d_model=56, num_layers=3, hidden_size=256, num_heads=2),
-    "small": LanguageModelConfig(d_model=96, num_layers=3, hidden_size=512, num_heads=4),
+    "tiny": LanguageModelConfig(
+        d_model=72, num_layers=3, hidden_size=192, num_heads=2, nonlinearity="identity"
+    ),
+    "small": LanguageModelConfig(
+        d_model=144, num_layers=3, hidden_size=256, num_heads=4, nonlinearity="identity"
+    ),
     "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
     "ptb": LanguageModelConfig(
         frame="plain",
