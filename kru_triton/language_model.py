@@ -539,7 +539,7 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
         ValueError: no d_model from 8 to 8192 comes within 10 % of `count`.
     """
     ratio = config.hidden_size / config.d_model
-    unit = 2 * config.num_heads if config.model == "transformer" else 4
+    unit = 2 * config.num_heads if config.model == "transformer" else 2
 
     def scaled(d_model: int) -> LanguageModelConfig:
         kept = config.model in ("kru", "krulstm")
