@@ -29,6 +29,7 @@ LEADER = (
     "--num-heads 2"
 )
 LONG = f"{LEADER} --recurrent-lr 5e-4"
+BOTH = f"{LONG} --input-gated --token-shift"
 TRIALS = {
     "base": "",
     # nonlinearity, and the scale of the recurrent matrix at the start
@@ -93,15 +94,14 @@ TRIALS = {
     "long": LONG,  # for more steps
     "long-input-gated": f"{LONG} --input-gated",
     "long-token-shift": f"{LONG} --token-shift",
-    "long-both": f"{LONG} --input-gated --token-shift",
-    "long-both-identity": f"{LONG} --input-gated --token-shift --nonlinearity identity",
-    "long-both-relu": f"{LONG} --input-gated --token-shift --nonlinearity relu --radius 1",
-    "long-both-100": f"{LONG} --input-gated --token-shift --hidden-size 100",
-    "long-both-64": f"{LONG} --input-gated --token-shift --hidden-size 64",
-    "long-both-100-identity": f"{LONG} --input-gated --token-shift --hidden-size 100 "
-    "--nonlinearity identity",
+    "long-both": BOTH,
+    "long-both-identity": f"{BOTH} --nonlinearity identity",
+    "long-both-relu": f"{BOTH} --nonlinearity relu --radius 1",
+    "long-both-100": f"{BOTH} --hidden-size 100",
+    "long-both-64": f"{BOTH} --hidden-size 64",
+    "long-both-100-identity": f"{BOTH} --hidden-size 100 --nonlinearity identity",
     "long-both-100-recurrent-lr-2e-3": f"{LEADER} --input-gated --token-shift --hidden-size 100",
-    "long-both-80-deep": f"{LONG} --input-gated --token-shift --hidden-size 80 --num-layers 4",
+    "long-both-80-deep": f"{BOTH} --hidden-size 80 --num-layers 4",
     # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
     "variant-no-state-norm": LEADER,
     "variant-sigmoid-gate": LEADER,

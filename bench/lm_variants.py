@@ -3,7 +3,7 @@
     python bench/lm_variants.py conv-4 --preset tiny --steps 400 --lr 3.2e-2
 
 The flags are those of `train/lm.py`, which this runs with one change; `bench/lm_search.py` does so
-for its trials. B batch, T time, D d_model, F features of a state, `x (T, B, D)`.
+for its trials. B batch, T time, D d_model, `x (T, B, D)`.
 """
 
 import sys
@@ -30,8 +30,7 @@ class NoStateNorm(_KRUMixer):
 class Conv(_KRUMixer):
     """A causal convolution per channel over four tokens, before recurrence and gate.
 
-    It reads zeros before the segment: a state that carries three more tokens would gain little at
-    128 tokens a segment.
+    It reads zeros before the segment: no state carries the three tokens before.
     """
 
     def __init__(self, config):
