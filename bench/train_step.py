@@ -34,7 +34,7 @@ RECOMPUTE = 256  # steps of a chunk, which the backward computes again
 LENGTHS = (256, 1024, 4096, 16384, 32768)
 TOKENS = 65536  # per step
 BASE = LanguageModelConfig(d_model=512, num_layers=6, hidden_size=2048, num_heads=8)
-TOY = LanguageModelConfig(d_model=48, num_layers=1, hidden_size=64, num_heads=2)
+TOY = LanguageModelConfig(d_model=32, num_layers=1, hidden_size=64, num_heads=2)
 
 
 def config_of(kind: str, base: LanguageModelConfig, length: int) -> LanguageModelConfig:
