@@ -36,7 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 
-from kru_triton.language_model import LanguageModel, LanguageModelConfig, _Block, _KRUMixer
+from kru_triton.language_model import LanguageModel, LanguageModelConfig, _Block
 from kru_triton.modules import KRU
 
 # What this version of transformers calls the cache of a model; models here take both names.
@@ -256,10 +256,7 @@ class KRUPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights that a checkpoint lacks; a new model's are those of `LanguageModel` already."""
-        if isinstance(module, _KRUMixer) and module.shift is not None:
-            if not getattr(module.shift, "_is_hf_initialized", False):
-                module.shift.zero_()
-        elif isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
+        if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
             nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
         elif hasattr(module, "reset_parameters"):
             present = {

@@ -373,16 +373,21 @@ class _KRUMixer(nn.Module):
         self.gate = nn.Linear(config.d_model, features) if config.gated else None
         d = config.d_model
         self.input_gate = nn.Linear(d, d) if config.input_gated else None
-        self.shift = nn.Parameter(torch.zeros(d)) if config.token_shift else None
+        self.shift = nn.Parameter(torch.empty(d)) if config.token_shift else None
         self.num_states = 1 if self.shift is None else 2  # h_n, and the last x
+        self.reset_parameters()
         self.projection = nn.Linear(features, config.d_model, bias=False)
         self.step = None  # while decoding
+
+    def reset_parameters(self) -> None:
+        """Start without a share of the token before; the layers draw their own weights."""
+        if self.shift is not None:
+            nn.init.zeros_(self.shift)
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
         last = []
         if self.shift is not None:
-            last = [x[-1]]
-            x = self._shifted(x, None if state is None else state[1], reset)
+            x, *last = self._shifted(x, None if state is None else state[1], reset)
         read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()
         if self.step is not None and _single_step(x, state, reset):
             h_n = self.step(self.kru.input_projection(read)[:, 0], state[0])
@@ -396,13 +401,17 @@ class _KRUMixer(nn.Module):
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
         return self.projection(h), [h_n, *last]
 
-    def _shifted(self, x: Tensor, last: Tensor | None, reset: Tensor | None) -> Tensor:
-        """x_t + s · (x_{t-1} − x_t), with zeros for the x before the first of a document."""
+    def _shifted(
+        self, x: Tensor, last: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x_t + s · (x_{t-1} − x_t), with zeros for the x before the first of a document; and the
+        last x, in memory of its own: a state must not hold the sequence that it has seen."""
         first = x.new_zeros(1, *x.shape[1:]) if last is None else last[None].to(x.dtype)
-        before = torch.cat((first, x[:-1]))
+        seen = torch.cat((first, x))
+        before = seen[:-1]
         if reset is not None:
             before = before.masked_fill(reset.t()[..., None], 0)
-        return x + self.shift.to(x.dtype) * (before - x)  # lerp rounds its vector tails otherwise
+        return x + self.shift.to(x.dtype) * (before - x), seen[-1].clone()
 
 
 def _single_step(x: Tensor, state, reset) -> bool:

@@ -244,6 +244,19 @@ def test_state_sizes_are_constant(model):
     assert [tuple(s.shape) for s in state] == sizes[-1]
 
 
+@pytest.mark.parametrize("model", ["kru", "krulstm"])
+def test_a_state_holds_no_sequence_and_outlives_a_call_without_tokens(model):
+    lm = make(model)
+    _, state = lm(tokens_of(time=50))
+    for s in state:  # h and c of an LSTM lie side by side; nothing that grows with time
+        assert s.untyped_storage().nbytes() <= 2 * s.numel() * s.element_size()
+    for before in (None, state):
+        logits, after = lm(tokens_of(time=0), before)
+        assert logits.shape == (3, 0, VOCAB)
+        expected = [torch.zeros_like(s) for s in state] if before is None else before
+        torch.testing.assert_close(after, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("model", ["kru", "krulstm", "lstm", "transformer"])
 def test_overfits_a_string(model):
     """200 bytes with repeats, so that a model without a state cannot reach the bound."""
