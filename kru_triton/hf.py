@@ -530,6 +530,17 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         with self.model.network.decoding():
             return super().generate(*args, **kwargs)
 
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config, model_kwargs: dict
+    ) -> Tensor:
+        """As the one of `GenerationMixin`, for a call without a mask: it takes padding tokens for
+        padding, which a BOS is not, though it pads by default."""
+        mask = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+        pad, bos = generation_config._pad_token_tensor, generation_config._bos_token_tensor
+        return torch.ones_like(mask) if pad is not None and pad == bos else mask
+
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):

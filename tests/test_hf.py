@@ -556,6 +556,25 @@ def test_left_padding_changes_nothing(kind):
         assert torch.equal(written[row, 9 - length :], model.generate(alone, **options)[0])
 
 
+@pytest.mark.parametrize("ends", [None, 7])
+def test_without_a_mask_a_bos_is_read_though_it_is_the_padding_token(ends):
+    """transformers takes padding tokens for padding where EOS is another token."""
+    model, tokens = make(eos_token_id=ends), tokens_of(1, 6)
+    for place in (0, 3):
+        tokens[0, place] = BOS  # a prompt's start; then a document's start inside, too
+        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+        logits = model.generate(tokens, **options).logits[0]
+        assert (logits - model(tokens).logits[:, -1]).abs().max() < 1e-5
+
+
+def test_without_a_mask_other_padding_is_still_inferred():
+    model, (tokens, mask) = make(eos_token_id=7, pad_token_id=5), padded(8, 3)
+    tokens = torch.where(mask == 0, 5, tokens.where(tokens != 5, 6))
+    options = {"max_new_tokens": 8, "eos_token_id": None}
+    expected = model.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(model.generate(tokens, **options), expected)
+
+
 def test_padding_is_not_read_whatever_it_holds(model):
     tokens, mask = padded(6, 3)
     other = torch.where(mask == 0, 5, tokens)
