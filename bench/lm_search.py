@@ -101,6 +101,8 @@ TRIALS = {
     "long-both-64": f"{BOTH} --hidden-size 64",
     "long-both-100-identity": f"{BOTH} --hidden-size 100 --nonlinearity identity",
     "long-both-100-recurrent-lr-2e-3": f"{LEADER} --input-gated --token-shift --hidden-size 100",
+    "long-both-100-2x50": f"{BOTH} --hidden-size 100 --num-heads 1 --factors 2 50",
+    "long-both-100-mlp-1": f"{BOTH} --hidden-size 100 --mlp-ratio 1",
     "long-both-80-deep": f"{BOTH} --hidden-size 80 --num-layers 4",
     # the leader with one change of `bench/lm_variants.py`, whose name stands after "variant-"
     "variant-no-state-norm": LEADER,
@@ -108,9 +110,13 @@ TRIALS = {
     "variant-conv-4": LEADER,
     "variant-conv-4-input-gated": f"{LEADER} --input-gated",
     "variant-forget": f"{LEADER} --radius 1",
+    "variant-selective": f"{LEADER} --radius 1",
     "variant-head-radii": f"{LEADER} --num-heads 4",
     "variant-penalty-down": f"{LEADER} --unitarity-weight 1e-1",
     "variant-penalty-up": f"{LEADER} --unitarity-weight 1e-1",
+    "variant-no-state-norm-both": f"{BOTH} --hidden-size 100",
+    "variant-forget-both": f"{BOTH} --hidden-size 100 --radius 1",
+    "variant-selective-both": f"{BOTH} --hidden-size 100 --radius 1",
 }
 
 
@@ -151,7 +157,7 @@ def run(args, trial: str, lr: float, seed: int) -> None:
     began = time.perf_counter()
     flags = [*flags, *quiet.split(), "--data", args.data]
     if trial.startswith("variant-"):
-        name = trial.removeprefix("variant-").removesuffix("-input-gated")
+        name = trial.removeprefix("variant-").removesuffix("-input-gated").removesuffix("-both")
         ended = train([name, *flags], folder, "bench/lm_variants.py")
     else:
         ended = train(flags, folder)

@@ -57,28 +57,45 @@ class Forget(_KRUMixer):
         self.decay = nn.Parameter(gamma.logit()[torch.randperm(config.hidden_size)])
         self.kru.forward = self.scan
 
+    def gamma(self, x: Tensor) -> Tensor:
+        """`(T or 1, B or 1, H·N)`."""
+        return self.decay.sigmoid()[None, None]
+
     def scan(self, x: Tensor, h_0: Tensor | None, reset: Tensor | None = None):
         kru, (time, batch, _) = self.kru, x.shape
         a, b = (torch.complex(*w) for w in group_factors(kru.recurrent_factors(0)))
         shape = a.shape[0], a.shape[-1], b.shape[-1]  # H, P, Q
-        gamma = self.decay.sigmoid().view(shape)
+        gamma = self.gamma(x).float()
+        gamma = gamma.view(*gamma.shape[:2], *shape)
         u = kru.input_projection(x).transpose(0, 1).view(time, batch, 2, *shape)
         u = torch.complex(u[:, :, 0], u[:, :, 1]) * (1 - gamma * gamma).sqrt()
+        gamma = gamma.expand(time, -1, -1, -1, -1)
         beta = kru.beta()
         beta = None if beta is None else beta.view(shape)
         h = u.new_zeros(batch, *shape)
         if h_0 is not None:
             h = torch.complex(*h_0[0].view(batch, 2, *shape).unbind(1))
         states = []
-        for t, u_t in enumerate(u.unbind(0)):
+        for t, (u_t, gamma_t) in enumerate(zip(u.unbind(0), gamma.unbind(0))):
             if reset is not None:
                 h = h.masked_fill(reset[:, t, None, None, None], 0)
-            z = gamma * (a @ h @ b.transpose(-1, -2)) + u_t
+            z = gamma_t * (a @ h @ b.transpose(-1, -2)) + u_t
             h = apply_nonlinearity(z, kru.nonlinearity, beta)
             states.append(h)
         h = torch.stack(states)
         h = torch.stack((h.real, h.imag), 2).view(time, batch, -1)
         return h, h[-1:]
+
+
+class Selective(Forget):
+    """`Forget` with a γ_t = sigmoid(D x_t + c) that depends on the input."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.forget_gate = nn.Linear(config.d_model, config.hidden_size, bias=False)
+
+    def gamma(self, x: Tensor) -> Tensor:
+        return (self.forget_gate(x) + self.decay).sigmoid()
 
 
 class HeadRadii(_KRUMixer):
@@ -108,6 +125,7 @@ MIXERS = {
     "no-state-norm": NoStateNorm,
     "conv-4": Conv,
     "forget": Forget,
+    "selective": Selective,
     "head-radii": HeadRadii,
 }
 
