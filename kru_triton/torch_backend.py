@@ -73,15 +73,10 @@ class _Step:
         self.chunk = max(1, min(self.time, CHUNK_STEPS, CHUNK_BYTES // step_bytes))
         self.has_left = self.p > 1  # a 1×1 A is the identity: B is then the whole matrix
         self.right = right_block(b.to(dtype))
-        left = left_block(a.to(dtype)) if self.has_left else None
-        # one small product per (head, row): stride 0 over rows, a copy only with several heads
         if self.has_left:
-            pc = left.shape[-1]
-            self.left = (
-                left[:, None]
-                .expand(-1, self.batch, -1, -1)
-                .reshape(self.heads * self.batch, pc, pc)
-            )
+            left = left_block(a.to(dtype))[:, None].expand(-1, self.batch, -1, -1)
+            # one small product per (head, row): stride 0 over rows, a copy only with several heads
+            self.left = left.reshape(-1, *left.shape[2:])
 
     def buffer(self, slots: int) -> Tensor:
         """An empty `(slots, H, B, P, c, Q)` buffer."""
@@ -352,22 +347,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All rows for all steps of one interval; returns the gradients of a, b and beta."""
     step = _Step(h.transpose(0, 1), a, b, a.dtype)
-    parts = step.parts
     grad = step.buffer(step.chunk + 1)  # slot 0: the gradient handed to the chunk before
     states = step.buffer(step.chunk + 1)  # slot i: h before step i of the chunk
-    inner = step.buffer(step.chunk)  # Aᴴ G_t, as it falls out of the loop
-    grad_rows, grad_blocks = step.rows(grad), step.blocks(grad)
-    inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
-    right_t = step.right.transpose(-1, -2)
-    d_right = torch.zeros_like(step.right)
+    weights = _WeightGrads(step)
+    adjoint = _Adjoint(step, grad, states, nonlinearity, beta, torch.finfo(h.dtype).eps / 2)
+    grad_rows, right_t = step.rows(grad), step.right.transpose(-1, -2)
     if step.has_left:
-        left_t = step.left.transpose(-1, -2)
-        pc = step.p * parts
-        d_left = a.new_zeros(step.heads, pc, pc)
-        outer = a.new_empty(step.chunk * step.heads * step.batch, pc, pc)
-    if step.has_left or nonlinearity == "modtanh":
-        product = a.new_empty(inner.numel())
-    adjoint = _Adjoint(step, grad, nonlinearity, beta, torch.finfo(h.dtype).eps / 2)
+        inner = step.buffer(step.chunk)  # Aᴴ G_t, as it falls out of the loop
+        left_t, grad_blocks = step.left.transpose(-1, -2), step.blocks(grad)
+        inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
     cut, cuts = step.cut(reset)
     carry = step.buffer(1)
     step.load(carry, d_state[None])
@@ -384,112 +372,150 @@ def _backward(
         before = states[:n]
         if any(cuts[start:end]):
             before = before.masked_fill(cut[start:end], 0)
-        if step.has_left or nonlinearity == "modtanh":
-            forward = product[: before.numel()].view(step.heads, -1, parts * step.q)
-            torch.bmm(step.by_head(before), step.right, out=forward)  # X Bᵀ of the whole chunk
-            forward = _from_heads(step, forward, n)
-        z = None
-        if nonlinearity == "modtanh":
-            z = _pre_activation(step, forward, inputs(start, end))
-        adjoint.prepare(states[1 : n + 1], z)
+        adjoint.prepare(before, None if inputs is None else inputs(start, end))
         for i in range(n - 1, -1, -1):
             adjoint.step(i)
             if step.has_left:
+                back = inner_rows[i]
                 torch.bmm(left_t, grad_blocks[i + 1], out=inner_blocks[i])
+                if cuts[start + i]:
+                    inner[i].masked_fill_(cut[start + i], 0)
             else:
-                inner_rows[i].copy_(grad_rows[i + 1])
-            if cuts[start + i]:
-                inner[i].masked_fill_(cut[start + i], 0)
-            grad_rows[i].baddbmm_(inner_rows[i], right_t)
+                back = grad_rows[i + 1]
+                if cuts[start + i]:
+                    back = grad[i + 1].masked_fill(cut[start + i], 0).view_as(back)
+            grad_rows[i].baddbmm_(back, right_t)
         carry[0].copy_(grad[0])
         adjoint.finish(n)
-        d_right.baddbmm_(step.by_head(before).transpose(-1, -2), step.by_head(inner[:n]))
-        if step.has_left:
-            shape = (n * step.heads * step.batch, pc, step.q)
-            pairs = outer[: shape[0]]
-            torch.bmm(grad[1 : n + 1].view(shape), forward.view(shape).transpose(-1, -2), out=pairs)
-            d_left += pairs.view(n, step.heads, step.batch, pc, pc).sum((0, 2))
+        g = grad[1 : n + 1]
+        weights.add(before, g, inner[:n] if step.has_left else g)
         step.planar(dx[start:end]).copy_(grad[1 : n + 1])
     step.planar(d_state[None]).copy_(carry)
-    da = left_block_grad(d_left, parts) if step.has_left else torch.zeros_like(a)
-    return da, right_block_grad(d_right, parts), adjoint.d_beta.view(-1)
+    return weights.a(), weights.b(), adjoint.d_beta.view(-1)
 
 
-def _from_heads(step: _Step, x: Tensor, n: int) -> Tensor:
-    """`(H, n·B·P, c·Q)` back to a contiguous `(n, H, B, P, c, Q)`."""
-    x = x.view(step.heads, n, -1).transpose(0, 1).contiguous()
-    return x.view(n, step.heads, step.batch, step.p, step.parts, step.q)
+class _WeightGrads:
+    """The gradients of A and B, summed chunk by chunk as those of their block matrices."""
 
+    def __init__(self, step: _Step):
+        self.step = step
+        self.right = torch.zeros_like(step.right)
+        if step.has_left:
+            pc = step.p * step.parts
+            self.left = self.right.new_zeros(step.heads, pc, pc)
+            self.product, self.x_wide, self.g_wide = (step.buffer(step.chunk) for _ in range(3))
 
-def _pre_activation(step: _Step, forward: Tensor, x: Tensor) -> Tensor:
-    """z of a chunk, from X Bᵀ of its states and its inputs `(n, B, F)`."""
-    z = step.buffer(x.shape[0])
-    step.load(z, x)
-    if not step.has_left:
-        return z.add_(forward)
-    for zt, vt in zip(step.blocks(z), step.blocks(forward)):
-        zt.baddbmm_(step.left, vt)
-    return z
+    def add(self, x: Tensor, g: Tensor, inner: Tensor) -> None:
+        """A chunk of X_{t-1}, of G_t and of Aᴴ G_t, or with no A of G_t again."""
+        step = self.step
+        rows = step.by_head(x)
+        self.right.baddbmm_(rows.transpose(-1, -2), step.by_head(inner))
+        if step.has_left:
+            product = self.product.view(-1)[: x.numel()].view(rows.shape)
+            torch.bmm(rows, step.right, out=product)  # X Bᵀ
+            n, *sizes = x.shape
+            product = product.view(step.heads, n, *sizes[1:]).transpose(0, 1)
+            x, g = self._wide(product, self.x_wide), self._wide(g, self.g_wide)
+            self.left.baddbmm_(g, x.transpose(-1, -2))
+
+    def _wide(self, x: Tensor, buffer: Tensor) -> Tensor:
+        """`(n, H, B, P, c, Q)` copied to `(H, P·c, n·B·Q)`: one product sums over steps and rows."""
+        x = x.permute(1, 3, 4, 0, 2, 5)
+        buffer = buffer.view(-1)[: x.numel()].view(x.shape).copy_(x)
+        return buffer.flatten(3).flatten(1, 2)
+
+    def a(self) -> Tensor:
+        parts = self.step.parts
+        if self.step.has_left:
+            return left_block_grad(self.left, parts)
+        return self.right.new_zeros(parts, self.step.heads, 1, 1)
+
+    def b(self) -> Tensor:
+        return right_block_grad(self.right, self.step.parts)
 
 
 class _Adjoint:
     """G = σ'(z)ᵀ g, with everything that does not depend on g computed per chunk.
 
     relu, tanh     G = d·g per part
-    phase kinds    G = r·g + e·ρ,  ρ = Re(conj(n) g),  n = z/|z|,  r = σ(z)/z,  e = (|σ|' − r)·n
-                   modReLU  r = |h|/(|h| − β) and |σ|' = 1 where |h| > 0, else 0;  dβ = Σ ρ
+    phase kinds    G = r·g + e·v·Re(conj(v) g),  r = σ(z)/z,  e = (|σ|' − r)/|v|²,  v ∥ z
+                   modReLU  v = h,  r = |h|/(|h| − β) and |σ|' = 1 where |h| > 0 (else v = r = 0);
+                            dβ = Σ Re(conj(h) g)/|h|
                             |h| − β is known no better than h is rounded: `rounding`·|h| bounds it
-                   modtanh  r = tanh|z|/|z| and |σ|' = 1 − tanh²|z|
+                   modtanh  v = z,  r = tanh|z|/|z| and |σ|' = 1 − tanh²|z|
     """
 
     def __init__(
-        self, step: _Step, grad: Tensor, nonlinearity: str, beta: Tensor | None, rounding: float
+        self,
+        step: _Step,
+        grad: Tensor,
+        states: Tensor,
+        nonlinearity: str,
+        beta: Tensor | None,
+        rounding: float,
     ):
-        self.nonlinearity, self.rounding = nonlinearity, rounding
-        self.grad = list(grad[1:].unbind(0))
+        self.layout, self.nonlinearity, self.rounding = step, nonlinearity, rounding
+        self.states, self.grad = states[1:], list(grad[1:].unbind(0))
         self.d_beta = grad.new_zeros(step.heads, 1, step.p, 1, step.q)
         self.bias = None if beta is None else step.units(beta)
         if nonlinearity == "identity":
             return
-        coefficients = step.buffer(step.chunk)
         if nonlinearity not in PHASE_NONLINEARITIES:
-            self.slope, self.slopes = coefficients, list(coefficients.unbind(0))  # d
+            self.slope = step.buffer(step.chunk)  # d
+            self.slopes = list(self.slope.unbind(0))
             return
-        self.phase, self.radial = coefficients, torch.empty_like(coefficients)  # n and e
-        self.ratio = torch.empty_like(coefficients[..., :1, :])  # r
-        self.rho = torch.empty_like(self.ratio)
-        self.ratios, self.rhos = list(self.ratio.unbind(0)), list(self.rho.unbind(0))
-        slots = zip(*(x.unbind(0) for x in (grad[1:], self.phase, self.radial)))
-        self.parts = [list(zip(*map(_parts, slot))) for slot in slots]  # per slot (g, n, e) by part
+        self.vectors = self.states if nonlinearity == "modrelu" else step.buffer(step.chunk)  # v
+        one = self.vectors[..., :1, :]
+        self.ratio, self.radial, self.rho, self.modulus = (torch.empty_like(one) for _ in range(4))
+        self.scratch = torch.empty_like(one[0])
+        slots = (x.unbind(0) for x in (self.ratio, self.radial, self.rho, grad[1:], self.vectors))
+        self.slots = [(r, e, rho, _parts(g), _parts(v)) for r, e, rho, g, v in zip(*slots)]
 
-    def prepare(self, h: Tensor, z: Tensor | None) -> None:
-        """Compute the coefficients of the n steps of a chunk from its states (or z)."""
-        n = h.shape[0]
+    def prepare(self, before: Tensor, x: Tensor | None) -> None:
+        """Compute the coefficients of the n steps of a chunk from its states; for modtanh from the
+        states before its steps and its inputs `(n, B, F)`."""
+        n = before.shape[0]
+        h = self.states[:n]
         if self.nonlinearity == "relu":
             torch.sign(h, out=self.slope[:n])
         elif self.nonlinearity == "tanh":
             torch.addcmul(h.new_ones(()), h, h, value=-1, out=self.slope[:n])
         elif self.nonlinearity in PHASE_NONLINEARITIES:
-            source = h if z is None else z
-            squared, ratio = self.rho[:n], self.ratio[:n]  # rho is scratch here
-            sources = _parts(source)
-            torch.mul(sources[0], sources[0], out=squared)
-            for part in sources[1:]:
+            if self.nonlinearity == "modtanh":
+                self._pre_activations(before, x)
+            floor, one = tiny(h.dtype), h.new_ones(())
+            ratio, radial, squared, modulus = (
+                buffer[:n] for buffer in (self.ratio, self.radial, self.rho, self.modulus)
+            )
+            first, *rest = _parts(self.vectors[:n])
+            torch.mul(first, first, out=squared)
+            for part in rest:
                 squared.addcmul_(part, part)
-            derivative = (squared > 0).to(h.dtype) if z is None else None
-            modulus = squared.add_(tiny(h.dtype)).sqrt_()
-            for part, phase in zip(sources, _parts(self.phase[:n])):
-                torch.div(part, modulus, out=phase)
-            if z is None:  # modReLU: |z| = |h| - beta
-                torch.mul(derivative, modulus, out=ratio)
-                ratio.div_(torch.maximum(modulus - self.bias, modulus.mul_(self.rounding)))
+            torch.sqrt(squared, out=modulus)
+            squared.clamp_min_(floor)
+            if self.nonlinearity == "modrelu":  # |z| = |h| - beta
+                torch.sub(modulus, self.bias, out=radial)
+                torch.mul(modulus, self.rounding, out=ratio)
+                torch.maximum(radial, ratio, out=radial).clamp_min_(floor)
+                torch.div(modulus, radial, out=ratio)
+                torch.sub(one, ratio, out=radial)
             else:
-                tanh = torch.tanh(modulus)
-                torch.div(tanh, modulus, out=ratio)
-                derivative = torch.addcmul(h.new_ones(()), tanh, tanh, value=-1)
-            derivative.sub_(ratio)
-            for phase, radial in zip(_parts(self.phase[:n]), _parts(self.radial[:n])):
-                torch.mul(phase, derivative, out=radial)
+                modulus.clamp_min_(floor)
+                torch.tanh(modulus, out=radial)
+                torch.div(radial, modulus, out=ratio)
+                torch.addcmul(one, radial, radial, value=-1, out=radial).sub_(ratio)
+            radial.div_(squared)
+
+    def _pre_activations(self, before: Tensor, x: Tensor) -> None:
+        """Fill `vectors` with z."""
+        step, z = self.layout, self.vectors[: before.shape[0]]
+        step.load(z, x)
+        if not step.has_left:
+            for zt, rows in zip(step.rows(z), step.rows(before)):
+                zt.baddbmm_(rows, step.right)
+            return
+        for zt, rows in zip(step.blocks(z), step.rows(before)):
+            zt.baddbmm_(step.left, torch.bmm(rows, step.right).view_as(zt))
 
     def step(self, i: int) -> None:
         """Turn g of step i of the chunk into G, in place."""
@@ -498,14 +524,16 @@ class _Adjoint:
         if self.nonlinearity not in PHASE_NONLINEARITIES:
             self.grad[i].mul_(self.slopes[i])
             return
-        rho, ratio, parts = self.rhos[i], self.ratios[i], self.parts[i]
-        torch.mul(parts[0][0], parts[0][1], out=rho)
-        for g, phase, _ in parts[1:]:
-            rho.addcmul_(g, phase)
-        for g, _, radial in parts:
-            g.mul_(ratio).addcmul_(radial, rho)
+        ratio, radial, rho, grads, vectors = self.slots[i]
+        torch.mul(grads[0], vectors[0], out=rho)
+        for g, v in zip(grads[1:], vectors[1:]):
+            rho.addcmul_(g, v)
+        torch.mul(rho, radial, out=self.scratch)
+        for g, v in zip(grads, vectors):
+            g.mul_(ratio).addcmul_(v, self.scratch)
 
     def finish(self, n: int) -> None:
         """Add the chunk's part of dβ."""
         if self.nonlinearity == "modrelu":
-            self.d_beta += self.rho[:n].sum((0, 2), keepdim=True)[0]
+            rho = self.rho[:n].div_(self.modulus[:n].clamp_min_(tiny(self.rho.dtype)))
+            self.d_beta += rho.sum((0, 2), keepdim=True)[0]
