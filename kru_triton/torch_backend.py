@@ -419,7 +419,7 @@ class _WeightGrads:
             self.left.baddbmm_(g, x.transpose(-1, -2))
 
     def _wide(self, x: Tensor, buffer: Tensor) -> Tensor:
-        """`(n, H, B, P, c, Q)` copied to `(H, P·c, n·B·Q)`: one product sums over steps and rows."""
+        """`(n, H, B, P, c, Q)` as `(H, P·c, n·B·Q)`: one product sums over steps and rows."""
         x = x.permute(1, 3, 4, 0, 2, 5)
         buffer = buffer.view(-1)[: x.numel()].view(x.shape).copy_(x)
         return buffer.flatten(3).flatten(1, 2)
