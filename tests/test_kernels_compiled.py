@@ -6,6 +6,7 @@ a change that is meant to move the counts, `python bench/compiled.py --json FILE
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -119,9 +120,13 @@ def test_accesses_are_no_wider_than_rows_are_aligned(compiled):
         assert row["access_bytes"] <= tile.aligned * itemsize, (row["variant"], row["arch"])
 
 
-def test_a_variant_compiles_in_seconds(compiled):
-    """Processor seconds from an empty cache: a first call waits for as long."""
-    assert all(0 < row["compile_seconds"] < 10 for row in compiled.values())
+def test_no_variant_compiles_far_longer_than_the_others(compiled):
+    """A first call waits for as long. Seconds differ by machine and load, so counted in medians:
+    one is about 1 s, the slowest variant took 7 of them."""
+    seconds = {key: row["compile_seconds"] for key, row in compiled.items()}
+    limit = 25 * statistics.median(seconds.values())
+    assert min(seconds.values()) > 0
+    assert {key: s for key, s in seconds.items() if s > limit} == {}
 
 
 def test_shared_memory_is_foreseen(compiled):
