@@ -33,7 +33,7 @@ test: $(VENV)/.ok
 #   make gpu PART=2     one part; each stops in time for a limit of ten minutes a call, and the same
 #                       call again goes on where it stopped
 #   make gpu DEVICE=cpu QUICK=--quick   all of it on toy sizes, rows to build/bench
-# 1 GPU tests, 2 kernels against rivals, 3 tuning, 4 training steps, 5 decoding, 6 a training run.
+# 1 GPU tests, 2 kernels against others, 3 tuning, 4 training steps, 5 decoding, 6 a training run.
 # All rows go to OUT (keep its files, or put them into bench/results, to go on from them); they name
 # the commit, which a copy without git is told by BENCH_COMMIT=hash. Part 1 has no rows: what it
 # compiled is in triton's cache the next time. A machine
@@ -97,7 +97,7 @@ else
 	@echo "train/lm.py needs tyro, tqdm, safetensors, numpy and what they need: on a machine with a registry,"
 	@echo "  pip download --no-deps --only-binary=:all: --python-version VERSION --platform manylinux2014_x86_64 -d FOLDER tyro docstring_parser typeguard typing_extensions tqdm safetensors"
 	@echo "bring FOLDER along and say: make gpu PART=6 WHEELS=FOLDER"
-	$(BENCH) train_step $(FLAGS) --learn $(LEARN) $(ARGS)
+	$(BENCH) learn $(FLAGS) --minutes-each $(LEARN) $(ARGS)
 endif
 
 lint: $(VENV)/.ok

@@ -6,7 +6,7 @@
 Figures that have no rows are left out, and said so; nothing is computed but ratios. Each carries
 device, commit and date of its rows. Needs matplotlib (the extra `plot`).
 
-    kernels-scan      forward + backward against batch rows, ours and the rivals, prediction, floor
+    kernels-scan      forward + backward against batch rows, ours and others', prediction, floor
     kernels-length    microseconds per step against length
     train-step        tokens per second against sequence length
     decode            tokens per second against cached positions
@@ -15,7 +15,6 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     cpu-speed         torch backend against the loop and torch.nn
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
@@ -204,11 +203,7 @@ FIGURES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.plain_parser(__doc__, "plot")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     parser.add_argument("--figures", type=Path, default=harness.ROOT / "bench" / "figures")
     parser.add_argument("--format", choices=FORMATS, default="svg")
@@ -229,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         return figure, axes[0]
 
     options.figures.mkdir(parents=True, exist_ok=True)
-    files = harness.result_files(options.results)
+    files = sorted(options.results.glob("*.jsonl"))
     if not files:
         parser.error(f"--results: no .jsonl files in {options.results}")
     for path in files:
@@ -251,7 +246,3 @@ def main(argv: list[str] | None = None) -> int:
             pyplot.close(figure)
             print(target)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -122,8 +122,8 @@ def compile_options(
     """Constants of a scan kernel that depend on shape, type and device alone, and launch options.
 
     Nothing here depends on B, T or strides: those never compile a kernel again. The choices are
-    those with the fewest instructions and no spills in compiled code (`bench/compiled.py`); a
-    device may want others, which `tuning` puts in their place (names in TUNABLE).
+    those with the fewest instructions and no spills in compiled code (`python -m bench compiled`);
+    a device may want others, which `tuning` puts in their place (names in TUNABLE).
     """
     values = tile.size * parts
     split = precision == "fp32"

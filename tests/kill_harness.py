@@ -17,6 +17,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import platform
 import resource
 import shlex
 import socket
@@ -27,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import torch
 from pyarrow import parquet
 
 from kru_triton.train import checkpoints, lm
 from kru_triton.train.logger import read_rows
-from kru_triton.train.run_directory import commit, versions
+from kru_triton.train.run_directory import commit, device_name
 
 TINY = (
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "
@@ -67,9 +69,16 @@ def main() -> None:
             data = ["--data", f"text:{write_corpus(folder)}/*.txt"]
         flags = [*shlex.split(TINY), *data, "--steps", str(args.steps), *shlex.split(args.flags)]
         report = kill_and_compare(folder, flags, args.kills, args.processes, args.seed)
-    report |= {
+    report = {
+        "bench": "kills",
+        "name": f"{report['kills']} kills, {args.processes} processes, seed {args.seed}",
+        "status": "failed" if report["differences"] else "ok",
+        "reason": ", ".join(report["differences"]),
+        **report,
         "command": shlex.join(["python", "tests/kill_harness.py", *sys.argv[1:]]),
-        "versions": versions(),
+        "device": device_name(torch.device("cpu")),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }

@@ -5,7 +5,6 @@ day when there is a GPU.
 """
 
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -14,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from bench import __main__ as front
-from bench import cpu, decode, harness, lm_variants, rnn_kernels, train_step, tune
-from kru_triton.language_model import LanguageModelConfig
+from bench import harness
+from bench.quality import learn
+from bench.speed import cpu, decode, kernels, train_step, tune
+from bench.speed.kernel_cases import Case
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {"scan", "memory", "layer", "calls", "profile", "growth", "exponent", "linear"}
@@ -67,13 +67,13 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     with pytest.MonkeyPatch.context() as patch:
         # the torch backend alone; triton itself must keep the mode in which it was imported
-        patch.setattr(rnn_kernels.support, "interpreted", lambda: False)
-        for module in (rnn_kernels, train_step, decode):
+        patch.setattr(kernels.support, "interpreted", lambda: False)
+        for module in (kernels, train_step, decode):
             assert module.main(["--device", "cpu", "--quick", "--out", str(folder)]) == 0
     return rows_in(folder)
 
 
-def test_benchmarks_measure_ours_and_the_rivals(quick):
+def test_benchmarks_measure_ours_and_the_baselines(quick):
     assert not [row for row in quick if row["status"] == "failed"]
     measured = {(row["bench"], row.get("implementation")) for row in quick if row["status"] == "ok"}
     for bench, *ours in (
@@ -83,8 +83,8 @@ def test_benchmarks_measure_ours_and_the_rivals(quick):
         ("decode", "kru", "krulstm"),
     ):
         assert {(bench, name) for name in ours} <= measured
-    for rival in ("nn.LSTM(16)", "nn.GRU at equal parameters", "nn.RNNCell", "loop eager"):
-        assert ("kernels", rival) in measured
+    for baseline in ("nn.LSTM(16)", "nn.GRU at equal parameters", "nn.RNNCell", "loop eager"):
+        assert ("kernels", baseline) in measured
     assert {("train_step", "transformer"), ("decode", "transformer L32")} <= measured
     operations = {row["op"] for row in quick if row["bench"] == "kernels" and "op" in row}
     assert operations == {"scan", "tokens", "layer", "lstm", "step"}
@@ -107,18 +107,18 @@ def test_rows_carry_rates_and_floors(quick):
     assert cached[32] * 5 == cached[4] * 33  # the cache, and the token's own position
 
 
-def test_rivals_that_are_not_there_are_rows(quick):
+def test_baselines_that_are_not_there_are_rows(quick):
     reasons = {row["implementation"]: row["reason"] for row in quick if row["status"] == "skipped"}
-    rivals = {
+    baselines = {
         "flashrnn": "flashrnn cuda_fused",
         "xma": "xma gru",
         "fla": "fla gla",
         "torchrl": "torchrl lstm",
         "mamba_ssm": "mamba2",
     }
-    for module, rival in rivals.items():
+    for module, baseline in baselines.items():
         if importlib.util.find_spec(module) is None:
-            assert "is not installed" in reasons[rival]
+            assert "is not installed" in reasons[baseline]
 
 
 def test_make_gpu_on_the_cpu(tmp_path):
@@ -144,18 +144,18 @@ def test_make_gpu_on_the_cpu(tmp_path):
 
 def run_case(case, found, folder, monkeypatch):
     """Rows of a case with these candidates alone."""
-    options = harness.parser("test").parse_args(["--quick", "--out", str(folder)])
+    options = harness.parser("", "test").parse_args(["--quick", "--out", str(folder)])
     results = harness.Results(torch.device("cpu"), options, "test")
-    monkeypatch.setattr(rnn_kernels, "candidates", lambda case, device: found)
+    monkeypatch.setattr(kernels, "candidates", lambda case, device: found)
     ceilings = {"copy_bytes_per_s": 1e10, "matmul_flops": 1e11}
-    rnn_kernels.run_case(results, case, torch.device("cpu"), ceilings)
+    kernels.run_case(results, case, torch.device("cpu"), ceilings)
     return harness.read_rows(results.path), results.finish()
 
 
 def test_our_kernels_through_the_interpreter(tmp_path, monkeypatch):
     """The checked case, and what the rows say of it."""
-    case = rnn_kernels.Case("scan", 3, 4, 4, 4, dtype="fp32", rivals="none")
-    ours = rnn_kernels.ours_scan(case, torch.device("cpu"), "triton")
+    case = Case("scan", 3, 4, 4, 4, dtype="fp32", baselines="none")
+    ours = kernels.ours_scan(case, torch.device("cpu"), "triton")
     rows, _ = run_case(case, ours, tmp_path, monkeypatch)
     assert [row["direction"] for row in rows] == ["forward", "backward", "both"]
     for row in rows:
@@ -166,15 +166,15 @@ def test_our_kernels_through_the_interpreter(tmp_path, monkeypatch):
 
 
 def test_a_wrong_result_is_never_timed(tmp_path, monkeypatch):
-    case = rnn_kernels.Case("scan", 3, 4, 4, 4, dtype="fp32", rivals="none")
-    scan = rnn_kernels.kru_scan
+    case = Case("scan", 3, 4, 4, 4, dtype="fp32", baselines="none")
+    scan = kernels.kru_scan
 
     def wrong(x, *rest, backend="auto", **options):
         h, h_n = scan(x, *rest, backend=backend, **options)
         return (h * 1.001 if x.dtype == torch.float32 else h), h_n
 
-    monkeypatch.setattr(rnn_kernels, "kru_scan", wrong)
-    ours = rnn_kernels.ours_scan(case, torch.device("cpu"), "torch")
+    monkeypatch.setattr(kernels, "kru_scan", wrong)
+    ours = kernels.ours_scan(case, torch.device("cpu"), "torch")
     (row,), code = run_case(case, ours, tmp_path, monkeypatch)
     assert row["status"] == "failed"
     assert "h is wrong: relative error 1.00e-03" in row["reason"]
@@ -199,7 +199,7 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bench.tune import chain_kernel
+from bench.speed.tune import chain_kernel
 
 for chains in (1, 4):
     signature = {"p_out": "*fp32", "steps": "i32", "CHAINS": "constexpr"}
@@ -227,11 +227,11 @@ def test_every_open_question_has_an_experiment():
 @pytest.mark.parametrize(
     ("module", "flags", "said"),
     [
-        (rnn_kernels, ["--case", "scan-B7"], "no case 'scan-B7'; there are scan-B256"),
+        (kernels, ["--case", "scan-B7"], "no case 'scan-B7'; there are scan-B256"),
         (tune, ["--case", "nothing"], "no case 'nothing'; there are latency"),
         (train_step, ["--device", "cuda:99"], "device: 'cuda:99' is not here; there are auto, cpu"),
         (decode, ["--device", "tpu"], "device: 'tpu' is not here"),
-        (train_step, ["--learn", "-1"], "--learn: must be positive"),
+        (learn, ["--minutes-each", "-1"], "--minutes-each: must be positive"),
         (front, ["--device", "cpu"], "say --list, --quick, --all"),
     ],
 )
@@ -250,56 +250,15 @@ def test_an_unknown_benchmark_is_told_which_there_are(capsys):
 def test_list_names_benchmarks_and_cases(capsys):
     assert front.main(["--list"]) == 0
     said = capsys.readouterr().out
-    for word in (*front.BENCHMARKS, *front.MORE, "scan-B2048-T1024-32x32-bf16", "prefetch"):
+    for word in (*front.BENCHMARKS, "scan-B2048-T1024-32x32-bf16", "prefetch"):
         assert word in said
 
 
 def test_checkpoint_overhead(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    flags = ["--preset", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(file)]
+    flags = ["--preset", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
     assert front.main(["checkpoints", *flags]) == 0
-    row = json.loads(file.read_text())
+    (row,) = rows_in(tmp_path)
     assert row["bytes"] > 1e6
     assert row["write_s"] > 0
     interval = row["checkpoint_every"] * row["step_s"]
     assert math.isclose(row["share"], (row["blocked_s"] + row["thread_s"]) / interval)
-
-
-def test_a_search_goes_on_from_its_rows(tmp_path, capfd):
-    file = tmp_path / "rows.jsonl"
-    flags = ["--only", "base", "tanh", "--steps", "2", "--data", f"text:{ROOT / 'README.md'}"]
-    flags += ["--name", "readme", "--out", str(file), "--run-dir", str(tmp_path / "runs")]
-    for _ in range(2):  # the second time nothing is left to run
-        assert front.main(["lm_search", *flags]) == 0
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        assert [(row["trial"], row["diverged"]) for row in rows] == [
-            ("base", False),
-            ("tanh", False),
-        ]
-    assert all(0 < row["val_bpb"] < 20 and row["tokens"] == 8192 for row in rows)
-    assert front.main(["lm_search", "--only", "nonsense"]) == 2
-    assert "there are base, modrelu" in capfd.readouterr().err
-
-
-def test_variants_of_the_block():
-    config = LanguageModelConfig(d_model=8, hidden_size=12, num_heads=2, token_shift=False)
-    x, reset = torch.randn(6, 3, 8), torch.zeros(3, 6, dtype=torch.bool)
-    reset[1, 2] = True
-    for name, mixer in lm_variants.MIXERS.items():
-        block = mixer(config)
-        y, state = block(x, None, reset)
-        assert y.shape == x.shape
-        if name != "conv-4":  # it begins every segment anew
-            first, middle = block(x[:4], None, reset[:, :4])
-            second, last = block(x[4:], middle, reset[:, 4:])
-            torch.testing.assert_close(torch.cat((first, second)), y)
-            torch.testing.assert_close(last, state)
-    # one γ for all units is a factor of W and of the input
-    forget, plain = lm_variants.Forget(config), lm_variants.NoStateNorm(config)
-    forget.norm = nn.Identity()
-    with torch.no_grad():
-        forget.decay.fill_(math.log(9.0))  # γ = 0.9
-        plain.load_state_dict(forget.state_dict(), strict=False)
-        for p, scale in ((plain.kru.factor0_l0, 0.9), (plain.kru.weight_ih_l0, 0.19**0.5)):
-            p.mul_(scale)
-    torch.testing.assert_close(forget(x, None, reset)[0], plain(x, None, reset)[0])

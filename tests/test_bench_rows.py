@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from bench import __main__ as front
-from bench import cpu, harness, model, plot, rnn_kernels
-from bench.harness import Candidate, Unavailable
+from bench import harness, plot
+from bench.harness import Candidate, Unavailable, slug
+from bench.speed import cpu, kernel_baselines, kernel_cases, kernels
+from bench.static import model
 
 CPU = torch.device("cpu")
 ROW = {
@@ -29,7 +33,7 @@ ROW = {
 
 
 def options(out, *flags):
-    return harness.parser("test").parse_args(["--out", str(out), *flags])
+    return harness.parser("", "test").parse_args(["--out", str(out), *flags])
 
 
 def results(out, *flags):
@@ -76,35 +80,27 @@ def test_a_torn_line_is_refused_with_its_number(tmp_path):
 
 
 def test_committed_rows_are_valid():
-    files = harness.result_files(harness.RESULTS)
-    assert files
+    files = sorted(harness.RESULTS.glob("*.jsonl"))
+    assert len(files) >= 10
     for path in files:
         rows = harness.read_rows(path)
         assert rows
-        assert {harness.slug(row["device"]) for row in rows} == {path.stem}
+        devices = {slug(row["device"]) for row in rows}
+        assert {path.stem} in (devices, {row["bench"] for row in rows})
         assert not [row for row in rows if row.get("quick")], "toy rows are no results"
 
 
-def test_what_the_scripts_write_becomes_rows(tmp_path, monkeypatch):
-    def data(name, flags):
-        row = {"source": "json", "tokenizer": "bytes", "workers": 2, "mb_s": [1, 2, 3]}
-        assert flags[0] == "--quick"
-        with open(flags[-1], "w") as file:
-            file.write(json.dumps(row) + "\n")
-        return 0
-
-    def compiled(name, flags):
-        row = {"variant": "forward-8x8-bf16", "arch": "sm_90", "instructions_per_step": 159}
-        with open(flags[-1], "w") as file:
-            json.dump([row], file)
-        return 0
-
-    monkeypatch.setattr(front, "is_there", lambda name: True)
-    for name, script, file in (("data", data, harness.cpu_name()), ("compiled", compiled, "sm_90")):
-        monkeypatch.setattr(front, "run", script)
-        assert front.main([name, "--quick", "--out", str(tmp_path / name)]) == 0
-        (row,) = harness.read_rows(tmp_path / name / f"{harness.slug(file)}.jsonl")
-        assert (row["bench"], row["device"], row["quick"]) == (name, file, True)
+def test_compiled_writes_rows_of_its_targets_or_a_file(tmp_path):
+    """In a process of its own: here triton interprets."""
+    command = [sys.executable, "-m", "bench", "compiled", "--quick"]
+    for flags in (["--out", tmp_path], ["--json", tmp_path / "rows.json"]):
+        subprocess.run([*command, *map(str, flags)], cwd=harness.ROOT, check=True)
+    (row,) = harness.read_rows(tmp_path / "sm-90.jsonl")
+    assert (row["bench"], row["device"], row["quick"]) == ("compiled", "sm_90", True)
+    (bare,) = json.loads((tmp_path / "rows.json").read_text())
+    same = bare.keys() - {"compile_seconds"}
+    assert same > {"variant", "arch", "registers", "spills", "instructions_per_step"}
+    assert {key: row[key] for key in same} == {key: bare[key] for key in same}
 
 
 def test_rows_are_appended_and_not_measured_twice(tmp_path, monkeypatch):
@@ -146,7 +142,7 @@ def test_a_candidate_that_cannot_run_is_a_row_with_its_reason(tmp_path):
         Candidate("absent", raising(Unavailable("not installed"))),
         Candidate("broken", raising(TypeError("its API changed"))),
         Candidate("large", raising(torch.OutOfMemoryError("CUDA out of memory"))),
-        Candidate("ours", raising(ValueError("a bug")), rival=False),
+        Candidate("ours", raising(ValueError("a bug")), baseline=False),
         Candidate("late", late, directions=one),
         Candidate("good", lambda: (lambda: None, None), directions=one),
     ]
@@ -211,7 +207,7 @@ def test_a_failed_row_is_not_run_again(tmp_path, monkeypatch):
         calls.append(1)
         raise ValueError("an illegal access")
 
-    ours = [Candidate("ours", prepare, rival=False)]
+    ours = [Candidate("ours", prepare, baseline=False)]
     for flags, expected in (((), 1), ((), 1), (("--again",), 2)):
         harness.race(results(tmp_path, *flags), "b", "case", ours, CPU, describe, rounds=1)
         assert len(calls) == expected
@@ -249,7 +245,7 @@ def test_a_replay_keeps_the_inputs_of_its_graph(monkeypatch):
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: replays.append(1)),
         graph=lambda graph: nullcontext(),
     )
-    monkeypatch.setattr(harness.torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
 
     def make():
         x = torch.ones(3)
@@ -266,13 +262,13 @@ def test_a_replay_keeps_the_inputs_of_its_graph(monkeypatch):
 
 
 def test_slugs():
-    assert harness.slug("NVIDIA H200") == "nvidia-h200"
-    assert harness.slug("Intel(R) Xeon(R) Processor") == "intel-xeon-processor"
+    assert slug("NVIDIA H200") == "nvidia-h200"
+    assert slug("Intel(R) Xeon(R) Processor") == "intel-xeon-processor"
 
 
 def test_without_git_the_commit_is_a_hash_of_the_sources(tmp_path, monkeypatch):
     monkeypatch.delenv("BENCH_COMMIT", raising=False)
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness.device, "ROOT", tmp_path)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "a.py").write_text("x = 1")
     first = harness.commit()
@@ -283,32 +279,32 @@ def test_without_git_the_commit_is_a_hash_of_the_sources(tmp_path, monkeypatch):
 
 def test_equal_parameters():
     for kind, layer in (("LSTM", torch.nn.LSTM), ("GRU", torch.nn.GRU), ("RNN", torch.nn.RNN)):
-        hidden = rnn_kernels.equal_parameters(kind, 256, 300_000)
+        hidden = kernel_baselines.equal_parameters(kind, 256, 300_000)
         count = sum(p.numel() for p in layer(256, hidden).parameters())
         assert abs(count / 300_000 - 1) < 0.05
-    case = rnn_kernels.Case("layer", 1, 1, 8, 8, heads=2, D=24)
-    kru = rnn_kernels.KRU(24, 128, factors=(8, 8), num_heads=2)
-    assert rnn_kernels.layer_parameters(case) == sum(p.numel() for p in kru.parameters())
+    case = kernel_cases.Case("layer", 1, 1, 8, 8, heads=2, D=24)
+    kru = kernels.KRU(24, 128, factors=(8, 8), num_heads=2)
+    assert kernel_baselines.layer_parameters(case) == sum(p.numel() for p in kru.parameters())
 
 
 def test_work_counts_bytes_and_operations():
-    scan = rnn_kernels.Case("scan", 2, 3, 4, 4)
-    moved, flops, _ = rnn_kernels.work(scan, "kru", "forward")
+    scan = kernel_cases.Case("scan", 2, 3, 4, 4)
+    moved, flops, _ = kernel_cases.work(scan, "kru", "forward")
     assert moved == 2 * 3 * (32 + 32) * 2  # x_proj in, h out, two bytes each
     assert flops == 2 * 3 * (8 * 16 * (4 + 4))  # complex multiply-adds of A X and X Bᵀ
-    layer = rnn_kernels.Case("layer", 2, 3, 4, 4, D=10)
-    moved, flops, _ = rnn_kernels.work(layer, "LSTM", "both", hidden=16)
+    layer = kernel_cases.Case("layer", 2, 3, 4, 4, D=10)
+    moved, flops, _ = kernel_cases.work(layer, "LSTM", "both", hidden=16)
     assert moved == 3 * 2 * 3 * (10 + 16) * 2
     assert flops == 3 * 2 * 3 * 2 * 4 * 16 * (16 + 10)
 
 
 def test_the_planar_step_is_the_definition():
-    case = rnn_kernels.Case("scan", 3, 1, 3, 4, heads=2, dtype="fp32")
-    x, factors, beta, _, _ = rnn_kernels.scan_problem(case, CPU)
+    case = kernel_cases.Case("scan", 3, 1, 3, 4, heads=2, dtype="fp32")
+    x, factors, beta, _, _ = kernel_cases.scan_problem(case, CPU)
     h_0 = torch.randn(3, 2 * 24)
     a, b = factors
-    expected, _ = rnn_kernels.kru_scan_reference(x, factors, beta, h_0)
-    h = rnn_kernels.planar_step(
+    expected, _ = kernel_baselines.kru_scan_reference(x, factors, beta, h_0)
+    h = kernel_baselines.planar_step(
         h_0.view(3, 2, 2, 3, 4), x[:, 0].view(3, 2, 2, 3, 4), a, b, beta.view(2, 3, 4)
     )
     assert torch.allclose(h.flatten(1), expected[:, 0], atol=1e-6)
@@ -436,11 +432,11 @@ def test_model_of_wide_factors_and_of_the_lstm():
 
 def test_a_prediction_stands_beside_our_kernels_alone():
     ceilings = {"copy_bytes_per_s": 1e30, "matmul_flops": 1e30}
-    scan = rnn_kernels.Case("scan", 64, 1024, 32, 32)
-    lstm = rnn_kernels.Case("lstm", 64, 1024, 32, 32, D=1024)
+    scan = kernel_cases.Case("scan", 64, 1024, 32, 32)
+    lstm = kernel_cases.Case("lstm", 64, 1024, 32, 32, D=1024)
 
     def predicted(case, name, limit=ceilings):
-        return rnn_kernels.predicted_ms(case, name, "both", "NVIDIA H200", limit)
+        return kernels.predicted_ms(case, name, "both", "NVIDIA H200", limit)
 
     assert predicted(scan, "kru triton graph") == predicted(scan, "kru triton") > 0
     assert predicted(lstm, "krulstm triton") > predicted(scan, "kru triton")
@@ -452,7 +448,7 @@ def test_a_prediction_stands_beside_our_kernels_alone():
 
 
 def test_work_of_tokens_is_their_eight_bytes():
-    tokens = rnn_kernels.Case("tokens", 2, 3, 4, 4, D=257)
-    moved, flops, _ = rnn_kernels.work(tokens, "kru", "forward")
+    tokens = kernel_cases.Case("tokens", 2, 3, 4, 4, D=257)
+    moved, flops, _ = kernel_cases.work(tokens, "kru", "forward")
     assert moved == 2 * 3 * (8 + 32 * 2)
     assert flops == 2 * 3 * (8 * 16 * (4 + 4))

@@ -1,7 +1,7 @@
 """Machine code of the kernels against a committed budget: compiled ahead of time, without a GPU.
 
 The compiler runs in a process of its own, where the interpreter is off, with an empty cache. After
-a change that is meant to move the counts, `python bench/compiled.py --json FILE` shows new ones.
+a change that is meant to move the counts, `python -m bench compiled --json FILE` shows new ones.
 """
 
 import json
@@ -19,7 +19,7 @@ from kru_triton.kernels import support
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-BUDGET = json.loads((ROOT / "bench" / "compiled_budget.json").read_text())
+BUDGET = json.loads((ROOT / "bench" / "static" / "compiled_budget.json").read_text())
 LEAST_SHARED_LIMIT = 101376  # of NVIDIA devices from sm_80 on
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TARGETS = list(SHARED_LIMIT)
@@ -59,7 +59,7 @@ def compiled(tmp_path_factory):
     def rows(*archs):
         file = directory / f"{archs[0]}.json"
         flags = ["--json", file, "--arch", *archs]
-        without_interpreter(directory, ROOT / "bench" / "compiled.py", *flags)
+        without_interpreter(directory, "-m", "bench", "compiled", *flags)
         return json.loads(file.read_text())
 
     with ThreadPoolExecutor(2) as pool:

@@ -3,7 +3,7 @@
     python -m bench decode                       # on the first GPU
     python -m bench decode --device cpu --quick
 
-Language models at matched parameters (those of `bench/train_step.py`). A recurrent model's token
+Language models at matched parameters (those of `train_step.py`). A recurrent model's token
 costs the same at any length; the transformer's reads the keys and values of all earlier positions,
 so it is timed with a cache of every length of a series. Its cache is preallocated and holds rotated
 keys: a token writes one position and attends to those before it, without copies. Both are checked
@@ -17,8 +17,9 @@ import contextlib
 import torch
 import torch.nn.functional as nnf
 
-from bench import harness, train_step
+from bench import harness
 from bench.harness import Candidate
+from bench.speed import train_step
 from kru_triton.language_model import LanguageModel, _rotate
 
 BENCH = "decode"
@@ -124,16 +125,16 @@ def candidates(kind: str, base, batch: int, length: int, device) -> list[Candida
         return one
 
     def graph():
-        if not rival:
+        if not baseline:
             return step(prepared=True), None
         one = step()
         return harness.captured(lambda: (one(),)), None
 
-    rival = kind not in ("kru", "krulstm")
+    baseline = kind not in ("kru", "krulstm")
     name = f"{kind} L{length}" if kind == "transformer" else kind
-    found = [Candidate(name, lambda: (step(), None), rival, ("forward",), values)]
+    found = [Candidate(name, lambda: (step(), None), baseline, ("forward",), values)]
     if device.type == "cuda":
-        found.append(Candidate(f"{name} graph", graph, rival, ("forward",), values))
+        found.append(Candidate(f"{name} graph", graph, baseline, ("forward",), values))
     return found
 
 
@@ -154,7 +155,7 @@ def run_batch(results, base, batch: int, device, caches) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, prog="python -m bench decode")
+    parser = harness.parser(__doc__, "decode")
     options = parser.parse_args(argv)
     device = harness.device_for(options, parser)
     batches = {f"B{b}": b for b in ((1, 2) if options.quick else BATCHES)}
@@ -168,7 +169,3 @@ def main(argv: list[str] | None = None) -> int:
         if not results.out_of_time(name):
             run_batch(results, base, batches[name], device, (4, 32) if options.quick else CACHES)
     return results.finish()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

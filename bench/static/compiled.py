@@ -1,8 +1,8 @@
 """What the kernels compile to, counted in machine code without a GPU.
 
-    python bench/compiled.py                          # every variant for every target
-    python bench/compiled.py --arch sm_90 --kernel forward
-    python bench/compiled.py --json compiled.json
+    python -m bench compiled                          # every variant for every target
+    python -m bench compiled --arch sm_90 --kernel forward
+    python -m bench compiled --json compiled.json     # to this file, in place of bench/results
 
 Each variant is compiled ahead of time with the constants and options its launcher would use, its
 machine code is disassembled with the tools that triton ships, and the instructions of the time
@@ -14,22 +14,23 @@ to global memory of one thread, `compile_seconds` the processor time that the co
 where triton's cache had the kernel).
 """
 
-import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces what is compiled here
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import harness
 from kru_triton.kernels import launch, lstm, scan, support, weight_grad, wide
 
 TARGETS = {
@@ -388,14 +389,16 @@ def measure(variant: Variant, arch: str) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = harness.row_flags(harness.plain_parser(__doc__, "compiled"))
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--variant", nargs="+", help="only the variants of these names")
     parser.add_argument("--match", default="", help="only variants whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
+    if args.quick:  # the compiler has no toy sizes
+        args.variant, args.arch = ["forward-16x16-bf16"], ["sm_90"]
     chosen = [
         v
         for v in variants()
@@ -405,7 +408,6 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if unknown := set(args.variant or ()) - {v.name for v in chosen}:
         parser.error(f"no such variants: {', '.join(sorted(unknown))}")
-    rows = []
     shown = {
         "warps": "warps",
         "rows": "rows",
@@ -425,6 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(f"triton {triton.__version__}")
     print(f"{'variant':44} {'arch':7} " + " ".join(f"{v:>6}" for v in shown.values()))
+    rows = []
     for variant in chosen:
         for arch in args.arch:
             row = measure(variant, arch)
@@ -433,8 +436,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{variant.name:44} {arch:7} {numbers}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return 0
+    args.again = True
+    for arch in args.arch:
+        results = harness.Results(arch, args, harness.command_line("compiled", argv))
+        for row in rows:
+            if row["arch"] == arch:
+                line = f"{row['instructions_per_step']} instructions per step"
+                results.add("compiled", row["variant"], line, **row)
+        results.finish()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

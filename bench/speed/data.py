@@ -1,8 +1,7 @@
 """Throughput of the data path alone: from files to batches, no model.
 
-    python bench/data.py                            # some minutes
-    python bench/data.py --quick                    # the same code for a moment each
-    python bench/data.py --out bench/results/data.jsonl
+    python -m bench data                            # some minutes
+    python -m bench data --quick                    # the same code for a moment each
 
 The text is the standard library's source, as `--data stdlib` reads it, written as 8 shards of JSON
 lines and of Parquet into a temporary directory, shuffled 64 documents at a time. Each case reads
@@ -10,18 +9,13 @@ lines and of Parquet into a temporary directory, shuffled 64 documents at a time
 each line has one block ready. The cases take turns; a row holds the 20th, 50th and 80th percentile
 over the rounds of megabytes per second, and the median per second of CPU time where no worker
 processes are in it. BPE has 4,096 merges. What is in `memory` was tokenised before the clock
-started. Rows are appended to `--out` as JSON lines.
+started.
 """
 
-import argparse
-import datetime
 import functools
 import json
-import os
 import resource
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,8 +25,8 @@ import pyarrow
 import torch
 from pyarrow import parquet
 
+from bench import harness
 from kru_triton.train import data
-from kru_triton.train.run_directory import commit, device_name, versions
 from kru_triton.train.sources import find_source
 from kru_triton.train.streams import Plan, StreamBatches
 from kru_triton.train.tokenizer import ByteTokenizer, train_bpe
@@ -40,14 +34,14 @@ from kru_triton.train.tokenizer import ByteTokenizer, train_bpe
 LANES, LENGTH, SHARDS, MERGES = 32, 128, 8, 4096
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = harness.row_flags(harness.plain_parser(__doc__, "data"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, nargs=2, default=[200, 40], help="bytes, BPE")
-    parser.add_argument("--quick", action="store_true", help="one round of a megabyte")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results = harness.Results(torch.device("cpu"), args, harness.command_line("data", argv))
     if args.quick:
         args.rounds, args.megabytes, args.workers = 1, [1, 1], [0]
 
@@ -81,27 +75,15 @@ def main(argv: list[str] | None = None) -> None:
                 pair = measure(make(), amounts[name], bytes_per_token[name])
                 speeds[kind, name, workers].append(pair)
 
-    machine = {
-        "device": device_name(torch.device("cpu")),
-        "threads": os.cpu_count(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "bench/data.py", *sys.argv[1:]]),
-    }
-    print(f"{machine['device']}, {machine['threads']} threads, commit {machine['commit']}")
-    print("source   tokenizer  workers     MB/s p20   p50   p80   MB per CPU second")
+    results.title("source, tokenizer, workers: MB/s (p20, p50, p80) and MB per CPU second")
     for (source, name, workers), pairs in speeds.items():
         walls, cpus = zip(*pairs)
         wall = np.percentile(walls, [20, 50, 80]).round(2).tolist()
         cpu = None if workers else round(statistics.median(cpus), 2)
-        shown = "".join(f"{speed:9.1f}" for speed in wall)
-        print(f"{source:8} {name:10} {workers:7} {shown} {cpu or '-':>10}")
-        row = {"source": source, "tokenizer": name, "workers": workers, "mb_s": wall}
-        row |= {"mb_per_cpu_s": cpu, **machine}
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        label = f"data {source} {name} {workers} workers"
+        values = {"source": source, "tokenizer": name, "workers": workers, "mb_s": wall}
+        results.add("data", label, f"{wall} MB/s, {cpu or '-'}", **values, mb_per_cpu_s=cpu)
+    return results.finish()
 
 
 def write_shards(folder: Path, texts: list[bytes]) -> None:
@@ -128,8 +110,3 @@ def measure(batches, megabytes: float, bytes_per_token: float) -> tuple[float, f
 def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

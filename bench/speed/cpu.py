@@ -14,7 +14,7 @@ Sections:
     linear   without a nonlinearity: the loop, blocks of time side by side, and eigenvectors
 
 Results are checked against the loop in float64 on the shapes that are timed, before the timing.
-Rivals take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
+Baselines take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
 Rows are appended to bench/results/<processor>.jsonl (`--quick`: build/bench).
 
 B batch, T time, N units; a shape is written B32-T128-32x32.
@@ -215,7 +215,7 @@ def bench_memory(table, quick):
         h_bytes = batch * length * 2 * math.prod(sizes) * 4
         peaks = {}
         for name in names:
-            command = [sys.executable, "-m", "bench.cpu", "--measure-memory", name]
+            command = [sys.executable, "-m", "bench", "cpu", "--measure-memory", name]
             command += [json.dumps(shape), "--threads", str(torch.get_num_threads())]
             result = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
             if result.returncode:
@@ -584,11 +584,7 @@ def bench_linear(table, quick):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m bench cpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.plain_parser(__doc__, "cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows only that it runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
     parser.add_argument("--list", action="store_true", help="names of the sections, nothing else")
@@ -625,7 +621,3 @@ def main(argv=None):
     for section in options.only:
         functions[section](table, options.quick)
     return table.finish()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,11 +1,11 @@
 """Time per token on a CPU against the tokens read before it, from 10 to 100,000.
 
-    python -m bench.context
-    python -m bench.context --quick
+    python -m bench context
+    python -m bench context --quick
 
 Language models of preset `tiny` at matched parameters, one row, float32. A recurrent model reads
 the context with its scan and goes on in `model.decoding()`, as `generate` does; the transformer
-attends to a preallocated cache of all positions (`bench/decode.py`). Contexts take turns, 20 tokens
+attends to a preallocated cache of all positions (`decode.py`). Contexts take turns, 20 tokens
 each; a row holds the 20th, 50th and 80th percentile of one token's time.
 """
 
@@ -15,8 +15,8 @@ from collections import defaultdict
 import torch
 
 from bench import harness
-from bench.decode import CachedTransformer
-from bench.train_step import config_of
+from bench.speed.decode import CachedTransformer
+from bench.speed.train_step import config_of
 from kru_triton.language_model import PRESETS, LanguageModel
 
 BENCH = "context"
@@ -68,7 +68,7 @@ def transformer(contexts):
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, prog="python -m bench.context")
+    parser = harness.parser(__doc__, "context")
     options = parser.parse_args(argv)
     options.again = True
     contexts = (10, 100) if options.quick else CONTEXTS
@@ -95,7 +95,3 @@ def main(argv: list[str] | None = None) -> int:
             **ms,
         )
     return results.finish()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

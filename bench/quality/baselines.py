@@ -1,8 +1,8 @@
 """The language model against its baselines: equal parameters, each at its best learning rate.
 
-    python bench/baselines.py --run-dir runs/baselines
-    python bench/baselines.py --models kru lstm --steps 200 --minutes 0.5 --run-dir runs/two
-    python bench/baselines.py --params 108000 --flags '--hidden-size 168' --seeds 3 \\
+    python -m bench baselines --run-dir runs/baselines
+    python -m bench baselines --models kru lstm --steps 200 --minutes 0.5 --run-dir runs/two
+    python -m bench baselines --params 108000 --flags '--hidden-size 168' --seeds 3 \\
         --data text:shakespeare.txt --name shakespeare --run-dir runs/small
 
 Two comparisons, both through `train/lm.py`, in one residual frame of equally many blocks. Each
@@ -19,7 +19,6 @@ preset's rate. `--seeds` repeats the best rate of each model with other seeds. R
 `bench/results/baselines.jsonl`; runs found there are not repeated, `--table` prints them all.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -33,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+from bench import harness
 from kru_triton.language_model import LanguageModel
 from kru_triton.train import data
 from kru_triton.train.config import model_config, parse
@@ -40,7 +40,6 @@ from kru_triton.train.lm import keep_freed_memory
 from kru_triton.train.reproduce import without_folder
 from kru_triton.train.sample import pick_dtype
 
-ROOT = Path(__file__).parent.parent
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "transformer")
 SHAPES = {  # what matters is the ratio: --match-params scales both
     "lstm": "--d-model 64 --hidden-size 64",
@@ -50,8 +49,8 @@ SHAPES = {  # what matters is the ratio: --match-params scales both
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = harness.plain_parser(__doc__, "baselines")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--preset", default="tiny", help="of the KRU; the others match its size")
     parser.add_argument("--params", type=int, default=0, help="parameters of all; 0: the preset's")
@@ -65,11 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rates", type=int, default=4, help="learning rates before extending")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/baselines"))
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/baselines.jsonl")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "baselines.jsonl")
     parser.add_argument("--table", action="store_true", help="print the rows, run nothing")
     args = parser.parse_args(argv)
     if args.table:
-        return print_table(read(args.out))
+        print_table(harness.read_rows(args.out))
+        return 0
 
     shared = ["--preset", args.preset, *shlex.split(args.flags)]
     count = args.params or num_parameters(shared)
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             tasks,
         )
         print_table([row for rows in done for row in rows])
+    return 0
 
 
 def num_parameters(flags: list[str]) -> int:
@@ -151,17 +152,11 @@ def bracket(args, kind: str, model: str, flags: list[str], steps: int) -> list[d
     return [*rows.values(), *(run(args, kind, model, flags, steps, best, s) for s in seeds)]
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a file; the first ones name no data and no seed."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [{"data": "stdlib", "seed": 0, "params": 0, "flags": ""} | json.loads(l) for l in lines]
-
-
 def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
     """One training run, or its row where it has been made before."""
     key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
     key |= {"data": args.name, "params": args.params, "flags": args.flags, "seed": seed}
-    for row in read(args.out):
+    for row in harness.read_rows(args.out):
         if all(row[name] == value for name, value in key.items()):
             return row
     folder = args.run_dir / f"{args.name}-{args.params}-{kind}-{model}-{lr:g}-{seed}"
@@ -170,9 +165,14 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
     flags += ["--seed", str(seed)]
     summary = train([*flags, "--data", args.data], folder)
     config, data_name = parse(flags), without_folder(args.data)
+    told = shlex.join(["python", "train/lm.py", *flags, "--data", data_name])
     row = {
+        "bench": "baselines",
+        "name": folder.name,
+        "status": "ok" if summary else "failed",
+        **({} if summary else {"reason": "the loss diverged"}),
         **key,
-        "diverged": summary is None,  # a row like any other, worse than all that did not
+        "diverged": summary is None,  # worse than all that did not
         "val_bpb": summary["val/bpb"] if summary else 99.0,
         "tokens": steps * config.batch_size * config.segment_length,
         "parameters": summary and summary["parameters"],
@@ -180,22 +180,18 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
         "minutes": args.minutes if kind == "wall" else None,
         "model_config": dataclasses.asdict(model_config(config, data.ByteTokenizer.vocab_size)),
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
-        "versions": summary and summary["versions"],
-        "commit": summary and summary["commit"],
-        "command": shlex.join(["python", "train/lm.py", *flags, "--data", data_name]),
-        "date": time.strftime("%Y-%m-%d"),
+        **harness.provenance(torch.device("cpu"), told),
+        "threads": 1,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as out:
-        out.write(json.dumps(row) + "\n")
+    harness.append_row(args.out, row)
     print(f"{kind} {model} lr {lr:g} seed {seed}: {row['val_bpb']:.4f} bits per byte", flush=True)
     return row
 
 
-def train(flags: list[str], folder: Path, script: str = "train/lm.py") -> dict | None:
+def train(flags: list[str], folder: Path) -> dict | None:
     """summary.json of one run of train/lm.py on one thread; None where it diverged."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags, "--run-dir", str(folder)],
+        [sys.executable, str(harness.ROOT / "train" / "lm.py"), *flags, "--run-dir", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -227,7 +223,3 @@ def print_table(rows: list[dict]) -> None:
             f"| {best['tokens'] / 1e6:.2f} M | {best['lr']:g} "
             f"| {statistics.mean(bits):.3f}{spread} | {tried} |"
         )
-
-
-if __name__ == "__main__":
-    main()

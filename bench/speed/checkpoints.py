@@ -13,12 +13,9 @@ overhead would be
 Medians of the rounds, the first one left out.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -28,7 +25,6 @@ from kru_triton.language_model import LanguageModel
 from kru_triton.train import checkpoints, lm
 from kru_triton.train.config import model_config, parse
 from kru_triton.train.processes import Processes
-from kru_triton.train.run_directory import commit
 from kru_triton.train.sample import pick_device, pick_dtype
 
 
@@ -42,14 +38,12 @@ class TimedWriter(checkpoints.Writer):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = harness.row_flags(harness.plain_parser(__doc__, "checkpoints"))
     parser.add_argument("--preset", default="base")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--out", type=Path, default=harness.ROOT / "bench/results/checkpoints.jsonl"
-    )
     args = parser.parse_args(argv)
+    args.again = True
 
     device = pick_device(args.device)
     config = parse(["--preset", args.preset])
@@ -83,25 +77,16 @@ def main(argv: list[str] | None = None) -> int:
                 seconds["thread"].append(writer.thread_seconds)
     row = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
     interval = config.checkpoint_every * row["step_s"]
-    row = {
-        "preset": args.preset,
-        "checkpoint_every": config.checkpoint_every,
-        "bytes": writer.bytes,
+    results = harness.Results(device, args, harness.command_line("checkpoints", argv))
+    results.add(
+        "checkpoints",
+        f"checkpoints {args.preset}",
+        f"{row['blocked_s']:.3f} s blocked, {row['write_s']:.3f} s until written",
+        preset=args.preset,
+        checkpoint_every=config.checkpoint_every,
+        bytes=writer.bytes,
         **row,
-        "blocked_share": row["blocked_s"] / interval,
-        "share": (row["blocked_s"] + row["thread_s"]) / interval,
-        "device": harness.device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        blocked_share=row["blocked_s"] / interval,
+        share=(row["blocked_s"] + row["thread_s"]) / interval,
+    )
+    return results.finish()

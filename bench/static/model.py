@@ -17,19 +17,19 @@ of torch, bounded by the memory that their intermediate tensors pass through. Th
 has a state, a cell and four gates of N real units each, and the work of complex factors.
 
 Counts are the newest rows of `python -m bench compiled` for the device's architecture, else the
-budget of `bench/compiled_budget.json` (sm_90), an upper bound. Constants are from data sheets and
+budget of `compiled_budget.json` (sm_90), an upper bound. Constants are from data sheets and
 from the literature (see DEVICES): they are guesses until a run of `python -m bench kernels` stands
 beside them, whose rows carry predicted_ms next to ms_p50.
 
 B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
 """
 
-import argparse
 import functools
 import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench import harness
 from kru_triton.kernels import support
@@ -106,7 +106,7 @@ def _compiled(arch: str) -> dict[str, dict]:
 
 @functools.cache
 def _budget() -> dict[str, dict]:
-    return json.loads((harness.ROOT / "bench/compiled_budget.json").read_text())["sm_90"]
+    return json.loads(Path(__file__).with_name("compiled_budget.json").read_text())["sm_90"]
 
 
 def products(tile: support.Tile, kernel: str, precision: str) -> float:
@@ -366,11 +366,7 @@ def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.plain_parser(__doc__, "model")
     parser.add_argument("--device", nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
@@ -381,7 +377,3 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.device:
         print(*report(DEVICES[name], options.gpus, options.length, options.dtype), "", sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

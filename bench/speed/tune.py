@@ -214,7 +214,7 @@ def mma(bench: Bench) -> None:
             bench.results,
             BENCH,
             f"mma {warps} warps per processor, {chains} chains",
-            [Candidate("triton", prepare, rival=False, directions=("product",))],
+            [Candidate("triton", prepare, baseline=False, directions=("product",))],
             bench.device,
             describe,
             rounds=2 if bench.quick else 10,
@@ -386,7 +386,7 @@ EXPERIMENTS: dict[str, Callable[[Bench], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, prog="python -m bench tune")
+    parser = harness.parser(__doc__, "tune")
     options = parser.parse_args(argv)
     device = harness.device_for(options, parser)
     names = harness.chosen(list(EXPERIMENTS), options.case, parser)
@@ -412,7 +412,3 @@ def unavailable(device: torch.device, quick: bool) -> str | None:
         return "needs a GPU; its code runs with TRITON_INTERPRET=1 --device cpu --quick"
     x, w = torch.empty(1, 1, 32, device=device), torch.empty(2, 1, 4, 4, device=device)
     return support.why_not(x, w, w, nonlinearity="modrelu", precision="fp32")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

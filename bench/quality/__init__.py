@@ -1,0 +1,1 @@
+"""What models learn: against baselines, and after a conversion."""

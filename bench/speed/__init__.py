@@ -1,0 +1,1 @@
+"""Times: kernels and layers, training steps, generation, the CPU, the data path."""

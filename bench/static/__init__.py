@@ -1,0 +1,1 @@
+"""What compiled code says without running: counts of instructions, predicted times."""
