@@ -13,7 +13,7 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
 mma operand and c in float32 stay in registers, with the factors where they fit; x_t is streamed in,
 h_t and c_t out. Backward the gates are computed again from h_{t-1} and x_t: only h and c are saved.
 
-Limits: those of the scan kernels (`support.why_not`). The gradients of the factors come from the
+Limits: those of the scan kernels (`why_not`). The gradients of the factors come from the
 weight-gradient kernel, to which the four gates of a head are four pairs of factors on one state.
 
     B, T    batch rows, steps                    F       H·N, features of a state
@@ -25,8 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .geometry import Tile
 from .launch import aligned_rows, device_guard, group_flags, on_nvidia, packed, row_words
-from .support import Tile, lstm_options
+from .options import lstm_options
 from .tile import (
     add,
     choose,

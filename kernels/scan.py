@@ -20,8 +20,8 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
                                           nothing of z where it saturates, z_t from h_{t-1} and x_t
 
 Limits: 8 to 4096 units a head, factors of up to 64 x 64, zero-padded to powers of two, or powers of
-two up to 128; float32 or bfloat16 in memory (`support.why_not`). Larger powers of two, and factors
-that the device's memories cannot hold, go to the kernels of `wide` (`support.streams`). Rows and
+two up to 128; float32 or bfloat16 in memory (`why_not`). Larger powers of two, and factors
+that the device's memories cannot hold, go to the kernels of `wide` (`why_not.streams`). Rows and
 planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned to that
 is copied first. Offsets are 64 bit. Results are bitwise repeatable: nothing is accumulated across
 programs. A reset forgets even NaN; without one, a row that is not finite spoils the rows that share
@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activate_adjoint
+from .geometry import Tile, Wide
 from .launch import (
     adjoint,
     aligned_rows,
@@ -48,7 +49,7 @@ from .launch import (
     on_nvidia,
     packed,
 )
-from .support import Tile, Wide, compile_options, streams
+from .options import compile_options
 from .tile import (
     add,
     choose,
@@ -68,6 +69,7 @@ from .tile import (
     to_tile,
     zeros,
 )
+from .why_not import streams
 from .wide import wide_backward, wide_forward
 
 
@@ -476,7 +478,7 @@ def scan_backward_kernel(
 def scan_forward(
     x_proj, a, b, beta, h_0, reset, lengths=None, *, nonlinearity, precision, tokens=None, **tuning
 ) -> torch.Tensor:
-    """States of the recurrence for all steps; the arguments are those `support.why_not` lets pass.
+    """States of the recurrence for all steps; the arguments are those `why_not` lets pass.
 
     Args:
         x_proj: (B, T, parts·H·N) float32 or bfloat16, any strides of B and T.
@@ -485,11 +487,11 @@ def scan_forward(
         h_0: (B, parts·H·N) float32 or None for zeros.
         reset: (B, T) bool or None; True replaces the state before that step by zero.
         lengths: (B,) int64, each at least 1, or None; beyond a row's length its states are zero.
-        nonlinearity: one of `support.NONLINEARITIES`.
+        nonlinearity: one of `kru_triton.nonlinearity.NONLINEARITIES`.
         precision: "fp32" (products of bfloat16 pairs, three per product) or "bf16".
         tokens: (B, T) integers or None. With tokens, x_proj is a table (rows, parts·H·N) and the
             input of a step is the row of its token.
-        tuning: choices in place of the default ones, by their names in `support.TUNABLE`.
+        tuning: choices in place of the default ones, by their names in `options.TUNABLE`.
 
     Returns:
         h: (T, B, parts·H·N) contiguous, in x_proj's dtype.

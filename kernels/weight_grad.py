@@ -28,8 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .geometry import Tile
 from .launch import adjoint, device_guard, on_nvidia, packed, row_words
-from .support import MAX_PADDED_SIDE, Tile, streams, weight_grad_options
+from .options import weight_grad_options
 from .tile import (
     dot,
     flip,
@@ -44,6 +45,7 @@ from .tile import (
     select_operand,
     zeros,
 )
+from .why_not import MAX_PADDED_SIDE, streams
 
 CHUNK = 2**24  # values of h that `contracted` takes at a time
 

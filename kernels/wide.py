@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate, activate_adjoint
+from .geometry import Wide
 from .launch import (
     adjoint,
     device_guard,
@@ -33,7 +34,7 @@ from .launch import (
     on_nvidia,
     packed,
 )
-from .support import Wide, wide_options
+from .options import wide_options
 from .tile import (
     INTERPRET,
     add,
@@ -172,6 +173,22 @@ def streamed(
     return acc
 
 
+@triton.jit
+def places(
+    i_b,
+    B,
+    E: tl.constexpr,
+    PADDED: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Columns, their rows in the group and in the batch, their units along n; rows of a block."""
+    e = tl.arange(0, E)[None, :]
+    i_row = e // PADDED
+    row = tl.minimum(i_row, B - 1 - i_b)
+    return e, i_row, row, (e % PADDED) * STRIDE_N, tl.arange(0, BLOCK)[:, None]
+
+
 @triton.jit(do_not_specialize=["B", "T", "x_stride_t", "x_stride_b"])
 def wide_forward_kernel(
     p_x,  # (B, T, PARTS·H·N), any strides of B and T; with tokens (rows, PARTS·H·N)
@@ -214,11 +231,7 @@ def wide_forward_kernel(
     i_h = tl.program_id(1)
     groups = tl.num_programs(0)
     i_b = i_g.to(tl.int64) * ROWS
-    e = tl.arange(0, E)[None, :]
-    i_row = e // PADDED
-    row = tl.minimum(i_row, B - 1 - i_b)
-    unit = (e % PADDED) * STRIDE_N
-    block = tl.arange(0, BLOCK)[:, None]
+    e, i_row, row, unit, block = places(i_b, B, E, PADDED, STRIDE_N, BLOCK)
     p_k += i_h.to(tl.int64) * (SIDE * SIDE)
     p_z += (i_g.to(tl.int64) * H + i_h) * (2 * HALF)
     s = narrow_factor(p_s, i_h, H, N_SIDE, PADDED, E, PARTS, SPLIT)
@@ -321,11 +334,7 @@ def wide_backward_kernel(
     i_h = tl.program_id(1)
     groups = tl.num_programs(0)
     i_b = i_g.to(tl.int64) * ROWS
-    e = tl.arange(0, E)[None, :]
-    i_row = e // PADDED
-    row = tl.minimum(i_row, B - 1 - i_b)
-    unit = (e % PADDED) * STRIDE_N
-    block = tl.arange(0, BLOCK)[:, None]
+    e, i_row, row, unit, block = places(i_b, B, E, PADDED, STRIDE_N, BLOCK)
     p_k += i_h.to(tl.int64) * (SIDE * SIDE)
     p_z += (i_g.to(tl.int64) * H + i_h) * (2 * HALF)
     s = narrow_factor(p_s, i_h, H, N_SIDE, PADDED, E, PARTS, SPLIT)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kru_triton import lstm_torch_backend
-from kru_triton.kernels import support
+from kru_triton.kernels.why_not import why_not as why_not_kernels
 from kru_triton.scan import (
     _check,
     _check_same,
@@ -112,7 +112,7 @@ def why_not_triton_lstm(
 def _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision) -> str | None:
     precision = _kernel_precision(x_proj, precision)
     tensors = (x_proj, a, b, h_0, c_0, reset, lengths)
-    return support.why_not(*tensors, precision=precision, lstm=True)
+    return why_not_kernels(*tensors, precision=precision, lstm=True)
 
 
 def _grouped_gates(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

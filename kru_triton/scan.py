@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kru_triton import torch_backend
-from kru_triton.kernels import support
+from kru_triton.kernels.why_not import why_not as why_not_kernels
 from kru_triton.kronecker import check_factors, group_factors, kron_dense, product_shape
 from kru_triton.nonlinearity import check_nonlinearity
 
@@ -200,7 +200,7 @@ def why_not_triton(
 
 
 def _why_not(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision) -> str | None:
-    return support.why_not(
+    return why_not_kernels(
         *(x_proj, a, b, beta, h_0, reset, lengths),
         nonlinearity=nonlinearity,
         precision=_kernel_precision(x_proj, precision),

@@ -67,7 +67,7 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     with pytest.MonkeyPatch.context() as patch:
         # the torch backend alone; triton itself must keep the mode in which it was imported
-        patch.setattr(kernels.support, "interpreted", lambda: False)
+        patch.setattr(kernels.why_not, "interpreted", lambda: False)
         for module in (kernels, train_step, decode):
             assert module.main(["--device", "cpu", "--quick", "--out", str(folder)]) == 0
     return rows_in(folder)

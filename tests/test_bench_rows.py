@@ -333,11 +333,11 @@ def test_model_growth(name):
 
 
 def test_model_counts_products_of_tiles():
-    tile = model.support.Tile.of(32, 32, 2)
+    tile = model.geometry.Tile.of(32, 32, 2)
     assert model.products(tile, "forward", "bf16") == 128
     assert model.products(tile, "forward", "fp32") == 384
-    assert model.products(model.support.Tile.of(16, 32, 2), "forward", "bf16") == 48
-    assert model.products(model.support.Tile.of(8, 8, 2), "forward", "bf16") == 16
+    assert model.products(model.geometry.Tile.of(16, 32, 2), "forward", "bf16") == 48
+    assert model.products(model.geometry.Tile.of(8, 8, 2), "forward", "bf16") == 16
 
 
 def test_model_of_unknown_devices_and_its_report(capsys):

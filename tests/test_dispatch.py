@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kru_triton import KRU, kru_embedding_scan, kru_scan, unitary_, why_not_triton
-from kru_triton.kernels import support
+from kru_triton.kernels import why_not
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,7 +203,7 @@ def test_after_a_reset_the_past_does_not_matter_were_it_nan(
 ):
     """Bit by bit what the same past gives where it is finite; nothing flows back into it."""
     if backend == "streamed":
-        monkeypatch.setattr(support, "MAX_HELD_SIDE", 16)
+        monkeypatch.setattr(why_not, "MAX_HELD_SIDE", 16)
     leaves, options = arguments("plain", batch=batch, act=act, shapes=shapes)
     options |= {
         "reset": torch.zeros_like(options["reset"]),

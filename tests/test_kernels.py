@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp:Run
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
-from kru_triton.kernels import scan, support, weight_grad  # noqa: E402 (after importorskip)
+from kru_triton.kernels import scan, weight_grad, why_not  # noqa: E402 (after importorskip)
+from kru_triton.nonlinearity import NONLINEARITIES  # noqa: E402
 
 # Relative L2 errors. "fp32": a product of bfloat16 pairs is exact to 2^-17, two of them a step, a
 # few steps, and unitary factors keep the sum of errors from growing; gradients pass through it
@@ -69,9 +70,9 @@ class Case:
 BF16 = {"precision": "bf16", "dtype": torch.bfloat16}
 CASES = [
     # every nonlinearity, both fields, both precisions
-    *(Case(16, 16, act) for act in support.NONLINEARITIES),
-    *(Case(16, 16, act, field="real") for act in support.NONLINEARITIES),
-    *(Case(16, 16, act, **BF16) for act in support.NONLINEARITIES),
+    *(Case(16, 16, act) for act in NONLINEARITIES),
+    *(Case(16, 16, act, field="real") for act in NONLINEARITIES),
+    *(Case(16, 16, act, **BF16) for act in NONLINEARITIES),
     *(Case(16, 16, act, field="real", **BF16) for act in ("modrelu", "modtanh")),
     Case(16, 16, dtype=torch.bfloat16),
     Case(16, 16, precision="bf16"),
@@ -126,7 +127,7 @@ CASES = [
     Case(16, 16, "modtanh", cotangent="h_n"),
     Case(16, 16, cotangent="h", h_0=False, reset=True),
     # far from and close to zero
-    *(Case(16, 16, act, scale=50.0, T=3) for act in support.NONLINEARITIES),
+    *(Case(16, 16, act, scale=50.0, T=3) for act in NONLINEARITIES),
     *(Case(16, 16, act, scale=50.0, T=3, **BF16) for act in ("modrelu", "modtanh", "tanh")),
     Case(
         16, 16, beta=0.5, slack=10
@@ -349,7 +350,7 @@ def computed(case, inputs, flags, cotangents, **tuning):
     if not case.lengths:
         flags["lengths"] = None
     how = {"nonlinearity": case.act, "precision": case.precision}
-    assert support.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
+    assert why_not.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
     scans, grads = (
         {k: v for k, v in tuning.items() if (k == "SLICES") == w} for w in (False, True)
     )
@@ -397,7 +398,7 @@ STREAMED_CASES = [
 @pytest.mark.parametrize("case", STREAMED_CASES, ids=str)
 def test_streamed_factors(case, monkeypatch):
     """The kernels for large factors, on small ones."""
-    monkeypatch.setattr(support, "MAX_HELD_SIDE", 16)
+    monkeypatch.setattr(why_not, "MAX_HELD_SIDE", 16)
     test_against_the_definition(case)
 
 
@@ -405,25 +406,25 @@ def test_too_little_shared_memory_streams_the_factors(monkeypatch):
     """Where a device cannot hold 64 x 64 in float32, and for which shapes it can."""
     x_proj = torch.zeros(1, 1, 8192)
     how = ("modrelu", "fp32")
-    assert not support.streams(*factors(64, 64), x_proj, *how)
-    assert not support.streams(*factors(128, 8), x_proj, *how)
-    assert support.streams(*factors(128, 32), x_proj, *how)
-    monkeypatch.setattr(support, "SHARED_INTERPRETED", 101376)  # sm_89, sm_120
-    assert support.streams(*factors(64, 64), x_proj, *how)
-    assert not support.streams(*factors(32, 64), x_proj, *how)
-    monkeypatch.setattr(support, "SHARED_INTERPRETED", 65536)
-    assert not support.streams(*factors(32, 32), x_proj, *how)
+    assert not why_not.streams(*factors(64, 64), x_proj, *how)
+    assert not why_not.streams(*factors(128, 8), x_proj, *how)
+    assert why_not.streams(*factors(128, 32), x_proj, *how)
+    monkeypatch.setattr(why_not, "SHARED_INTERPRETED", 101376)  # sm_89, sm_120
+    assert why_not.streams(*factors(64, 64), x_proj, *how)
+    assert not why_not.streams(*factors(32, 64), x_proj, *how)
+    monkeypatch.setattr(why_not, "SHARED_INTERPRETED", 65536)
+    assert not why_not.streams(*factors(32, 32), x_proj, *how)
 
 
 def test_too_little_tensor_memory_streams_the_factors(monkeypatch):
     x_proj = torch.zeros(1, 1, 8192)
-    assert not support.has_tensor_memory(x_proj.device)
-    monkeypatch.setattr(support, "has_tensor_memory", lambda device: True)
-    assert support.streams(*factors(64, 64), x_proj, "modrelu", "fp32")
-    assert support.streams(*factors(40, 50), x_proj, "modrelu", "fp32")
-    assert not support.streams(*factors(64, 64, parts=1), x_proj, "modrelu", "fp32")
-    assert not support.streams(*factors(64, 64), x_proj, "modrelu", "bf16")
-    assert not support.streams(*factors(32, 64), x_proj, "modrelu", "fp32")
+    assert not why_not.has_tensor_memory(x_proj.device)
+    monkeypatch.setattr(why_not, "has_tensor_memory", lambda device: True)
+    assert why_not.streams(*factors(64, 64), x_proj, "modrelu", "fp32")
+    assert why_not.streams(*factors(40, 50), x_proj, "modrelu", "fp32")
+    assert not why_not.streams(*factors(64, 64, parts=1), x_proj, "modrelu", "fp32")
+    assert not why_not.streams(*factors(64, 64), x_proj, "modrelu", "bf16")
+    assert not why_not.streams(*factors(32, 64), x_proj, "modrelu", "fp32")
 
 
 def arguments_of_scan(case, **changed):
@@ -438,7 +439,7 @@ def arguments_of_scan(case, **changed):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("act", support.NONLINEARITIES)
+@pytest.mark.parametrize("act", NONLINEARITIES)
 def test_zero_pre_activations(act, precision):
     """z = 0 exactly, beta of both signs and zero: h = 0, gradients as the definition has them."""
     case = Case(16, 16, act, T=2, h_0=False, precision=precision)
@@ -816,22 +817,22 @@ REFUSED = {
 def test_refusals_say_why(name, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x_proj, a, b, how, words = REFUSED[name]
-    assert words in support.why_not(x_proj, a, b, **how)
+    assert words in why_not.why_not(x_proj, a, b, **how)
 
 
 def test_refusals_of_the_environment(monkeypatch):
     arguments = (torch.zeros(1, 1, 512), *factors(16, 16))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert support.why_not(*arguments) is None
+    assert why_not.why_not(*arguments) is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "interpreter is off" in support.why_not(*arguments)
-    monkeypatch.setattr(support, "triton_version", lambda: (3, 5))
-    assert "triton 3.5 is older than 3.6" in support.why_not(*arguments)
-    monkeypatch.setattr(support, "triton_version", lambda: None)
-    assert support.why_not(*arguments) == "triton is not installed"
+    assert "interpreter is off" in why_not.why_not(*arguments)
+    monkeypatch.setattr(why_not, "triton_version", lambda: (3, 5))
+    assert "triton 3.5 is older than 3.6" in why_not.why_not(*arguments)
+    monkeypatch.setattr(why_not, "triton_version", lambda: None)
+    assert why_not.why_not(*arguments) == "triton is not installed"
 
 
 def test_the_package_imports_nothing():
     """Some libraries import whatever is called `kernels`; importing it must do nothing."""
-    source = Path(support.__file__).with_name("__init__.py").read_text()
+    source = Path(why_not.__file__).with_name("__init__.py").read_text()
     assert [type(node) for node in ast.parse(source).body] == [ast.Expr]

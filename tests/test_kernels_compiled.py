@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kru_triton.kernels import support
+from kru_triton.kernels import geometry, why_not
 
 pytest.importorskip("triton")
 
@@ -23,7 +23,7 @@ BUDGET = json.loads((ROOT / "bench" / "static" / "compiled_budget.json").read_te
 LEAST_SHARED_LIMIT = 101376  # of NVIDIA devices from sm_80 on
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TARGETS = list(SHARED_LIMIT)
-# too large for that device's shared or tensor memory: `support.streams` chooses those of `wide`
+# too large for that device's shared or tensor memory: `why_not.streams` chooses those of `wide`
 STREAMED = {
     *((f"{kernel}-128x8-fp32", "sm_80") for kernel in ("forward", "backward")),
     *((f"{kernel}-64x64-fp32", "sm_100") for kernel in ("forward", "backward")),
@@ -116,7 +116,7 @@ def test_accesses_are_no_wider_than_rows_are_aligned(compiled):
     for row in rows:
         # the cells of an LSTM are float32
         itemsize = 2 if row["dtype"] == "bf16" and row["kernel"] in SCANS else 4
-        tile = support.Tile.of(row["P"], row["Q"], 2 if row["dtype"] == "bf16" else 4)
+        tile = geometry.Tile.of(row["P"], row["Q"], 2 if row["dtype"] == "bf16" else 4)
         assert row["access_bytes"] <= tile.aligned * itemsize, (row["variant"], row["arch"])
 
 
@@ -130,19 +130,19 @@ def test_no_variant_compiles_far_longer_than_the_others(compiled):
 
 
 def test_shared_memory_is_foreseen(compiled):
-    """By this bound `support.streams` chooses the kernels of `wide`, which need little anywhere."""
+    """By this bound `why_not.streams` chooses the kernels of `wide`, which need little anywhere."""
     for row in compiled.values():
         if row["kernel"].startswith("wide"):
             assert row["shared_bytes"] <= LEAST_SHARED_LIMIT, row["variant"]
             continue
-        tile = support.Tile.of(row["P"], row["Q"], 2 if row["dtype"] == "bf16" else 4)
+        tile = geometry.Tile.of(row["P"], row["Q"], 2 if row["dtype"] == "bf16" else 4)
         parts, sets = 2 if row["field"] == "complex" else 1, 1
         if row["kernel"].startswith("lstm"):
             parts, sets = 1, 8
         elif row["nonlinearity"] == "modtanh":
             sets = 2
-        bound = support.shared_bytes(tile, parts, row["dtype"], sets)
-        assert row["shared_bytes"] <= max(bound, support.SHARED_EVERYWHERE), row["variant"]
+        bound = why_not.shared_bytes(tile, parts, row["dtype"], sets)
+        assert row["shared_bytes"] <= max(bound, why_not.SHARED_EVERYWHERE), row["variant"]
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp:Run
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
-from kru_triton.kernels import lstm, support  # noqa: E402 (after importorskip)
+from kru_triton.kernels import lstm, why_not  # noqa: E402 (after importorskip)
 
 # Relative L2 errors: products of bfloat16 pairs are exact to 2^-17, of bfloat16 to 2^-9
 LIMITS = {"fp32": {"h": 1e-5, "c": 1e-5}, "bf16": {"h": 1e-2, "c": 1e-2}}
@@ -147,7 +147,7 @@ def test_against_the_definition(case):
         arguments["x_proj"] = x_proj.transpose(0, 1).contiguous().transpose(0, 1)
     how = {"precision": case.precision}
     x_proj, a, b = (arguments[k] for k in ("x_proj", "a", "b"))
-    assert support.why_not(x_proj, a, b, lstm=True, **how) is None
+    assert why_not.why_not(x_proj, a, b, lstm=True, **how) is None
     got_h, got_c = lstm.lstm_forward(**arguments, **how)
     dx, dh_0, dc_0 = lstm.lstm_backward(**move(cotangents), h=got_h, c=got_c, **arguments, **how)
     for name in ("x_proj", "c_0", "lengths"):
@@ -183,6 +183,6 @@ def test_empty():
 def test_refusal_of_other_planes(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x_proj, w = torch.zeros(1, 1, 512), torch.zeros(2, 1, 16, 16)
-    assert support.why_not(x_proj, w, w, lstm=True) == "the factors have 2 planes, not 4"
+    assert why_not.why_not(x_proj, w, w, lstm=True) == "the factors have 2 planes, not 4"
     w = torch.zeros(4, 1, 16, 16)
-    assert support.why_not(x_proj, w, w) == "the factors have 4 planes, not 1 or 2"
+    assert why_not.why_not(x_proj, w, w) == "the factors have 4 planes, not 1 or 2"

@@ -56,7 +56,7 @@ from bench.speed.kernel_cases import (
 )
 from bench.static import model
 from kru_triton import KRU, KRULSTM, KRUCell, kru_embedding_scan, kru_scan
-from kru_triton.kernels import support
+from kru_triton.kernels import why_not
 from kru_triton.kronecker import group_factors
 
 BENCH = "kernels"
@@ -68,7 +68,7 @@ CHECKED_ROWS = 3
 
 
 def our_name(kind: str, backend: str) -> str:
-    interpreted = backend == "triton" and support.interpreted()
+    interpreted = backend == "triton" and why_not.interpreted()
     return f"{kind} {backend}" + (" (interpreted)" if interpreted else "")
 
 
@@ -293,7 +293,7 @@ def ours_step(case: Case, device, backend: str) -> list[Candidate]:
 
 def candidates(case: Case, device: torch.device) -> list[Candidate]:
     """Ours first, then what the case asks for."""
-    interpreted = device.type == "cpu" and support.interpreted()
+    interpreted = device.type == "cpu" and why_not.interpreted()
     backends = ["torch"] if device.type == "cpu" and not interpreted else ["triton", "torch"]
     ours = {
         "scan": ours_scan,

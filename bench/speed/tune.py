@@ -4,9 +4,9 @@
     python -m bench tune --case prefetch warps  # some
     TRITON_INTERPRET=1 python -m bench tune --device cpu --quick
 
-Each experiment answers one question, printed with it. The settings are `support.TUNABLE`; rows hold
+Each experiment answers one question, printed with it. The settings are `options.TUNABLE`; rows hold
 the same times as `python -m bench kernels`, of the launchers themselves, `setting` and whether it
-is the default. Settings take turns. A default is changed in `kernels/support.py` where a row here
+is the default. Settings take turns. A default is changed in `kernels/options.py` where a row here
 shows a better one.
 
     mma        rate and latency of 16x16x16 products, 1 to 16 warps per processor
@@ -31,7 +31,7 @@ import torch
 from bench import harness
 from bench.harness import Candidate
 from kru_triton import kru_scan, unitary_
-from kru_triton.kernels import support
+from kru_triton.kernels import why_not
 
 BENCH = "tune"
 
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def unavailable(device: torch.device, quick: bool) -> str | None:
-    if device.type == "cpu" and not (quick and support.interpreted()):
+    if device.type == "cpu" and not (quick and why_not.interpreted()):
         return "needs a GPU; its code runs with TRITON_INTERPRET=1 --device cpu --quick"
     x, w = torch.empty(1, 1, 32, device=device), torch.empty(2, 1, 4, 4, device=device)
-    return support.why_not(x, w, w, nonlinearity="modrelu", precision="fp32")
+    return why_not.why_not(x, w, w, nonlinearity="modrelu", precision="fp32")

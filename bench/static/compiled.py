@@ -31,7 +31,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import harness
-from kru_triton.kernels import launch, lstm, scan, support, weight_grad, wide
+from kru_triton.kernels import geometry, launch, lstm, scan, weight_grad, wide
+from kru_triton.kernels.options import (
+    compile_options,
+    lstm_options,
+    weight_grad_options,
+    wide_options,
+)
+from kru_triton.nonlinearity import NONLINEARITIES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -77,10 +84,10 @@ class Variant:
         return 2 if self.field == "complex" else 1
 
     @property
-    def tile(self) -> support.Tile | support.Wide:
+    def tile(self) -> geometry.Tile | geometry.Wide:
         if self.kernel.startswith("wide"):
-            return support.Wide.of(self.P, self.Q)
-        return support.Tile.of(self.P, self.Q, ITEMSIZE[self.dtype])
+            return geometry.Wide.of(self.P, self.Q)
+        return geometry.Tile.of(self.P, self.Q, ITEMSIZE[self.dtype])
 
     def pointers(self) -> dict[str, str | None]:
         """Type of every pointer argument, None for those that the launcher would not pass."""
@@ -174,7 +181,7 @@ class Variant:
         """Constants and launch options, from the functions that the launchers call."""
         how = {"heads": 1, "parts": self.parts, "precision": self.dtype, "nvidia": nvidia}
         if self.kernel == "weight_grad":
-            constants, options, _ = support.weight_grad_options(
+            constants, options, _ = weight_grad_options(
                 self.tile, itemsize=ITEMSIZE[self.dtype], **how
             )
             if self.part not in ("da", "db"):
@@ -182,15 +189,15 @@ class Variant:
             return {**constants, "STATES": 1}, options
         if self.kernel.startswith("lstm"):
             del how["parts"]
-            return support.lstm_options(self.tile, backward="back" in self.kernel, **how)
+            return lstm_options(self.tile, backward="back" in self.kernel, **how)
         how["nonlinearity"] = self.nonlinearity
         if self.kernel.startswith("wide"):
-            constants, options = support.wide_options(self.tile, **how)
+            constants, options = wide_options(self.tile, **how)
         else:
             if "tokens" in self.flags:
                 how["PREFETCH"] = 0
             backward = self.kernel == "backward"
-            constants, options = support.compile_options(self.tile, backward=backward, **how)
+            constants, options = compile_options(self.tile, backward=backward, **how)
         if "backward" in self.kernel:
             constants["FLOOR"] = launch.floor_of(DTYPE[self.dtype])
         return constants, options
@@ -206,13 +213,13 @@ def variants() -> list[Variant]:
                 whole = Variant(kernel, P, Q, dtype)
                 together = True
                 if kernel == "weight_grad":
-                    together = support.weight_grad_options(
+                    together = weight_grad_options(
                         whole.tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True
                     )[2]
                 parts = ("all",) if together else ("da", "db", "dbeta")
                 table += [Variant(kernel, P, Q, dtype, part=part) for part in parts]
     for kernel in ("forward", "backward"):
-        for nonlinearity in support.NONLINEARITIES[1:]:
+        for nonlinearity in NONLINEARITIES[1:]:
             table.append(Variant(kernel, 16, 16, nonlinearity=nonlinearity))
             table.append(Variant(kernel, 32, 32, nonlinearity=nonlinearity))
         table.append(Variant(kernel, 16, 16, "fp32", nonlinearity="modtanh"))

@@ -32,7 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import harness
-from kru_triton.kernels import support
+from kru_triton.kernels import geometry, why_not
+from kru_triton.kernels.options import (
+    compile_options,
+    lstm_options,
+    weight_grad_options,
+    wide_options,
+)
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 # numbers of a batch row, step and unit that a kernel moves: (of activations, of 4 bytes); the
@@ -109,7 +115,7 @@ def _budget() -> dict[str, dict]:
     return json.loads(Path(__file__).with_name("compiled_budget.json").read_text())["sm_90"]
 
 
-def products(tile: support.Tile, kernel: str, precision: str) -> float:
+def products(tile: geometry.Tile, kernel: str, precision: str) -> float:
     """16x8x16 products per step of one program.
 
     Two complex ones, or what is as much, two of each of four gates; twice that for the weight
@@ -124,14 +130,14 @@ def products(tile: support.Tile, kernel: str, precision: str) -> float:
 
 def launch_options(kernel: str, P: int, Q: int, dtype: str) -> tuple[dict, dict]:
     """Constants and launch options, from the functions that the launchers call."""
-    tile = support.Tile.of(P, Q, ITEMSIZE[dtype])
+    tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
     if kernel == "weight_grad":
-        return support.weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[:2]
+        return weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[:2]
     if kernel.startswith("lstm"):
-        return support.lstm_options(tile, 1, dtype, backward="back" in kernel, nvidia=True)
+        return lstm_options(tile, 1, dtype, backward="back" in kernel, nvidia=True)
     if kernel.startswith("wide"):
-        return support.wide_options(support.Wide.of(P, Q), 1, 2, dtype, "modrelu", nvidia=True)
-    return support.compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
+        return wide_options(geometry.Wide.of(P, Q), 1, 2, dtype, "modrelu", nvidia=True)
+    return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
 
 
 def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
@@ -144,7 +150,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
         ValueError: no size of that kernel and dtype has been compiled.
     """
     wide = kernel.startswith("wide")
-    tile = support.Tile.of(P, Q, ITEMSIZE[dtype])
+    tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
     constants, options = launch_options(kernel, P, Q, dtype)
     blocks = constants["SIDE"] / constants["BLOCK"] if wide else 1  # of rows of the large factor
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
@@ -171,7 +177,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
             barriers=blocks * sum(row["barriers"] for row in found),
             registers=max(row["registers"] for row in found),
             warps=warps,
-            rows=support.Wide.of(P, Q).rows if wide else tile.rows,
+            rows=geometry.Wide.of(P, Q).rows if wide else tile.rows,
         )
     raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
 
@@ -184,7 +190,7 @@ class Prediction:
 
 def streams(P: int, Q: int) -> bool:
     """Whether a factor is too large for a program."""
-    return max(P, Q) > support.MAX_HELD_SIDE
+    return max(P, Q) > why_not.MAX_HELD_SIDE
 
 
 def predict(
@@ -224,7 +230,7 @@ def predict(
         latency = busy + LATENCY[kernel] + BARRIER * c.barriers
         l2 = 0.0
         if streams(P, Q):
-            factor = 2 * support.Wide.of(P, Q).side ** 2 * 2 * (2 if dtype == "fp32" else 1)
+            factor = 2 * geometry.Wide.of(P, Q).side ** 2 * 2 * (2 if dtype == "fp32" else 1)
             l2 = factor * programs * T / device.l2
         held = max(
             1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))

@@ -1,0 +1,165 @@
+"""Constants and launch options of every kernel; importable without triton.
+
+Nothing here depends on B, T or strides: those never compile a kernel again.
+"""
+
+import math
+
+from .geometry import Tile, Wide
+
+# Choices that never change a result beyond rounding, and that only a device can settle: keyword
+# arguments of `compile_options`, `weight_grad_options` and of the launchers of `scan` and
+# `weight_grad`
+TUNABLE = {
+    "ANCHORED": "factors in registers for the whole sequence, not in shared memory",
+    "AHEAD": "the next step's row in registers before the work of this one",
+    "PREFETCH": "steps by which a row is fetched into L2 before it is read; 0: not at all",
+    "BETA_IN_LOOP": "beta from L1 in every step, not in registers",
+    "BLOCK": "side of the blocks of a streamed factor",
+    "SLICES": "programs that share the rows of one weight gradient, where dA and dB are apart",
+    "num_warps": "warps of a program",
+    "num_stages": "depth of Triton's own pipelining",
+    "maxnreg": "most registers of a thread, None: ptxas decides",
+}
+
+
+def overridden(constants: dict, options: dict, tuning: dict) -> tuple[dict, dict]:
+    """Constants and launch options with the choices of `tuning` in place of the default ones.
+
+    Raises:
+        TypeError: for a name in TUNABLE that this kernel does not have, or one that is not there.
+    """
+    for name in tuning:
+        if name not in TUNABLE or (name.isupper() and name not in constants):
+            can = [n for n in TUNABLE if n.islower() or n in constants]
+            raise TypeError(f"tuning: {name!r} is no choice of this kernel; it has {can}")
+    constants = {k: tuning.get(k, v) for k, v in constants.items()}
+    return constants, options | {k: v for k, v in tuning.items() if k.islower()}
+
+
+def compile_options(
+    tile: Tile,
+    heads: int,
+    parts: int,
+    precision: str,
+    nonlinearity: str,
+    nvidia: bool,
+    backward: bool = False,
+    **tuning,
+) -> tuple[dict, dict]:
+    """Constants of a scan kernel that depend on shape, type and device alone, and launch options.
+
+    Nothing here depends on B, T or strides: those never compile a kernel again. The choices are
+    those with the fewest instructions and no spills in compiled code (`python -m bench compiled`);
+    a device may want others, which `tuning` puts in their place (names in TUNABLE).
+    """
+    values = tile.size * parts
+    split = precision == "fp32"
+    constants = {
+        "H": heads,
+        **tile.constants,
+        "V": tile.V,
+        "ALIGNED": tile.aligned,
+        "PARTS": parts,
+        "SPLIT": split,
+        "ACT": nonlinearity,
+        "NVIDIA": nvidia,
+        # constants in registers, while they fit
+        "ANCHORED": values <= 1024 and max(tile.PP, tile.QP) <= 32,
+        # the next step's row in registers, where its registers are to spare
+        "AHEAD": values <= 512,
+        # steps by which rows are fetched into L2, about a microsecond of them
+        "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
+        "BETA_IN_LOOP": values > (512 if split else 1024),
+    }
+    options = {
+        "num_warps": 1 if values <= 2048 else 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,  # the default of Triton 3.10 is another
+    }
+    if split and values > 4096:
+        options["num_warps"] = 8
+    if nvidia and options["num_warps"] == 1:
+        options["maxnreg"] = 255  # ptxas would stop at 128 or 168 and spill
+    return overridden(constants, options, tuning)
+
+
+def wide_options(
+    wide: Wide,
+    heads: int,
+    parts: int,
+    precision: str,
+    nonlinearity: str,
+    nvidia: bool,
+    **tuning,
+) -> tuple[dict, dict]:
+    """The same for the kernels of `wide`."""
+    columns, terms = wide.rows * wide.padded, 2 if precision == "fp32" else 1
+    constants = {
+        "H": heads,
+        "W": wide.W,
+        "SIDE": wide.side,
+        "N_SIDE": wide.n,
+        "PADDED": wide.padded,
+        "ROWS": wide.rows,
+        "STRIDE_W": wide.n if wide.left else 1,
+        "STRIDE_N": 1 if wide.left else wide.W,
+        "BLOCK": 64 if columns * terms <= 16 else 32,
+        "PARTS": parts,
+        "SPLIT": precision == "fp32",
+        "ACT": nonlinearity,
+        "NVIDIA": nvidia,
+    }
+    warps = 4 if columns * terms <= 32 else 8
+    options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
+    return overridden(constants, options, tuning)
+
+
+def weight_grad_options(
+    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool, **tuning
+) -> tuple[dict, dict, bool]:
+    """The same for the weight-gradient kernel, and whether dA and dB fit one launch."""
+    split = precision == "fp32"
+    terms = 2 if split else 1
+    values = tile.size * parts * terms
+    PE, QE = tile.S1 * tile.PP, tile.S2 * tile.QP
+    together = (PE * PE + QE * QE) * parts * terms <= 4096
+    constants = {
+        "H": heads,
+        **tile.constants,
+        "SLICES": 4 if values >= 16384 else 2 if values >= 4096 else 1,
+        "VECTOR": math.gcd(tile.Q, 16 // itemsize),
+        "PARTS": parts,
+        "SPLIT": split,
+        "NVIDIA": nvidia,
+    }
+    warps = 1 if values <= 512 else 2 if values <= 1024 else 4 if values <= 4096 else 8
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    if nvidia and warps == 1:
+        options["maxnreg"] = 255
+    return *overridden(constants, options, tuning), together
+
+
+def lstm_options(
+    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool
+) -> tuple[dict, dict]:
+    """The same for the LSTM kernels, which hold four pairs of factors, backward eight."""
+    split = precision == "fp32"
+    constants = {
+        "H": heads,
+        **tile.constants,
+        "V": tile.V,
+        "ALIGNED": tile.aligned,
+        "SPLIT": split,
+        "NVIDIA": nvidia,
+        "ANCHORED": tile.size == 256 or tile.size * (2 if backward or split else 1) <= 512,
+    }
+    work = tile.size * (2 if backward else 1) * (2 if split else 1)
+    options = {
+        "num_warps": 1 if work <= 1024 else 4 if work <= 4096 else 8,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+    if nvidia and options["num_warps"] == 1:
+        options["maxnreg"] = 255
+    return constants, options
