@@ -42,6 +42,7 @@ BENCHMARKS = {
     "data": Benchmark("speed.data", "the data path alone", "cpu"),
     "model": Benchmark("static.model", "predicted times, what bounds them, growth"),
     "plot": Benchmark("plot", "draws the figures from the rows"),
+    "picture": Benchmark("picture", "draws the picture of the README from committed rows"),
     "checkpoints": Benchmark("speed.checkpoints", "what checkpoints cost a training run"),
     "context": Benchmark("speed.context", "time per token after 10 to 100,000 others"),
     "baselines": Benchmark("quality.baselines", "trained models at equal tokens and equal time"),

@@ -452,3 +452,13 @@ def test_work_of_tokens_is_their_eight_bytes():
     moved, flops, _ = kernel_cases.work(tokens, "kru", "forward")
     assert moved == 2 * 3 * (8 + 32 * 2)
     assert flops == 2 * 3 * (8 * 16 * (4 + 4))
+
+
+def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):
+    assert front.main(["picture", "--figures", str(tmp_path)]) == 0
+    committed = harness.ROOT / "bench" / "figures"
+    for page in ("light", "dark"):
+        name = f"copy-memory-{page}.svg"
+        drawn = (tmp_path / name).read_text()
+        assert drawn == (committed / name).read_text()
+        assert "<!-- KRU: 56 recurrent numbers -->" in drawn
