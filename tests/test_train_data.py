@@ -1,8 +1,12 @@
 """Documents, the held-out part, lanes with resets, and validation that counts each byte once."""
 
+import bz2
+import gzip
+import lzma
 import os
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
@@ -82,6 +86,42 @@ def test_globs_are_recursive_and_sorted(tmp_path):
         (tmp_path / name).write_text(name)
     names = [name for name, _ in data.read_documents(f"text:{tmp_path}/**/*.txt")]
     assert names == ["a/b/x.txt", "a/y.txt", "z.txt"]
+
+
+def zstd(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)],
+    ids=["gz", "bz2", "xz", "zst"],
+)
+def test_compressed_text_is_read_under_any_name(tmp_path, suffix, compress):
+    text = "".join(f"line {number} é\n" for number in range(1000)).encode()
+    (tmp_path / "plain").write_bytes(text)
+    train, valid = data.load_documents(f"text:{tmp_path}/plain", "")
+    packed = compress(text[:5000]) + compress(text[5000:])  # in two members
+    lines = compress(b'{"text": "one"}\n{"text": "two"}\n')
+    for name in (f"a.txt.{suffix}", "other.txt", "wrong.gz"):
+        spec = f"text:{tmp_path}/{name}"
+        (tmp_path / name).write_bytes(packed)
+        assert data.load_documents(spec, "") == ([(name, train[0][1])], [(name, valid[0][1])])
+        assert data.read_documents(spec) == [(name, text)]  # as of --valid and --test
+        assert data.read_documents(f"2:{spec}") == [(f"{name}:0", text)]  # streamed
+        (tmp_path / name).write_bytes(lines)
+        assert [t for _, t in data.read_documents(f"json:{tmp_path}/{name}")] == [b"one", b"two"]
+
+        (tmp_path / name).write_bytes(packed[:-9])
+        for weight in ("", "2:"):
+            with pytest.raises(UserError, match=rf"{name}: .*([Tt]runcated|ended before)"):
+                data.read_documents(weight + spec)
+        (tmp_path / name).write_bytes(compress(b""))
+        with pytest.raises(UserError, match="empty corpus: all 1 files have 0 bytes"):
+            data.read_documents(spec)
 
 
 def test_validation_files_are_taken_out_of_the_training_files(tmp_path):

@@ -185,6 +185,43 @@ def test_held_out_documents_are_never_trained_on(tmp_path):
     assert 500 <= sum(len(text) for _, text in few) < 1000
 
 
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_fields_inside_of_objects_and_structs(tmp_path, kind):
+    rows = [
+        {"meta": {"text": f"inner {i}", "n": i}, "a.b": {"c": {"d": f"deep {i}"}}, "x.y": f"{i}"}
+        for i in range(30)
+    ]
+    rows[4] = {**rows[4], "meta": None}
+    rows[5] = {**rows[5], "meta": {"text": None, "n": 5}}
+    literal = [{**row, "meta.text": f"literal {i}"} for i, row in enumerate(rows)]
+    for name, part in (("nested", rows), ("literal", literal)):
+        if kind == "json":
+            lines = [json.dumps(row) for row in part]
+            lines[4] = lines[4].replace('"meta": null', '"meta": ["no", "object"]')
+            (tmp_path / name).write_text("\n".join(lines))
+        else:
+            parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / name, row_group_size=7)
+
+    def read(spec):
+        source = sources.find_source(f"{kind}:{tmp_path}/{spec}")
+        rows = [row for piece in range(3) for row in sources.read(source, 0, -1, piece, 3)]
+        return [row.text and row.text.decode() for row in rows]
+
+    inner = [None if i in (4, 5) else f"inner {i}" for i in range(30)]
+    assert read("nested#meta.text") == inner
+    assert read("literal#meta.text") == [f"literal {i}" for i in range(30)]
+    assert read("nested#a.b.c.d") == [f"deep {i}" for i in range(30)]
+    assert read("nested#x.y") == [f"{i}" for i in range(30)]
+    for spec, message in {
+        "nested#meta.body": r"no field 'meta\.body'; it has meta\.text \(str.*, a\.b\.c\.d \(str",
+        "nested#meta.text.x": "no field",
+        "nested#meta": "field 'meta' is (dict|struct<.*>), not text",
+        "nested#meta.n": r"field 'meta\.n' is int.*, not text",
+    }.items():
+        with pytest.raises(data.DataError, match=message):
+            read(spec)
+
+
 def test_sources_are_mixed_by_weight_in_tokens(tmp_path):
     short = write_shards(tmp_path / "a", [f"a{i}" for i in range(50)], 1, "jsonl")
     long = write_shards(tmp_path / "b", ["b" * 300 + str(i) for i in range(50)], 2, "parquet")
@@ -744,6 +781,22 @@ def test_a_server_without_sizes_and_ranges_is_read_whole(tmp_path, quick_retries
             plan = streams.Plan((source,), BYTES, 0, 0, 1, 16, False)
             (read,) = read_epochs(plan)
             assert sorted(read) == sorted(texts)
+
+
+def test_remote_files_are_unpacked_under_any_name(tmp_path, quick_retries):
+    texts = make_texts(200)
+    write_shards(tmp_path, texts, 1, "jsonl")
+    lines = (tmp_path / "0.jsonl").read_bytes()
+    with pyarrow.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as file:
+        file.write(lines)
+    (tmp_path / "b.bin").write_bytes((tmp_path / "a.jsonl.zst").read_bytes())
+    (tmp_path / "c.jsonl").write_bytes(gzip.compress(lines))
+    with serve(FileServer(tmp_path)) as server:
+        for name in ("a.jsonl.zst", "b.bin?download=1", "c.jsonl"):
+            spec = f"json:{server.url}/{name}"
+            (read,) = read_epochs(make_plan(spec))
+            assert sorted(read) == sorted(texts)
+            assert data.read_documents(spec.replace("json:", "text:"))[0][1] == lines
 
 
 def test_several_data_flags_and_a_toml_list(tmp_path):

@@ -27,11 +27,13 @@ processes and for going on: the remote shards, the held-out documents, the token
 
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +47,16 @@ from kru_triton.train.sources import (
     START,
     DataError,
     Source,
+    compression_of,
+    describe_error,
     find_source,
     is_url,
     matching_files,
     read,
+    read_all,
     relative_names,
     stdlib_files,
+    unpacked,
 )
 from kru_triton.train.streams import HELD_OUT_SHARE, PANEL, Plan, StreamBatches, is_held_out, join
 from kru_triton.train.tokenizer import (
@@ -69,6 +75,7 @@ __all__ = ["ByteTokenizer", "Data", "DataError", "Lanes", "Stream", "build"]
 HELD_OUT_BYTES = 0.05  # by file
 HELD_OUT_TAIL = 0.10  # of each file, where whole files do not fit
 MEMORY_LIMIT = 4 << 30  # bytes of text; more is streamed
+UNPACKED = 4  # bytes of text that a byte of a compressed file is taken for
 
 Document = tuple[str, bytes]  # name, text
 
@@ -238,7 +245,9 @@ def fits_in_memory(specs: tuple[str, ...]) -> bool:
     """Whether the data is one `stdlib` or local `text:` source that is not too large."""
     if len(specs) > 1 or not is_local_text(specs[0]):
         return specs == ("stdlib",)
-    return sum(os.path.getsize(file) for file in matching_files(specs[0])) <= MEMORY_LIMIT
+    files = matching_files(specs[0])
+    sizes = [os.path.getsize(f) * (UNPACKED if compression_of(f) else 1) for f in files]
+    return sum(sizes) <= MEMORY_LIMIT
 
 
 def is_local_text(spec: str) -> bool:
@@ -287,12 +296,16 @@ def read_documents(spec: str, limit: int = 1 << 62) -> list[Document]:
 
 
 def read_text(file: str) -> bytes:
-    """The bytes of one file, which must be UTF-8."""
+    """The bytes of one file, which must be UTF-8, maybe compressed."""
     try:
         text = Path(file).read_bytes()
+        if compression := compression_of(file, text[:16]):
+            with unpacked(io.BytesIO(text), compression) as plain:
+                text = read_all(plain)
         text.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or describe_error(error)
+        raise UserError(f"cannot read {file}: {reason}") from error
     except UnicodeDecodeError as error:
         byte = f"byte 0x{text[error.start]:02x} at offset {error.start}"
         raise UserError(f"{file} is not UTF-8 text: {byte} ({error.reason})") from error

@@ -20,12 +20,15 @@ with a remote shard, a request or what comes of it, is tried again, `RETRIES` ti
 growing pauses; then, and at once for local files, `DataError` names the shard.
 """
 
+import bz2
 import contextlib
 import dataclasses
 import functools
 import glob
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import socket
@@ -54,7 +57,11 @@ KINDS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+MAGIC = re.compile(  # the first bytes of compressed files
+    rb"(?P<gzip>\x1f\x8b\x08)|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<xz>\xfd7zXZ\0)"
+    rb"|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"
+)
 
 
 class DataError(UserError):
@@ -83,7 +90,8 @@ class Shard:
 
     @property
     def compression(self) -> str | None:
-        return COMPRESSED.get(os.path.splitext(self.url.partition("?")[0])[1])
+        """By its name; `opened` reads its first bytes."""
+        return compression_of(self.url)
 
 
 @dataclass(frozen=True)
@@ -421,11 +429,12 @@ def pause(failures: int) -> float:
 def json_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
     """Lines as documents. A piece has the lines that begin in its part of the bytes."""
     with opened(shard) as file:
-        if shard.compression:
-            begin, end = 0, sys.maxsize
-        else:
+        plain = isinstance(file, RangeFile)
+        if plain:
             begin, end = file.size * piece // pieces, file.size * (piece + 1) // pieces
-        if at > begin and not shard.compression:
+        else:
+            begin, end = 0, sys.maxsize
+        if at > begin and plain:
             lines = read_lines(file, at)
         else:
             lines = read_lines(file, max(begin - 1, 0))
@@ -436,7 +445,7 @@ def json_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
                 return
             if offset < at or not line.strip():
                 continue
-            if shard.compression and offset // STRIPE % pieces != piece:
+            if not plain and offset // STRIPE % pieces != piece:
                 continue
             yield Row(offset, offset + len(line) + 1, *text_of_line(shard, field, offset, line))
 
@@ -470,11 +479,12 @@ def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[by
         kind = type(value).__name__
         reason = f"the line at byte {offset} is {kind}, not an object with a field {field!r}"
         raise DataError(shard.url, f"not JSON lines: {reason}")
-    text = value.get(field)
+    path = reach(value, field)
+    text = functools.reduce(dict.get, path, value) if path else None
     if text is None:
-        if field not in value and offset == 0:
+        if not path and offset == 0:
             raise missing_field(
-                shard, field, (f"{k} ({type(v).__name__})" for k, v in value.items())
+                shard, field, (f"{k} ({type(v).__name__})" for k, v in leaves(value))
             )
         return None, False
     if not isinstance(text, str):
@@ -483,6 +493,29 @@ def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[by
         return text.encode("utf-8"), replaced
     except UnicodeEncodeError:  # half of a surrogate pair
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
+
+
+def reach(tree: dict, field: str) -> list[str]:
+    """The keys from a dict of dicts to a field: the one of that name, or `a.b` as `b` in `a`.
+
+    Empty where there is none.
+    """
+    if field in tree:
+        return [field]
+    for dot in reversed([match.start() for match in re.finditer(r"\.", field)]):
+        inner = tree.get(field[:dot])
+        if isinstance(inner, dict) and (path := reach(inner, field[dot + 1 :])):
+            return [field[:dot], *path]
+    return []
+
+
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every field that can be named, with its value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def missing_field(shard: Shard, field: str, known: Iterable[str]) -> DataError:
@@ -497,13 +530,17 @@ def not_text(shard: Shard, field: str, kind: str) -> DataError:
 def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
     """Rows as documents. A piece has its part of the row numbers."""
     import pyarrow
+    import pyarrow.compute
     from pyarrow import parquet
 
     file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
-    schema = file.schema_arrow
-    if field not in schema.names:
-        raise missing_field(shard, field, (f"{column.name} ({column.type})" for column in schema))
-    kind = schema.field(field).type
+    columns = struct_tree(file.schema_arrow)
+    path = reach(columns, field)
+    if not path:
+        raise missing_field(shard, field, (f"{name} ({kind})" for name, kind in leaves(columns)))
+    kind = file.schema_arrow.field(path[0]).type
+    for name in path[1:]:
+        kind = kind.field(name).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise not_text(shard, field, kind)
     count = file.metadata.num_rows
@@ -513,8 +550,11 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
         size = file.metadata.row_group(group).num_rows
         if begin < last and begin + size > first:
             number = begin
-            for batch in file.iter_batches(1024, [group], [field]):
-                column = batch.column(0).cast(pyarrow.large_binary())
+            for batch in file.iter_batches(1024, [group], [".".join(path)]):
+                column = batch.column(path[0])
+                for name in path[1:]:
+                    column = pyarrow.compute.struct_field(column, name)
+                column = column.cast(pyarrow.large_binary())
                 for text in column[max(first - number, 0) :].to_pylist() if number < last else ():
                     row = max(first, number)
                     if row >= last:
@@ -523,6 +563,16 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
                     first = row + 1
                 number += len(batch)
         begin += size
+
+
+def struct_tree(fields) -> dict:
+    """Types by name, of an Arrow schema or of a struct's fields; a struct as such a dict."""
+    import pyarrow
+
+    return {
+        field.name: struct_tree(field.type) if pyarrow.types.is_struct(field.type) else field.type
+        for field in fields
+    }
 
 
 def valid_text(text: bytes | None) -> tuple[bytes | None, bool]:
@@ -541,18 +591,38 @@ def text_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
     if at > 0 or piece > 0:
         return
     with opened(shard) as file:
-        text = b"".join(iter(lambda: file.read(CHUNK), b""))
+        text = read_all(file)
     yield Row(0, 1, *valid_text(text))
+
+
+def read_all(file: io.IOBase) -> bytes:
+    return b"".join(iter(lambda: file.read(CHUNK), b""))
 
 
 @contextlib.contextmanager
 def opened(shard: Shard) -> Iterator[io.IOBase]:
-    """The shard as a file of uncompressed bytes."""
+    """The shard as a file of uncompressed bytes: a RangeFile where it is not compressed."""
     file = RangeFile(shard)
-    if not shard.compression:
+    compression = compression_of(shard.url, file.read(16))
+    file.seek(0)
+    if compression is None:
         yield file
         return
-    from fsspec.compression import compr
+    with unpacked(io.BufferedReader(file, CHUNK), compression) as plain:
+        yield plain
 
-    with compr[shard.compression](io.BufferedReader(file, CHUNK), mode="rb") as unpacked:
-        yield unpacked
+
+def compression_of(path: str, head: bytes = b"") -> str | None:
+    """How a file is compressed, by its first bytes, else by its name."""
+    path = path.partition("?")[0] if is_url(path) else path
+    match = MAGIC.match(head)
+    return match.lastgroup if match else COMPRESSED.get(os.path.splitext(path)[1])
+
+
+def unpacked(file: io.IOBase, compression: str) -> io.IOBase:
+    """The bytes of a compressed file."""
+    if compression == "zstd":
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+    return {"gzip": gzip, "bz2": bz2, "xz": lzma}[compression].open(file)
