@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 
@@ -10,8 +11,8 @@ import pyarrow
 import pytest
 import torch
 
-from kru_triton.train import data
-from kru_triton.train.config import UserError
+from kru_triton.train import data, sources
+from kru_triton.train.config import Config, UserError
 
 TOKENIZER = data.ByteTokenizer()
 
@@ -88,6 +89,76 @@ def test_globs_are_recursive_and_sorted(tmp_path):
     assert names == ["a/b/x.txt", "a/y.txt", "z.txt"]
 
 
+def names_of(spec):
+    return [shard.name for shard in sources.find_source(spec).shards]
+
+
+def test_a_file_that_links_lead_to_several_times_counts_once(tmp_path):
+    spec, folder = write_files(tmp_path, [1000] * 20).replace("*", "**/*"), tmp_path
+    whole, names = data.load_documents(spec, ""), names_of(spec)
+    for name, target in {
+        "again": ".",
+        "and-again": ".",  # two of these make 2^40 paths
+        "a-link.txt": "file03.txt",  # before its file in order
+        "dangling.txt": "nothing",
+        "round.txt": "round.txt",
+    }.items():
+        (folder / name).symlink_to(target)
+        assert names_of(spec) == names
+    assert names_of(f"json:{folder}/**/**/*.txt") == names
+    assert data.load_documents(spec, "") == whole
+    (tmp_path / "elsewhere").symlink_to(folder)  # the same below a link
+    assert data.load_documents(f"text:{tmp_path}/elsewhere/**/*.txt", "") == whole
+
+    # What links lead to from outside is there, once; a hard link is a file of its own.
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for name in ("one", "two"):
+        (inside / name).symlink_to(folder)
+    (inside / "hard.txt").hardlink_to(folder / "file00.txt")
+    assert names_of(f"text:{inside}/**/*.txt") == ["hard.txt", *(f"one/{name}" for name in names)]
+
+
+def test_a_name_that_exists_is_that_file_whatever_characters_it_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["x[1].txt", "st*r.txt", "qu?.txt", "ha#sh.txt", "2:a.txt", "50%20.txt", "{b}.txt"]
+    for name in [*names, "x1.txt", "star.txt", "quo.txt", "sp ace.txt", "$HOME.txt"]:
+        (tmp_path / name).write_text(name)
+    for name in [*names, "sp ace.txt", "$HOME.txt"]:
+        assert data.read_documents(f"text:{name}") == [(name, name.encode())]
+        assert names_of(f"2:text:./{name}") == [name]
+    (tmp_path / "dir[1]").mkdir()
+    (tmp_path / "dir1").mkdir()
+    for folder in ("dir[1]", "dir1"):
+        (tmp_path / folder / "a.txt").write_text(folder)
+    assert data.read_documents("text:dir[1]/*.txt") == [("a.txt", b"dir[1]")]
+
+    odd = os.fsdecode(b"bad\xff.txt")  # no UTF-8
+    (tmp_path / odd).write_text("text\n" * 100)
+    (train, valid) = data.load_documents("text:bad*", "")
+    assert (train[0][0], len(train[0][1] + valid[0][1])) == (odd, 500)
+    assert data.facts(train) != data.facts(valid)
+
+
+def test_a_number_sign_in_the_name_of_a_file_marks_no_field(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d#1").mkdir()
+    for name in ("a#b.jsonl", "c#body", "d#1/x.jsonl", "e.jsonl"):
+        (tmp_path / name).write_text('{"text": "of text", "body": "of body", "x#y": "of x#y"}\n')
+    for spec, text in {
+        "a#b.jsonl": "text",
+        "a#b.jsonl#body": "body",
+        "a#*#body": "body",
+        "c#body": "text",
+        "c#body#body": "body",
+        "d#1/*.jsonl": "text",
+        "d#1/*.jsonl#x#y": "x#y",
+        "e.jsonl#x#y": "x#y",
+        "e.jsonl#": "text",
+    }.items():
+        assert data.read_documents(f"json:{spec}")[0][1] == f"of {text}".encode(), spec
+
+
 def zstd(content):
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as file:
@@ -129,6 +200,45 @@ def test_validation_files_are_taken_out_of_the_training_files(tmp_path):
     train, valid = data.load_documents(spec, f"text:{tmp_path}/file03.txt")
     assert [name for name, _ in train] == ["file00.txt", "file01.txt", "file02.txt", "file04.txt"]
     assert valid == [("file03.txt", (tmp_path / "file03.txt").read_bytes())]
+    (tmp_path / "link").symlink_to("file03.txt")
+    assert data.load_documents(spec, f"text:{tmp_path}/link") == (train, [("link", valid[0][1])])
+
+
+def test_validation_text_of_the_standard_library_is_not_trained_on(tmp_path):
+    root = os.path.dirname(json.__file__)
+    train, valid = data.load_documents("stdlib", f"text:{root}/*.py")
+    assert {"__init__.py", "decoder.py"} <= {name for name, _ in valid}
+    assert not [name for name, _ in train if name.startswith("json/")]
+    train, valid = data.load_documents(f"text:{root}/../*.py", "stdlib")
+    assert valid == data.load_documents("stdlib", "")[1]
+    names, held_out = ({name for name, _ in part if "/" not in name} for part in (train, valid))
+    assert held_out
+    assert "ast.py" in names
+    assert not names & held_out
+
+
+def test_what_counts_once_is_said_in_words(tmp_path, capsys):
+    for number in range(4):
+        text = "".join(f'{{"text": "{number} {i}", "n": "{i}"}}\n' for i in range(200))
+        (tmp_path / f"{number}.jsonl").write_text(text)
+    (tmp_path / "link").symlink_to("2.jsonl")
+    specs = [f"3:json:{tmp_path}/[12].jsonl", f"json:{tmp_path}/*", f"json:{tmp_path}/./2.jsonl"]
+    config = Config(
+        data=(*specs, f"json:{tmp_path}/2.jsonl#n"),
+        valid=f"json:{tmp_path}/0.jsonl",
+        test=f"json:{tmp_path}/link",
+        batch_size=2,
+        segment_length=32,
+    )
+    built = data.build(config, tmp_path / "run")
+    shards = [[shard.name for shard in source.shards] for source in built.train.plan.sources]
+    assert shards == [["1.jsonl", "2.jsonl"], ["3.jsonl"], ["2.jsonl"]]
+    assert [source.field for source in built.train.plan.sources] == ["text", "text", "n"]
+    out = capsys.readouterr().out
+    assert f"note: --data {specs[1]}: files in --valid, too, which are not trained on: 1" in out
+    assert f"--data {specs[1]}: files of an earlier --data, which count there: 2" in out
+    assert f"--data {specs[2]}: files of an earlier --data, which count there: 1" in out
+    assert f"warning: 1 files of --test are trained on, as {tmp_path}/2.jsonl" in out
 
 
 def test_a_changed_byte_changes_the_sha256():
@@ -146,6 +256,8 @@ def test_bad_data_is_named(tmp_path):
         (f"text:{tmp_path}/empty.txt", "", "empty corpus: all 1 files have 0 bytes"),
         (f"text:{tmp_path}/bad.txt", "", r"bad\.txt is not UTF-8 text: byte 0xff at offset 11"),
         ("csv:x", "", "unknown data 'csv:x'; known: stdlib, text:GLOB"),
+        (f"text:{tmp_path}", "", rf"is a folder; name .* as in 'text:{tmp_path}/\*\*/\*\.txt'"),
+        (f"2:json:{tmp_path}/#x", "", rf"'json:{tmp_path}/' is a folder; .*/\*\*/\*\.jsonl'"),
         (
             f"text:{tmp_path}/good.txt",
             f"text:{tmp_path}/g*",

@@ -485,7 +485,9 @@ configs:
 - config_name: small
   data_files:
   - split: train
-    path: small/train-*
+    path:
+    - small/train-*
+    - small/*-of-3.jsonl
   - split: validation
     path: small/validation.jsonl
 - config_name: big
@@ -694,6 +696,40 @@ def test_a_run_keeps_its_tokenizer_held_out_part_and_shards(tmp_path):
     (tmp_path / "data/0.jsonl").write_text('{"text": "short"}\n')
     with pytest.raises(data.DataError, match=r"0\.jsonl: has 18 bytes; it had .* when the run"):
         data.build(make_config(spec, **settings), run_dir)
+
+
+def test_a_run_that_began_with_copies_goes_on_with_them_where_its_folder_is(tmp_path, monkeypatch):
+    """As runs did when a file counted as often as links lead to it."""
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "data", make_texts(300), 3, "jsonl")
+    (tmp_path / "data/again").symlink_to(".")
+    config, run_dir = make_config("json:data/**/*.jsonl"), tmp_path / "run"
+    assert data.build(config, run_dir).facts["train"]["shards"] == 3
+    saved = json.loads((run_dir / "data.json").read_text())
+    shards = saved["sources"][0]["shards"]
+    url, name = f"{tmp_path}/data/again/0.jsonl", "again/0.jsonl"
+    shards.append({**shards[0], "url": url, "name": name})
+    (run_dir / "data.json").write_text(json.dumps(saved))
+    built = data.build(config, run_dir)
+    batches = read_batches(built.train, 20)
+    assert [shard.name for shard in built.train.plan.sources[0].shards][3:] == [name]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "data").rename(tmp_path / "moved/data")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert_equal(read_batches(data.build(config, run_dir).train, 20), batches)
+
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}\n" * 20)
+    (tmp_path / "0-again.txt").symlink_to("0.txt")
+    config, run_dir = make_config(f"text:{tmp_path}/*.txt"), tmp_path / "in memory"
+    earlier = data.split_in_memory(*config.data, "", 1, once=False)
+    (run_dir / "checkpoints").mkdir(parents=True)
+    known = {part: data.facts(getattr(earlier, part)) for part in ("train", "held_out")}
+    settings = {"data": config.data, "train_sha256": known["train"]["sha256"]}
+    settings["valid_sha256"] = known["held_out"]["sha256"]
+    (run_dir / "config.json").write_text(json.dumps(settings))
+    assert data.build(config, run_dir).facts["train"] == known["train"]
+    assert data.build(config, tmp_path / "new").facts["train"]["documents"] == 38
 
 
 def test_validation_shards_are_not_trained_on(tmp_path):

@@ -50,7 +50,8 @@ class Config:
     ptb.valid.txt and ptb.test.txt). Given several times, the sources are mixed, as WEIGHT:SPEC in
     these shares of tokens, else equally."""
     valid: str = ""
-    """Validation text, spelled like --data. Empty: a fixed part of --data is held out."""
+    """Validation text, spelled like --data; its files are not trained on. Empty: a fixed part of
+    --data is held out."""
     test: str = ""
     """Test text, spelled like --data: all of it is measured, once, at the end of the run."""
     valid_bytes: int = 2_000_000

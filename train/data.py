@@ -13,18 +13,22 @@ first token of a document is predicted from BOS alone, and after the last token 
 next BOS is predicted: the model also learns where documents end. Bits per byte counts the targets
 that are no BOS, and divides by bytes: each byte of each validation document exactly once.
 
-The held-out part, where `--valid` is empty. In memory, by file: the files are ordered by the
-SHA-256 of "kru_triton:0:NAME" (NAME: the path below the common folder), and each one that still
-fits into 5% of the bytes is held out. Where that yields less than 1% (one file, or a few large
-ones), the last tenth of each file is held out instead, from a line start on. So the split depends
-on names and sizes only, not on `--seed`. Streamed, by document: a checksum of its text holds 1 in
-50 out. None of those is ever trained on; the first of them, `--valid-bytes` in all, are the
-validation text.
+The held-out part, where `--valid` is empty (`split` decides). In
+memory, by file: the files are ordered by the SHA-256 of "kru_triton:0:NAME" (NAME: the path below
+the common folder), and each one that still fits into 5% of the bytes is held out. Where that yields
+less than 1% (one file, or a few large ones), the last tenth of each file is held out instead, from
+a line start on. So the split depends on names and sizes only, not on `--seed`. Streamed, by
+document: a checksum of its text holds 1 in 50 out. None of those is ever trained on; the first of
+them, `--valid-bytes` in all, are the validation text.
+
+A file counts once. One that is in `--valid` too is not trained on; of several `--data` that name a
+file (with the same field) the first one has it. Both are said in words.
 
 RUN_DIR/data.json and tokenizer.json keep what a run found and trained when it began, for its other
 processes and for going on: the remote shards, the held-out documents, the tokenizer.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -34,9 +38,10 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +52,7 @@ from kru_triton.train.sources import (
     START,
     DataError,
     Source,
+    common_folder,
     compression_of,
     describe_error,
     find_source,
@@ -107,29 +113,25 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
         DataError: a shard cannot be read.
     """
     saved = remembered(config, run_dir, rank)
+    began = read_record(run_dir / "config.json")
     found = {"settings": data_settings(config)}
     sizes = config.batch_size, config.segment_length
-    in_memory = fits_in_memory(config.data)
-    if in_memory:
-        train, held_out = load_documents(config.data[0], config.valid, config.valid_bytes)
-        sample = (text for _, text in train)
-    else:
-        hold_out_some = config.valid == "" or config.data == (config.valid,)
-        sources = find_sources(config, saved)
-        if saved:
-            held_out = [(name, text.encode()) for name, text in saved["held_out"]]
-        elif hold_out_some:
-            held_out = held_out_documents(sources, config.valid_bytes)
-        else:
-            held_out = read_documents(config.valid, config.valid_bytes)
+    parts = split(config.data, config.valid, config.valid_bytes, saved, began)
+    train, held_out, sources = parts.train, parts.held_out, parts.sources
+    if rank == 0:
+        for note in parts.notes:
+            print(f"note: {note}")
+    if sources:
         if not held_out:
             raise UserError("no document of --data is in the held-out part (1 in 50); give --valid")
-        sample = sample_documents(sources, hold_out_some)
+        sample = sample_documents(sources, parts.by_checksum)
         found["sources"] = [source.as_json() for source in sources]
         found["held_out"] = [(name, text.decode("utf-8", "replace")) for name, text in held_out]
+    else:
+        sample = (text for _, text in train)
     tokenizer = make_tokenizer(config, run_dir, saved, sample)
     found["tokenizer_sha256"] = tokenizer.sha256
-    if rank == 0 and not saved and not (in_memory and tokenizer.sha256 == ""):
+    if rank == 0 and not saved and (sources or tokenizer.sha256):
         remember(config, run_dir, found, tokenizer)
     if rank == 0 and tokenizer.sha256 and not is_lossless(tokenizer, [t for _, t in held_out]):
         print(
@@ -143,21 +145,21 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
             f"validation stream too short: {len(valid)} tokens, one segment has "
             f"{config.segment_length}; give more text with --valid, or lower --segment-length"
         )
-    if in_memory:
-        known = facts(train)
-        batches = Lanes(Stream(train, tokenizer), *sizes, config.seed, rank, world_size)
-    else:
+    if sources:
         known = shard_facts(sources)
         plan = Plan(
-            tuple(sources),
+            sources,
             tokenizer,
             config.seed,
             rank,
             world_size,
             config.shuffle_buffer,
-            hold_out_some,
+            parts.by_checksum,
         )
         batches = StreamBatches(plan, *sizes, config.workers)
+    else:
+        known = facts(train)
+        batches = Lanes(Stream(train, tokenizer), *sizes, config.seed, rank, world_size)
     rivals = compressed_bits_per_byte(held_out) if rank == 0 else {}
     known_facts = {"train": known, "valid": facts(held_out)}
     test = None
@@ -166,6 +168,9 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
         if not any(document for _, document in documents):
             raise UserError(f"test data is empty (--test {config.test!r})")
         test, known_facts["test"] = Stream(documents, tokenizer), facts(documents)
+        trained = parts.files.intersection(files_by_name(config.test).values())
+        if rank == 0 and trained:
+            print(f"warning: {len(trained)} files of --test are trained on, as {min(trained)}")
     return Data(tokenizer, batches, valid, test, known_facts, rivals)
 
 
@@ -180,13 +185,11 @@ def data_settings(config: Config) -> dict:
 
 def remembered(config: Config, run_dir: Path, rank: int) -> dict | None:
     """data.json of this run, None where it is to be written."""
-    path = run_dir / "data.json"
-    if not path.exists() or (rank == 0 and config.resume == "never"):
+    if rank == 0 and config.resume == "never":
         return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; choose another --run-dir") from error
+    saved = read_record(run_dir / "data.json")
+    if not saved:
+        return None
     if saved["settings"] == data_settings(config):
         return saved
     if rank == 0 and not (run_dir / "config.json").exists():
@@ -200,6 +203,14 @@ def remembered(config: Config, run_dir: Path, rank: int) -> dict | None:
         "\n".join([f"{run_dir} belongs to a run with other data:", *lines])
         + "\nchoose another --run-dir, or --resume never to set that run's files aside"
     )
+
+
+def read_record(path: Path) -> dict:
+    """A JSON file of a run; empty where it is not there."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}; choose another --run-dir") from error
 
 
 def remember(config: Config, run_dir: Path, found: dict, tokenizer) -> None:
@@ -238,6 +249,68 @@ def run_tokenizer(run_dir: Path, sha256: str = "") -> ByteTokenizer | FileTokeni
     return tokenizer
 
 
+# What is trained on, and what is held out
+
+
+class Split(NamedTuple):
+    """What a run trains on, in memory or as streams, and what it is validated on."""
+
+    train: list[Document]
+    held_out: list[Document]
+    files: set[str]  # real paths and URLs that are trained on
+    notes: list[str]  # for people: the files that count once
+    sources: tuple[Source, ...] = ()  # none: `train` is in memory
+    by_checksum: bool = False  # whether `is_held_out` keeps documents of `sources` back
+
+
+def split(
+    data: tuple[str, ...],
+    valid: str,
+    valid_bytes: int,
+    saved: dict | None = None,
+    began: dict | None = None,
+) -> Split:
+    """The rule of what is held out, for a run and for whoever reads its held-out part.
+
+    Args:
+        data, valid, valid_bytes: as the flags of these names.
+        saved: data.json of a run that goes on. Remote shards are those that the run found when it
+            began; local ones must still be the same.
+        began: config.json of that run.
+    """
+    if fits_in_memory(data) if not saved else "sources" not in saved:
+        parts = split_in_memory(data[0], valid, valid_bytes)
+        if began and not is_as_begun(parts, began) and has_copies(data[0], valid):
+            earlier = split_in_memory(data[0], valid, valid_bytes, once=False)
+            return earlier if is_as_begun(earlier, began) else parts
+        return parts
+    by_checksum = valid == "" or data == (valid,)
+    notes = []
+    if saved:
+        sources = [find_again(Source.of_json(value)) for value in saved["sources"]]
+        held_out = [(name, text.encode()) for name, text in saved["held_out"]]
+    elif by_checksum:
+        sources = find_sources(data, set(), notes)
+        held_out = held_out_documents(sources, valid_bytes)
+    else:
+        held_out, there = validation(valid, valid_bytes)
+        sources = find_sources(data, there, notes)
+    files = {shard.identity for source in sources for shard in source.shards}
+    return Split([], held_out, files, notes, tuple(sources), by_checksum)
+
+
+def is_as_begun(parts: Split, began: dict) -> bool:
+    """Whether texts in memory are those of a run's config.json."""
+    texts = {"train": parts.train, "valid": parts.held_out}
+    return all(began.get(f"{k}_sha256", "") in ("", facts(t)["sha256"]) for k, t in texts.items())
+
+
+def has_copies(*specs: str) -> bool:
+    """Whether links lead to a file once more: runs have begun that read such files as often."""
+    texts = filter(is_local_text, specs)
+    return any(len(matching_files(spec, False)) > len(matching_files(spec)) for spec in texts)
+
+
 # Documents in memory
 
 
@@ -258,21 +331,49 @@ def load_documents(
     data: str, valid: str, valid_bytes: int = 1 << 62
 ) -> tuple[list[Document], list[Document]]:
     """Training and validation documents of `--data` and `--valid`, the former in memory."""
-    documents = read_documents(data)
+    parts = split_in_memory(data, valid, valid_bytes)
+    return parts.train, parts.held_out
+
+
+def split_in_memory(data: str, valid: str, valid_bytes: int, once: bool = True) -> Split:
+    """`split` for one source in memory. `once` is that of `matching_files`."""
+    documents, files, notes = read_documents(data, once=once), files_by_name(data, once), []
     if valid in ("", data):
         train, held_out = hold_out(documents)
     else:
-        held_out = read_documents(valid, valid_bytes)
-        if valid == "stdlib":
-            held_out = hold_out(held_out)[1]
-        train = documents
-        if is_local_text(data) and is_local_text(valid):
-            held_out_files = set(matching_files(valid))
-            files = matching_files(data)
-            train = [d for d, file in zip(documents, files) if file not in held_out_files]
+        held_out, there = validation(valid, valid_bytes, once)
+        train = [document for document in documents if files[document[0]] not in there]
+        files = {name: file for name, file in files.items() if file not in there}
+        if len(train) < len(documents):
+            notes.append(in_valid(data, len(documents) - len(train)))
     check_not_empty("training", train, data, valid)
     check_not_empty("validation", held_out, data, valid)
-    return [d for d in train if d[1]], [d for d in held_out if d[1]]
+    train, held_out = ([d for d in part if d[1]] for part in (train, held_out))
+    return Split(train, held_out, set(files.values()), notes)
+
+
+def in_valid(spec: str, count: int) -> str:
+    return f"--data {spec}: files in --valid, too, which are not trained on: {count}"
+
+
+def validation(valid: str, limit: int, once: bool = True) -> tuple[list[Document], set[str]]:
+    """The documents of `--valid`, and the files that they are of.
+
+    `stdlib` is the part of it that training on it holds out.
+    """
+    documents, files = read_documents(valid, limit, once), files_by_name(valid, once)
+    if valid == "stdlib":
+        documents = hold_out(documents)[1]
+        files = {name: files[name] for name, _ in documents}
+    return documents, set(files.values())
+
+
+def files_by_name(spec: str, once: bool = True) -> dict[str, str]:
+    """Real paths and URLs of a spec's files; without `once`, paths as they are."""
+    if once or not is_local_text(spec):
+        return {shard.name: shard.identity for shard in find_source(spec).shards}
+    files = matching_files(spec, once)
+    return dict(zip(relative_names(files), files))
 
 
 def check_not_empty(role: str, part: list[Document], data, valid: str) -> None:
@@ -280,14 +381,17 @@ def check_not_empty(role: str, part: list[Document], data, valid: str) -> None:
         raise UserError(f"{role} data is empty (--data {data!r}, --valid {valid!r})")
 
 
-def read_documents(spec: str, limit: int = 1 << 62) -> list[Document]:
-    """Every document that `spec` names, in a fixed order; of a stream, the first `limit` bytes."""
+def read_documents(spec: str, limit: int = 1 << 62, once: bool = True) -> list[Document]:
+    """Every document that `spec` names, in a fixed order; of a stream, the first `limit` bytes.
+
+    `once` is that of `matching_files`.
+    """
     if spec == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = stdlib_files()
         return [(Path(file).relative_to(root).as_posix(), read_text(file)) for file in files]
     if is_local_text(spec):
-        files = matching_files(spec)
+        files = matching_files(spec, once)
         texts = [read_text(file) for file in files]
         if not any(texts):
             raise UserError(f"{spec!r} is an empty corpus: all {len(files)} files have 0 bytes")
@@ -315,38 +419,43 @@ def read_text(file: str) -> bytes:
 # Documents of streams
 
 
-def find_sources(config: Config, saved: dict | None) -> list[Source]:
-    """The sources of `--data`, without the shards of `--valid`.
-
-    Remote ones are those that the run found when it began; local ones must still be the same.
-    """
-    if saved:
-        return [find_again(Source.of_json(value)) for value in saved["sources"]]
-    sources = [find_source(spec) for spec in config.data]
-    if config.valid and config.data != (config.valid,):
-        held_out = {shard.url for shard in find_source(config.valid).shards}
-        sources = [
-            source.with_shards(shard for shard in source.shards if shard.url not in held_out)
-            for source in sources
-        ]
-    for source in sources:
-        if not source.shards:
-            raise UserError(f"--data {source.spec}: all of its shards are in --valid")
-        if not any(text for _, text in itertools.islice(source_documents(source), 10_000)):
-            raise UserError(f"--data {source.spec}: the first rows have no text")
+def find_sources(data: tuple[str, ...], held_out: set[str], notes: list[str]) -> list[Source]:
+    """The sources of `--data` without the files that are held out, each file in the first that
+    names it (with this field). Those that have none left are left out."""
+    sources, taken = [], set()
+    for spec in data:
+        source = find_source(spec)
+        rest = [shard for shard in source.shards if shard.identity not in held_out]
+        own = [s for s in rest if (s.identity, s.kind, source.field) not in taken]
+        taken |= {(shard.identity, shard.kind, source.field) for shard in own}
+        if not rest:
+            raise UserError(f"--data {spec}: all of its shards are in --valid")
+        if len(rest) < len(source.shards):
+            notes.append(in_valid(spec, len(source.shards) - len(rest)))
+        if len(own) < len(rest):
+            count = len(rest) - len(own)
+            notes.append(f"--data {spec}: files of an earlier --data, which count there: {count}")
+        if not own:
+            continue
+        sources.append(source.with_shards(own))
+        if not any(text for _, text in itertools.islice(source_documents(sources[-1]), 10_000)):
+            raise UserError(f"--data {spec}: the first rows have no text")
     return sources
 
 
 def find_again(source: Source) -> Source:
+    """A source of a run that goes on; local shards may have been moved with their folder."""
     if any(shard.remote for shard in source.shards):
         return source
-    now = {shard.name: shard for shard in find_source(source.spec).shards}
+    folder, shards = common_folder([shard.url for shard in find_source(source.spec).shards]), []
     for shard in source.shards:
-        size = now[shard.name].size if shard.name in now else None
-        if size != shard.size:
-            state = "is gone" if size is None else f"has {size:,} bytes"
+        paths = filter(os.path.isfile, (shard.url, os.path.join(folder, shard.name)))
+        sizes = {os.path.getsize(path): path for path in paths}
+        if shard.size not in sizes:
+            state = f"has {min(sizes):,} bytes" if sizes else "is gone"
             raise DataError(shard.url, f"{state}; it had {shard.size:,} when the run began")
-    return source.with_shards(now[shard.name] for shard in source.shards)
+        shards.append(dataclasses.replace(shard, url=sizes[shard.size]))
+    return source.with_shards(shards)
 
 
 def source_documents(source: Source) -> Iterator[Document]:
@@ -367,7 +476,7 @@ def first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]
             return
 
 
-def held_out_documents(sources: list[Source], limit: int) -> list[Document]:
+def held_out_documents(sources: Sequence[Source], limit: int) -> list[Document]:
     """The first held-out documents of all sources, about `limit` bytes together.
 
     Reading ends where, from the share that is held out, twice as many were to be expected.
@@ -381,19 +490,19 @@ def held_out_documents(sources: list[Source], limit: int) -> list[Document]:
     return documents
 
 
-def sample_documents(sources: list[Source], hold_out_some: bool) -> Iterator[bytes]:
+def sample_documents(sources: Sequence[Source], hold_out_some: bool) -> Iterator[bytes]:
     """Training documents from the beginning of each source, for a tokenizer to be trained on."""
     for source in sources:
         documents = first_bytes(source_documents(source), TRAINING_BYTES // len(sources))
         yield from (t for _, t in documents if not (hold_out_some and is_held_out(t)))
 
 
-def shard_facts(sources: list[Source]) -> dict:
+def shard_facts(sources: Sequence[Source]) -> dict:
     """Number and size of the shards, and the SHA-256 of their names and sizes."""
     shards = [shard for source in sources for shard in source.shards]
     digest = hashlib.sha256()
     for shard in shards:
-        digest.update(f"{shard.name}\0{shard.size}\0".encode())
+        digest.update(name_bytes(f"{shard.name}\0{shard.size}\0"))
     sizes = [shard.size for shard in shards]
     return {
         "sources": [source.spec for source in sources],
@@ -410,7 +519,7 @@ def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]
     """Training and held-out documents, as the module's docstring says."""
 
     def draw(document: Document) -> bytes:
-        return hashlib.sha256(f"kru_triton:0:{document[0]}".encode()).digest()
+        return hashlib.sha256(name_bytes(f"kru_triton:0:{document[0]}")).digest()
 
     total = sum(len(text) for _, text in documents)
     names, taken = set(), 0
@@ -441,10 +550,15 @@ def facts(documents: list[Document]) -> dict:
     """Counts, and the SHA-256 of all names, lengths and texts."""
     digest = hashlib.sha256()
     for name, text in documents:
-        digest.update(f"{name}\0{len(text)}\0".encode())
+        digest.update(name_bytes(f"{name}\0{len(text)}\0"))
         digest.update(text)
     count = sum(len(text) for _, text in documents)
     return {"documents": len(documents), "bytes": count, "sha256": digest.hexdigest()}
+
+
+def name_bytes(name: str) -> bytes:
+    """UTF-8, or what bytes a file's name has that is none."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def describe(facts: dict) -> str:

@@ -6,9 +6,15 @@
                     parquet:GLOB[#field]                     a row is a document
                     hub:org/name[@config][/split][#field]    a row is a document
 
-A GLOB is a local one or an http(s) URL, where only `*` matches. JSON lines and text may be
-compressed (.gz, .bz2, .xz). The field is `text`, the split `train` where none is named. Shards of a
-Hub data set must be .jsonl, .ndjson, .json, .parquet or .txt files; none of its code ever runs.
+A GLOB is a local one or an http(s) URL, where only `*` matches. What of a local one exists by that
+very name, special characters and all, is that file or folder. JSON lines and text may be compressed
+(gzip, bzip2, xz, zstd: known by the first bytes, whatever the name). The field is `text`, the split
+`train` where none is named; `meta.text` is the field `text` of the object or struct `meta`, unless
+there is a field of that whole name. Shards of a Hub data set must be .jsonl, .ndjson, .json,
+.parquet or .txt files; none of its code ever runs.
+
+**Once.** A file that a spec reaches several times (links, cycles of links, `**/**`) is one shard.
+Its real path decides, and names it where that matches. A hard link is a file of its own, as a copy.
 
 **Positions.** A place in a shard is one number: the byte offset of a line, the number of a row. So
 reading goes on from any document without what lies before it (but for compressed lines), and a
@@ -27,6 +33,7 @@ import functools
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -89,6 +96,11 @@ class Shard:
         return "://" in self.url
 
     @property
+    def identity(self) -> str:
+        """What is equal for two shards that are one file."""
+        return self.url if self.remote else os.path.realpath(self.url)
+
+    @property
     def compression(self) -> str | None:
         """By its name; `opened` reads its first bytes."""
         return compression_of(self.url)
@@ -145,10 +157,10 @@ def find_source(spec: str) -> Source:
     if kind == "text" and where:
         return Source(spec, weight, "", find_shards(where, "text"))
     if kind in ("json", "parquet") and where:
-        where, field = split_field(where)
+        where, field = split_field(where, local=not is_url(where))
         return Source(spec, weight, field, find_shards(where, kind))
     if kind == "hub" and where:
-        where, field = split_field(where)
+        where, field = split_field(where, local=False)
         return Source(spec, weight, field, find_hub_shards(where))
     raise UserError(
         f"unknown data {spec!r}; known: stdlib, text:GLOB (as in text:books/**/*.txt), "
@@ -156,7 +168,12 @@ def find_source(spec: str) -> Source:
     )
 
 
-def split_field(where: str) -> tuple[str, str]:
+def split_field(where: str, local: bool) -> tuple[str, str]:
+    """GLOB and field of `GLOB[#field]`. A # in the name of a local file marks no field."""
+    cuts = [match.start() for match in re.finditer("#", where)]
+    for cut in [len(where), *reversed(cuts)] if cuts and local else ():
+        if any(map(os.path.isfile, find_paths(where[:cut]))):
+            return where[:cut], where[cut + 1 :] or "text"
     where, _, field = where.partition("#")
     return where, field or "text"
 
@@ -186,13 +203,73 @@ def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
     return tuple(Shard(url, kind, size, url) for url, size in zip(urls, sizes))
 
 
-def matching_files(spec: str) -> list[str]:
-    """The files of `KIND:GLOB`, local, absolute, sorted."""
-    pattern = os.path.abspath(os.path.expanduser(spec.partition(":")[2]))
-    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not files:
-        raise UserError(f"no file matches {spec!r} (looked for {pattern})")
-    return files
+def matching_files(spec: str, once: bool = True) -> list[str]:
+    """The files of `KIND:GLOB`, local, absolute, sorted.
+
+    Args:
+        once: each real file once. Without it a file counts as often as links lead to it, as it did
+            when some runs began. (A cycle of links leads to it 40 times; with two it is endless.)
+    """
+    kind, _, where = spec.partition(":")
+    pattern, paths = os.path.abspath(os.path.expanduser(where)), find_paths(where)
+    files = distinct(filter(os.path.isfile, paths))
+    if not once:
+        every = filter(os.path.isfile, glob.iglob(pattern, recursive=True))
+        return sorted(itertools.islice(every, 100 * len(files))) or files
+    if files:
+        return files
+    if any(map(os.path.isdir, paths)):
+        suffix = {"json": ".jsonl", "parquet": ".parquet"}.get(kind, ".txt")
+        files = f"{kind}:{where.rstrip('/')}/**/*{suffix}"
+        raise UserError(f"{spec!r} is a folder; name the files in it, as in {files!r}")
+    raise UserError(f"no file matches {spec!r} (looked for {pattern})")
+
+
+def find_paths(where: str) -> list[str]:
+    """What a local GLOB matches. As much of it as exists by that very name is no pattern."""
+    known, rest = os.path.abspath(os.path.expanduser(where)), []
+    while not os.path.lexists(known):
+        known, name = os.path.split(known)
+        rest.insert(0, name)
+    return expand(os.path.join(glob.escape(known), *rest))
+
+
+def expand(pattern: str) -> list[str]:
+    """Paths that an absolute pattern matches; `**` is this folder and those below it."""
+    if pattern.endswith("/**"):
+        pattern += "/*"
+    root, deep, rest = pattern.partition("/**/")
+    if not deep:
+        return glob.glob(pattern)
+    folders = [folder for path in glob.glob(root or "/") for folder in folders_below(path)]
+    return [path for f in folders for path in expand(os.path.join(glob.escape(f), rest))]
+
+
+def folders_below(root: str) -> list[str]:
+    """A folder and those in it, each real one once: links are followed after everything else."""
+    found, seen, starts = [], set(), [root]
+    for start in starts:
+        for folder, names, _ in os.walk(start):
+            if (real := os.path.realpath(folder)) in seen:
+                names.clear()
+                continue
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            starts += filter(os.path.islink, (os.path.join(folder, name) for name in names))
+            seen.add(real)
+            found.append(folder)
+    return found
+
+
+def distinct(files: Iterable[str]) -> list[str]:
+    """Sorted, each real file once: under the path with the fewest links, the first of these."""
+    paths = {}
+    for path in sorted(files):
+        paths.setdefault(os.path.realpath(path), []).append(path)
+    return sorted(p[0] if len(p) == 1 else min(p, key=count_links) for p in paths.values())
+
+
+def count_links(path: str) -> int:
+    return sum(map(os.path.islink, [path, *Path(path).parents]))
 
 
 def local_shards(paths: list[str], kind: str) -> tuple[Shard, ...]:
@@ -202,8 +279,12 @@ def local_shards(paths: list[str], kind: str) -> tuple[Shard, ...]:
 
 def relative_names(paths: list[str]) -> list[str]:
     """Paths below their common folder."""
-    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    folder = common_folder(paths)
     return [os.path.relpath(path, folder) for path in paths]
+
+
+def common_folder(paths: Iterable[str]) -> str:
+    return os.path.commonpath([os.path.dirname(path) for path in paths])
 
 
 def stdlib_files() -> list[str]:
@@ -250,7 +331,7 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
         raise UserError(f"hub:{where}: no split {split!r}; it has {', '.join(map(str, splits))}")
     files, _ = file_system("hf://")
     shards = []
-    for url in map(str, splits[split]):
+    for url in dict.fromkeys(map(str, splits[split])):  # its patterns may name a file twice
         stem, suffix = os.path.splitext(url)
         kind = KINDS.get(os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix)
         if kind is None:
