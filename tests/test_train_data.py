@@ -38,6 +38,7 @@ def random_documents(lengths):
 def test_stdlib_is_split_by_file_without_tests_and_always_the_same_way():
     train, valid = data.load_documents("stdlib", "")
     assert (train, valid) == data.load_documents("stdlib", "")
+    assert valid == data.held_out_text(("stdlib",))  # as train/evaluate.py reads it
     names = [name for name, _ in train + valid]
     assert len(names) == len(set(names))
     assert "ast.py" in names

@@ -1,5 +1,6 @@
 """train/lm.py and train/sample.py as a user runs them: real scripts in real processes."""
 
+import itertools
 import json
 import math
 import os
@@ -13,13 +14,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from torch.nn import functional as F
 
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
-from kru_triton.train import checkpoints, data, lm, run_directory, sample
+from kru_triton.train import checkpoints, data, evaluate, lm, run_directory, sample, streams
 from kru_triton.train.config import Config, UserError
+from kru_triton.train.evaluate import EvaluateConfig
 
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
@@ -484,6 +488,121 @@ def test_a_config_file_that_is_not_one_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json is not the configuration of a run"):
         run_directory.compare_settings(tmp_path, {})
+
+
+# What is held out
+
+
+def write_corpus(folder, kind):
+    """400 documents, as text files or in two shards; returns their spec."""
+    folder.mkdir()
+    texts = [f"{kind} {number} " + f"{number} words " * 9 for number in range(400)]
+    shards = 400 if kind == "text" else 2
+    for shard in range(shards):
+        path, part = folder / f"{shard}.{kind}", texts[shard::shards]
+        if kind == "parquet":
+            parquet.write_table(pyarrow.table({"text": part}), path)
+        else:
+            lines = [json.dumps({"text": text}) + "\n" for text in part]
+            path.write_text("".join(part if kind == "text" else lines))
+    return f"{kind}:{folder}/*.{kind}"
+
+
+def texts_of(tokens, starts):
+    return [bytes(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
+
+
+def texts_of_an_epoch(batches):
+    """All documents that training reads."""
+    if isinstance(batches, data.Lanes):
+        return texts_of(batches.stream.tokens, batches.stream.starts)
+    texts, reader = [], streams.Reader(batches.plan)
+    for source in range(len(batches.plan.sources)):
+        for line in range(len(streams.lines_of_rank(batches.plan, source, 0))):
+            begin = 0, data.START
+            while begin:
+                block = reader.block(source, 0, line, begin)
+                texts += texts_of(block.tokens, block.starts)
+                begin = block.next
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("kinds", "limit"),
+    [
+        ("text", data.MEMORY_LIMIT),
+        ("text", 1000),
+        ("2:text", data.MEMORY_LIMIT),
+        ("json", data.MEMORY_LIMIT),
+        ("parquet", data.MEMORY_LIMIT),
+        ("text 3:json parquet", data.MEMORY_LIMIT),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "large" if value == 1000 else "",
+)
+def test_evaluation_reads_what_the_run_held_out_and_nothing_it_trains_on(
+    tmp_path, monkeypatch, kinds, limit
+):
+    specs = []
+    for kind in kinds.split():
+        weight, colon, name = kind.rpartition(":")
+        specs.append(weight + colon + write_corpus(tmp_path / name, name))
+    build, built = data.build, []
+    monkeypatch.setattr(data, "build", lambda *args: built.append(build(*args)) or built[-1])
+    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    flags = [*TINY, "--steps", 1, "--run-dir", tmp_path / "run"]
+    assert run_in_process(monkeypatch, *flags, *(f"--data={spec}" for spec in specs)) == 0
+    trained = set(texts_of_an_epoch(built[0].train))
+    held_out = texts_of(built[0].valid.tokens, built[0].valid.starts)
+    assert len(trained) > 370
+    assert len(held_out) > 4
+    assert trained.isdisjoint(held_out)
+
+    def read(*data, model=tmp_path / "run"):
+        return [text for _, text in evaluate.read_text(EvaluateConfig(str(model), data, True))]
+
+    assert read() == read(*specs) == held_out
+    assert read(*specs, model="exported") == held_out
+    assert [text for spec in specs for text in read(spec)] == held_out
+    assert read(*(spec.replace(str(tmp_path), f"{tmp_path}/.") for spec in specs)) == held_out
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 10**9)  # the run knows what it did
+    assert read() == held_out
+    if kinds == "text" and limit > 1000:
+        with pytest.raises(UserError, match=r"was trained on .*\.text, of --data text:.*1\*"):
+            read(f"text:{tmp_path}/text/1*")
+        (number,) = re.findall(rb"text (\d+) ", held_out[0])
+        (tmp_path / f"text/{int(number)}.text").write_text("other text")
+        with pytest.raises(UserError, match=r"the text that it held out of --data text:.* changed"):
+            read()
+
+
+def test_evaluation_of_a_run_with_validation_text_of_its_own(tmp_path, monkeypatch):
+    data, valid = (write_corpus(tmp_path / name, "json") for name in ("data", "valid"))
+    flags = [*TINY, "--steps", 1, "--run-dir", tmp_path / "run", "--valid-bytes", 1000]
+    assert run_in_process(monkeypatch, *flags, "--data", data, "--valid", valid) == 0
+
+    def read(*data, held_out=True):
+        return evaluate.read_text(EvaluateConfig(str(tmp_path / "run"), data, held_out))
+
+    whole = read(valid, held_out=False)
+    assert read() == read(data) == whole[: len(read())]
+    assert 1000 <= sum(len(text) for _, text in read()) < 1200
+    with pytest.raises(UserError, match=r"was trained on .*/0\.json, .*without --data it is"):
+        read(data.replace("*", "0"))
+    other = read(write_corpus(tmp_path / "other", "text"))  # it was not trained on that
+    assert 0 < len(other) < 40
+
+
+def test_a_file_whose_name_is_no_utf8_is_trained_on_and_evaluated(tmp_path, monkeypatch, capsys):
+    file = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    Path(file).write_text("some words to learn from\n" * 100)
+    flags = [*TINY, "--steps", 1, "--run-dir", tmp_path / "run", "--data", f"text:{file}"]
+    assert run_in_process(monkeypatch, *flags) == 0
+    monkeypatch.setattr(
+        sys, "argv", ["train/evaluate.py", str(tmp_path / "run"), "--contexts", "9"]
+    )
+    evaluate.main()
+    out = capsys.readouterr().out
+    assert out.count(r"\udcff.txt") >= 2
 
 
 # Other ways to run

@@ -730,6 +730,7 @@ def test_a_run_that_began_with_copies_goes_on_with_them_where_its_folder_is(tmp_
     (run_dir / "config.json").write_text(json.dumps(settings))
     assert data.build(config, run_dir).facts["train"] == known["train"]
     assert data.build(config, tmp_path / "new").facts["train"]["documents"] == 38
+    assert data.held_out_text(config.data, run_dir) == earlier.held_out
 
 
 def test_validation_shards_are_not_trained_on(tmp_path):

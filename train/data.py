@@ -13,7 +13,7 @@ first token of a document is predicted from BOS alone, and after the last token 
 next BOS is predicted: the model also learns where documents end. Bits per byte counts the targets
 that are no BOS, and divides by bytes: each byte of each validation document exactly once.
 
-The held-out part, where `--valid` is empty (`split` decides). In
+The held-out part, where `--valid` is empty (`split` decides, for a run and for evaluate.py). In
 memory, by file: the files are ordered by the SHA-256 of "kru_triton:0:NAME" (NAME: the path below
 the common folder), and each one that still fits into 5% of the bytes is held out. Where that yields
 less than 1% (one file, or a few large ones), the last tenth of each file is held out instead, from
@@ -55,6 +55,7 @@ from kru_triton.train.sources import (
     common_folder,
     compression_of,
     describe_error,
+    find_paths,
     find_source,
     is_url,
     matching_files,
@@ -309,6 +310,52 @@ def has_copies(*specs: str) -> bool:
     """Whether links lead to a file once more: runs have begun that read such files as often."""
     texts = filter(is_local_text, specs)
     return any(len(matching_files(spec, False)) > len(matching_files(spec)) for spec in texts)
+
+
+def run_data(run_dir: Path | None) -> tuple[str, ...]:
+    """`--data` of a run; its default where there is none."""
+    began = read_record(run_dir / "config.json") if run_dir else {}
+    return tuple(began.get("data", Config.data))
+
+
+def held_out_text(specs: tuple[str, ...], run_dir: Path | None = None) -> list[Document]:
+    """The validation text of training on `specs` without `--valid`.
+
+    Where the run in `run_dir` was trained on files of them, it is what that run has held out.
+    """
+    if run_dir is None:
+        return split(specs, "", Config.valid_bytes).held_out
+    began, saved = read_record(run_dir / "config.json"), read_record(run_dir / "data.json")
+    data, valid = run_data(run_dir), began.get("valid", Config.valid)
+    valid_bytes = began.get("valid_bytes", Config.valid_bytes)
+    if specs == data:
+        if "held_out" in saved:
+            return [(name, text.encode()) for name, text in saved["held_out"]]
+        documents = split(data, valid, valid_bytes, saved, began).held_out
+        if began.get("valid_sha256") not in (None, facts(documents)["sha256"]):
+            raise UserError(
+                f"{run_dir}: the text that it held out of --data {' '.join(data)} has changed; "
+                "give other text with --data"
+            )
+        return documents
+    files = {shard.identity for spec in specs for shard in find_source(spec).shards}
+    if "sources" in saved:
+        sources = map(Source.of_json, saved["sources"])
+        trained = {shard.identity for source in sources for shard in source.shards}
+    else:
+        paths = [stdlib_files() if s == "stdlib" else find_paths(s.partition(":")[2]) for s in data]
+        trained = {os.path.realpath(path) for path in itertools.chain(*paths)}
+    if trained.isdisjoint(files):
+        return split(specs, "", Config.valid_bytes).held_out
+    if "sources" in saved and valid in ("", *data):
+        share = valid_bytes // len(saved["sources"])
+        return [d for spec in specs for d in held_out_documents([find_source(spec)], share)]
+    if trained == files and valid in ("", *data):
+        return held_out_text(data, run_dir)
+    raise UserError(
+        f"{run_dir} was trained on {min(trained & files)}, of --data {' '.join(specs)}: without "
+        "--data it is evaluated on what it held out"
+    )
 
 
 # Documents in memory

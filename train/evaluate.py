@@ -39,10 +39,12 @@ from kru_triton.train.sample import load_model, pick_dtype
 class EvaluateConfig:
     model: tyro.conf.Positional[str]
     """The run directory of train/lm.py, a folder of train/export.py, or hub:org/name."""
-    data: str = "stdlib"
-    """Text, spelled like --data of train/lm.py. stdlib: the part that training holds out."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text, spelled like --data of train/lm.py. Nothing: the validation text of the run; of an
+    exported model stdlib. Of stdlib always the part that training holds out."""
     held_out: bool = False
-    """Only the part of --data that training holds out where it is given no --valid."""
+    """Only the part of --data that the run held out; of text that it was not trained on, what
+    training on it holds out where it is given no --valid."""
     max_bytes: int = 0
     """Only the first bytes of the text. 0: all of it."""
     contexts: tuple[int, ...] = (1_000, 10_000, 100_000)
@@ -58,14 +60,27 @@ class EvaluateConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Which implementation of the recurrence runs."""
 
+    def __post_init__(self):
+        if isinstance(self.data, str):
+            self.data = (self.data,)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run that `model` is of, where it is not exported."""
+        return Path(self.model) if Path(self.model, "checkpoints").exists() else None
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return self.data or data.run_data(self.run_dir)
+
 
 def read_text(config: EvaluateConfig) -> list[data.Document]:
     """The documents to predict."""
     limit = config.max_bytes or 1 << 62
-    if config.held_out or config.data == "stdlib":
-        documents = data.hold_out(data.read_documents(config.data))[1]
+    if config.held_out or config.data in ((), ("stdlib",)):
+        documents = data.held_out_text(config.specs, config.run_dir)
     else:
-        documents = data.read_documents(config.data, limit)
+        documents = [d for spec in config.specs for d in data.read_documents(spec, limit)]
     kept, total = [], 0
     for name, text in documents:
         if total + len(text) > limit:  # up to the last whole character
@@ -74,7 +89,7 @@ def read_text(config: EvaluateConfig) -> list[data.Document]:
         total += len(text)
     kept = [(name, text) for name, text in kept if text]
     if not kept:
-        raise UserError(f"--data {config.data}: no text to predict")
+        raise UserError(f"--data {' '.join(config.specs)}: no text to predict")
     return kept
 
 
@@ -141,7 +156,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     return {
         "model": str(folder),
         "parameters": model.num_parameters,
-        "data": {"spec": config.data, **data.facts(documents)},
+        "data": {"spec": " ".join(config.specs), **data.facts(documents)},
         "tokens": count,
         "results": results,
         "settings": asdict(config) | {"dtype": dtype},
@@ -178,6 +193,7 @@ def table(report: dict) -> str:
 def main() -> None:
     description, _, examples = __doc__.partition("\n\n    python")
     config = tyro.cli(EvaluateConfig, description=description + "\n\n    python" + examples)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names may be no UTF-8
     try:
         report = evaluate(config)
         print(table(report))

@@ -608,7 +608,7 @@ def last_good(writer: checkpoints.Writer) -> str:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # names may be no UTF-8
     try:
         config = parse(description=__doc__)
         processes = join(config.device)
