@@ -66,7 +66,8 @@ class KRUConfig(PreTrainedConfig):
             `transformers.PreTrainedConfig`.
 
     Raises:
-        ValueError: an unknown name, with the nearest known one, or an id outside the vocabulary.
+        ValueError: an unknown name, with the nearest known one, or an id outside the vocabulary. In
+            a configuration that was saved they are kept.
         TypeError: a value of the wrong type.
 
     Example:
@@ -93,7 +94,8 @@ class KRUConfig(PreTrainedConfig):
         **kwargs,
     ):
         for name in kwargs:
-            if name not in SIZES and name not in OF_TRANSFORMERS:
+            # what was saved has a model_type, and perhaps names that other tools have added
+            if "model_type" not in kwargs and name not in SIZES and name not in OF_TRANSFORMERS:
                 near = difflib.get_close_matches(name, [*SIZES, *OF_TRANSFORMERS], 1)
                 raise ValueError(
                     f"{name}: KRUConfig has no such setting"
@@ -125,7 +127,7 @@ class KRUConfig(PreTrainedConfig):
                 f"model_type: this is the configuration of a {found!r} model, not of a "
                 f"{cls.model_type!r} one; load it with transformers.AutoModelForCausalLM"
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict({**config_dict, "model_type": found}, **kwargs)
 
     def language_model_config(self) -> LanguageModelConfig:
         """The configuration of the `LanguageModel` inside, types checked."""

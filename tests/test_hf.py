@@ -1003,6 +1003,28 @@ def test_settings_survive_the_folder_and_can_be_overridden(tmp_path):
     assert KRUConfig.from_pretrained(tmp_path, backend="torch").backend == "torch"
 
 
+def test_a_configuration_keeps_what_tools_have_added(tmp_path):
+    config = config_of(factors=[2, 3])
+    config.update({"pretraining_tp": 1, "of_a_tool": {"a": [1, None]}, "_hidden": "x"})
+    config.save_pretrained(tmp_path)
+    loaded = KRUConfig.from_pretrained(tmp_path)
+    assert loaded.of_a_tool == {"a": [1, None]}
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert transformers.AutoConfig.from_pretrained(tmp_path).pretraining_tp == 1
+    assert KRUConfig.from_pretrained(tmp_path, of_a_tool=5).of_a_tool == 5
+    copies = [KRUConfig(**config.to_dict()), KRUConfig.from_json_file(tmp_path / "config.json")]
+    for each in (*copies, KRUConfig.from_dict(config.to_dict()), copy.deepcopy(config)):
+        assert (each._hidden, each.of_a_tool, each.factors) == ("x", {"a": [1, None]}, (2, 3))
+    assert KRUConfig.from_dict({"of_a_tool": 3}).of_a_tool == 3  # written by hand
+    assert KRUConfig.from_dict({"num_hidden_layers": 3}).num_layers == 3
+    assert type(KRUForCausalLM(loaded)) is KRUForCausalLM
+    for typed in (KRUConfig, lambda **kwargs: transformers.AutoConfig.for_model("kru", **kwargs)):
+        with pytest.raises(ValueError, match=r"hiden_size: .* did you mean hidden_size"):
+            typed(hiden_size=3)
+    with pytest.raises(TypeError, match="hidden_size"):
+        KRUConfig.from_dict({**config.to_dict(), "hidden_size": "big"})
+
+
 @pytest.mark.parametrize("kind", ["kru", "krulstm"])
 def test_weights_that_a_folder_lacks_are_drawn_as_a_new_models(kind):
     config = config_of(model=kind, d_model=32, hidden_size=64, radius=0.5, vocab_size=99)
