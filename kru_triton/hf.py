@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForPreTraining,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,6 +36,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
+from transformers.models.auto import modeling_auto
 
 from kru_triton.language_model import LanguageModel, LanguageModelConfig, _Block
 from kru_triton.modules import KRU
@@ -117,6 +119,11 @@ class KRUConfig(PreTrainedConfig):
         type_validator("use_cache", use_cache, bool)
         self.tie_word_embeddings, self.use_cache = tie_word_embeddings, use_cache
         super().__init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What tells tools that a state goes along a sequence, which they must not cut up then."""
+        return ["linear_attention"] * self.num_layers
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -683,3 +690,8 @@ Architecture: Jose, Cissé and Fleuret, *Kronecker Recurrent Units*, ICML 2018. 
 AutoConfig.register(KRUConfig.model_type, KRUConfig)
 AutoModel.register(KRUConfig, KRUModel)
 AutoModelForCausalLM.register(KRUConfig, KRUForCausalLM)
+AutoModelForPreTraining.register(KRUConfig, KRUForCausalLM)
+# by these names Trainer's label smoothing, model cards and lm-evaluation-harness know what a model
+# predicts; `register` leaves them out
+modeling_auto.MODEL_MAPPING_NAMES[KRUConfig.model_type] = KRUModel.__name__
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[KRUConfig.model_type] = KRUForCausalLM.__name__

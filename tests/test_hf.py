@@ -241,6 +241,17 @@ def test_exported_with_a_mask(model):
     assert (found - expected).abs().max() < 1e-5
 
 
+def test_tables_that_tools_read_name_the_models(folder):
+    names = transformers.models.auto.modeling_auto
+    assert names.MODEL_MAPPING_NAMES["kru"] == "KRUModel"
+    assert names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["kru"] == "KRUForCausalLM"
+    loaded = transformers.AutoModelForPreTraining.from_pretrained(folder)
+    assert type(loaded) is KRUForCausalLM
+    # a state goes along a sequence: none of it on another device, no paged keys and values
+    assert loaded.config.layer_types == ["linear_attention"] * 2
+    assert "layer_types" not in loaded.config.to_dict()
+
+
 # Hidden states, and embeddings in place of tokens
 
 
@@ -375,6 +386,21 @@ def test_labels_give_the_loss_of_the_next_token(model):
     assert torch.equal(model(tokens, shift_labels=shifted).loss, output.loss)
     ahead = model(tokens, labels=labels, shift_labels=labels).loss
     assert abs(ahead.item() - output.loss.item()) > 1e-3
+
+
+def test_smoothed_labels_are_the_next_tokens(tmp_path):
+    pytest.importorskip("accelerate")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    model, tokens, labels = make(), tokens_of(), tokens_of()
+    labels[1, 4] = -100
+    trainer = transformers.Trainer(model, arguments)
+    loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": labels})
+    log_p = model(tokens).logits[:, :-1].log_softmax(-1)
+    likely = log_p.gather(2, tokens[:, 1:, None])[..., 0]
+    smoothed = -(0.9 * likely + 0.1 * log_p.mean(-1))
+    assert loss.item() == pytest.approx(smoothed[labels[:, 1:] != -100].mean().item(), rel=1e-5)
 
 
 def test_no_cache_in_training_and_none_where_it_is_not_asked_for(model):

@@ -27,15 +27,10 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.pipelines import test_pipelines_feature_extraction, test_pipelines_text_generation
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
-from transformers.models.auto import modeling_auto
 
 from kru_triton.hf import CACHE, KRUConfig, KRUForCausalLM, KRUModel
 from kru_triton.train.export import pretrained_tokenizer
 from kru_triton.train.tokenizer import ByteTokenizer
-
-# The suite looks up by name in these tables which class is a base model and which takes labels.
-modeling_auto.MODEL_MAPPING_NAMES["kru"] = "KRUModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["kru"] = "KRUForCausalLM"
 
 
 class KRUTester:
