@@ -334,6 +334,7 @@ class KRUModel(KRUPreTrainedModel):
         cache: KRUCache | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Read tokens.
 
@@ -349,6 +350,7 @@ class KRUModel(KRUPreTrainedModel):
                 starts are seen in them.
             output_hidden_states: return what the first block reads and what each block returns, the
                 last one after the final norm. None: `config.output_hidden_states`.
+            output_attentions: not True, here or in the configuration: there are none.
 
         Returns:
             `last_hidden_state (B, T, D)`, the cache, under the name transformers gives it, and
@@ -356,6 +358,11 @@ class KRUModel(KRUPreTrainedModel):
         """
         if past_key_values is not None and cache is not None:
             raise ValueError("past_key_values and cache are two names of one argument; give one")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions: must not be True; there are no attention weights to return, a "
+                "state stands in their place"
+            )
         cache = past_key_values if cache is None else cache
         self._check_input(input_ids, inputs_embeds, cache)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -583,6 +590,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits, and the loss where `labels` are given.
@@ -593,7 +601,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last positions get logits (0: all), or their indices.
             num_items_in_batch: what the sum of losses is divided by; None: the number of targets.
             kwargs: `shift_labels (B, T)`, the token after each one, in place of `labels`. (Trainer
-                takes an argument of that name for one that each batch has.)
+                takes an argument of that name for one that each batch has.) Any other must be None.
             The other arguments are those of `KRUModel.forward`.
 
         Returns:
@@ -601,8 +609,9 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             `hidden_states`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        if kwargs:
-            raise TypeError(f"{', '.join(kwargs)}: no argument of KRUForCausalLM.forward")
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
+            raise TypeError(f"{', '.join(unknown)}: no argument of KRUForCausalLM.forward")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if shift_labels is not None:
             _check_labels("shift_labels", shift_labels, tokens, None)
@@ -620,6 +629,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])

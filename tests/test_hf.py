@@ -252,6 +252,24 @@ def test_tables_that_tools_read_name_the_models(folder):
     assert "layer_types" not in loaded.config.to_dict()
 
 
+def test_arguments_that_every_model_is_given(model, monkeypatch):
+    tokens = tokens_of()
+    for each in (model, model.model):
+        expected = each(tokens)[0]
+        for value in (None, False):
+            kwargs = dict(output_attentions=value, output_hidden_states=value, return_dict=value)
+            assert torch.equal(each(tokens, **kwargs)[0], expected)
+        with pytest.raises(ValueError, match="output_attentions: must not be True; there are no"):
+            each(tokens, output_attentions=True)
+    assert torch.equal(model(tokens, head_mask=None).logits, model(tokens).logits)
+    with pytest.raises(ValueError, match="output_attentions: must not be True"):
+        model.generate(tokens, max_new_tokens=2, output_attentions=True)
+    monkeypatch.setattr(model.config, "_output_attentions", True)
+    with pytest.raises(ValueError, match="output_attentions: must not be True"):
+        model(tokens)
+    assert model(tokens, output_attentions=False).logits.shape == (2, 7, VOCAB)
+
+
 # Hidden states, and embeddings in place of tokens
 
 
