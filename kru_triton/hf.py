@@ -356,7 +356,7 @@ class KRUModel(KRUPreTrainedModel):
             `last_hidden_state (B, T, D)`, the cache, under the name transformers gives it, and
             `hidden_states`, `num_layers + 1` of `(B, T, D)`.
         """
-        if past_key_values is not None and cache is not None:
+        if past_key_values is not None and cache is not None and cache is not past_key_values:
             raise ValueError("past_key_values and cache are two names of one argument; give one")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
@@ -558,9 +558,16 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         return torch.ones_like(mask) if pad is not None and pad == bos else mask
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        inputs_embeds=None,
+        tokenizer=None,
+        assistant_tokenizer=None,
+        **kwargs,
     ):
-        """As `GenerationMixin.prepare_inputs_for_generation`; nothing new to read is an error."""
+        """As `GenerationMixin.prepare_inputs_for_generation`; nothing new to read is an error, and
+        tokenizers, which `generate` itself has used, go no further."""
         if next_sequence_length is not None and next_sequence_length < 1:
             name, count = "input_ids", input_ids.shape[1]
             if inputs_embeds is not None:
@@ -570,12 +577,18 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
                 f"{count - next_sequence_length}; pass the whole text, what the cache has read and "
                 "what is new"
             )
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        if inputs.get("use_cache", False) is None:
+            inputs["use_cache"] = False  # to `generate`, though not to `forward`
+        cache = inputs.get(CACHE)
+        if isinstance(cache, KRUCache) and cache.seen:
+            inputs["past_key_values"] = cache  # the name PEFT knows, or it puts its prompt again
+        return inputs
 
     def forward(
         self,

@@ -29,6 +29,8 @@ from kru_triton import KRU, KRULSTM, hf  # noqa: E402
 from kru_triton.decoding import LSTMStep, Step  # noqa: E402
 from kru_triton.hf import CACHE, KRUCache, KRUConfig, KRUForCausalLM, KRUModel  # noqa: E402
 from kru_triton.language_model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
+from kru_triton.train.export import pretrained_tokenizer  # noqa: E402
+from kru_triton.train.tokenizer import ByteTokenizer  # noqa: E402
 from kru_triton.unitarity import unitarity_penalty  # noqa: E402
 
 VOCAB, BOS = 31, 30
@@ -775,6 +777,45 @@ def test_tokens_stream_as_they_are_written(model):
     assert streamer.ended
     assert [len(piece) for piece in streamer.pieces] == [7] + [1] * 6
     assert [token for piece in streamer.pieces for token in piece] == written[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A model that writes ASCII bytes, and its tokenizer."""
+    model = make(vocab_size=257, bos_token_id=256)
+    model.generation_config.suppress_tokens = list(range(128, 257))
+    return model, pretrained_tokenizer(ByteTokenizer())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_text_ends_with_a_stop_string(writer, beams):
+    model, tokenizer = writer
+    prompt = tokenizer("for", return_tensors="pt")
+
+    def written(**kwargs):
+        output = model.generate(**prompt, max_new_tokens=20, num_beams=beams, **kwargs)
+        return tokenizer.decode(output[0], skip_special_tokens=True)
+
+    text = written()
+    assert len(text) == 23
+    stop = text[10:12]
+    stopped = written(stop_strings=[stop], tokenizer=tokenizer)
+    assert len(stopped) < 23
+    assert stopped.index(stop, 3) == len(stopped) - 2
+    if beams == 1:
+        assert text.startswith(stopped)
+        assert written(token_healing=True, tokenizer=tokenizer) == text  # a byte has no longer form
+        pipe = transformers.pipeline("text-generation", model, tokenizer=tokenizer)
+        options = {"stop_strings": [stop], "tokenizer": tokenizer, "do_sample": False}
+        assert pipe("for", max_new_tokens=20, **options)[0]["generated_text"] == stopped
+
+
+def test_no_cache_where_use_cache_is_none(model):
+    options = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True, **FREE}
+    outputs = [model.generate(tokens_of(), use_cache=x, **options) for x in (True, None)]
+    expected, logits = (torch.stack(output.logits) for output in outputs)
+    assert (logits - expected).abs().max() < 1e-5
+    assert CACHE not in outputs[1]
 
 
 def test_assisted_generation_is_refused(model):
