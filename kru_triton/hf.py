@@ -341,8 +341,9 @@ class KRUModel(KRUPreTrainedModel):
         Args:
             input_ids: `(B, T)` int64.
             attention_mask: 1 for tokens, 0 for padding; `(B, T)`, or `(B, seen + T)` with what the
-                cache has read. Padding may stand on the left, or on the right where no cache is
-                asked for. Compiled or exported, a model takes it to be on the left, unchecked.
+                cache has read. Padding may stand in front of a row's tokens or between those that
+                it begins with, as behind a tuned prompt, and on the right where no cache is asked
+                for. Compiled or exported, a model takes it to be on the left, unchecked.
             past_key_values, cache: two names of the state to go on from; it is brought up to date.
             use_cache: return the state. None: `config.use_cache`, but not in training, and not with
                 padding on the right, which would be part of it.
@@ -369,9 +370,9 @@ class KRUModel(KRUPreTrainedModel):
         batch, time = tokens.shape[:2]
         if attention_mask is None and cache is not None and cache.started is not None:
             attention_mask = tokens.new_ones(batch, time)  # rows may begin here
-        start, padded_right = None, False
+        start, padded_right, order = None, False, None
         if attention_mask is not None:
-            start, padded_right, started = _read_mask(attention_mask, batch, time, cache)
+            start, padded_right, started, order = _read_mask(attention_mask, batch, time, cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not padded_right
         if padded_right and (use_cache or cache is not None):
@@ -379,6 +380,9 @@ class KRUModel(KRUPreTrainedModel):
                 "attention_mask: has padding on the right, which would become part of the state; "
                 "pad on the left (tokenizer.padding_side = 'left'), or pass use_cache=False"
             )
+        if order is not None:
+            tokens = _ordered(tokens, order)
+            input_ids = None if input_ids is None else tokens
         reset = self._resets(input_ids, start)
         state = None if cache is None else cache.state
         if output_hidden_states is None:
@@ -394,6 +398,8 @@ class KRUModel(KRUPreTrainedModel):
             x, state = self.network.hidden(tokens[:, piece], state, cut, layers)
             outputs.append([*layers[:-1], x] if layers else [x])
         layers = outputs[0] if len(outputs) == 1 else [torch.cat(x, 1) for x in zip(*outputs)]
+        if order is not None:
+            layers = [_ordered(x, order.argsort(1)) for x in layers]
         x = layers.pop().contiguous()  # not time-first any more
 
         if use_cache or cache is not None:
@@ -463,9 +469,10 @@ class KRUModel(KRUPreTrainedModel):
 
 def _read_mask(
     mask: Tensor, batch: int, time: int, cache: KRUCache | None
-) -> tuple[Tensor, bool, Tensor]:
+) -> tuple[Tensor, bool, Tensor, Tensor | None]:
     """What an attention mask says of these tokens: `start (B, T)`, True at the first token of a
-    row; whether a row ends in padding; and `started (B,)`, whether a row has seen a token.
+    row; whether a row ends in padding; `started (B,)`, whether a row has seen a token; and the
+    `order (B, T)` that puts all padding first, for which `start` is, if there is some in between.
 
     Compiled, a mask is trusted: its values are not looked at, and no row ends in padding."""
     seen = 0 if cache is None else cache.seen
@@ -484,20 +491,29 @@ def _read_mask(
     previous = torch.cat((started[:, None], mask[:, :-1]), 1)
     start = mask & ~before
     if torch.compiler.is_compiling():
-        return start, False, real[:, -1]
+        return start, False, real[:, -1], None
     holes = (mask & before & ~previous).any(1)
-    if holes.any():
-        row = int(holes.nonzero()[0])
+    if (holes & started).any():
+        row = int((holes & started).nonzero()[0])
         raise ValueError(
-            f"attention_mask: row {row} has padding between its tokens; a recurrent state would "
-            "read it, so pad on the left only"
+            f"attention_mask: row {row} has padding between its tokens and those that the cache "
+            "has read; a recurrent state would read it, so pad on the left only"
         )
+    padded_right, order = bool((real[:, -1] & ~mask[:, -1]).any()), None
+    if holes.any():
+        order = mask.byte().argsort(dim=1, stable=True)
+        start = _read_mask(_ordered(mask, order), batch, time, cache)[0]
     if cache is None and not real[:, -1].all():
         row = int((~real[:, -1]).nonzero()[0])
         raise ValueError(
             f"attention_mask: row {row} is padding alone; an empty prompt starts with the BOS token"
         )
-    return start, bool((real[:, -1] & ~mask[:, -1]).any()), real[:, -1]
+    return start, padded_right, real[:, -1], order
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """What `x (B, T, ...)` has at the places `order (B, T)` of each row."""
+    return x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
 def _wants_dict(return_dict: bool | None, config: KRUConfig) -> bool:
