@@ -64,8 +64,8 @@ class KRUConfig(PreTrainedConfig):
         tie_word_embeddings: the head's weight is the embedding's.
         use_cache: return the state, outside of training.
         kwargs: the fields of `LanguageModelConfig` (`hidden_size` is the number of recurrent units
-            per layer; the width of the residual stream is `d_model`) and those of
-            `transformers.PreTrainedConfig`.
+            per layer; the width of the residual stream and of embeddings is `d_model`, which PEFT
+            wants as the `token_dim` of tuned prompts) and those of `transformers.PreTrainedConfig`.
 
     Raises:
         ValueError: an unknown name, with the nearest known one, or an id outside the vocabulary. In
@@ -438,7 +438,10 @@ class KRUModel(KRUPreTrainedModel):
                 f"{name}: is empty (shape {tuple(tokens.shape)}); {hint}, the start of a document"
             )
         if cache is not None and not isinstance(cache, KRUCache):
-            raise TypeError(f"past_key_values: must be a KRUCache, got {type(cache).__name__}")
+            raise TypeError(
+                f"past_key_values: must be a KRUCache, got {type(cache).__name__}; a state has no "
+                "keys and values, so in place of prefix tuning use prompt tuning"
+            )
         if cache is not None and cache.state is not None:
             rows = cache.state[0].shape[0]
             if rows != tokens.shape[0]:
@@ -449,7 +452,7 @@ class KRUModel(KRUPreTrainedModel):
         on_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and input_ids is not None:
             least, most = (int(x) for x in torch.aminmax(input_ids))
-            size = self.network.embedding.num_embeddings
+            size = self.network.config.vocab_size
             if least < 0 or most >= size:
                 raise ValueError(
                     f"input_ids: token {most if most >= size else least} is not in the vocabulary "
