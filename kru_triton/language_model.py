@@ -250,21 +250,34 @@ class LanguageModel(nn.Module):
         return unitarity_penalty(self)
 
     def parameter_groups(self, lr: float, recurrent_lr: float, weight_decay: float) -> list[dict]:
-        """Groups for AdamW: Kronecker factors at their own rate, and decay on matrices only."""
-        groups = {name: [] for name in ("factors", "matrices", "vectors")}
+        """Groups for optimizers: Kronecker factors at their own rate, decay on what is 2-D.
+
+        `embeddings` have a row or a column for each token: embedding and head, and in a plain frame
+        the input weights. The `matrices` between them are what Muon is for. They are taken as they
+        stand: the gates of nn.LSTM, query, key and value, or the real and imaginary parts of a
+        KRU's input weights, one above the other, are one matrix.
+        """
+        groups = {name: [] for name in ("factors", "embeddings", "matrices", "vectors")}
         for name, p in self.named_parameters():
             kind = "factors" if ".factor" in name else "matrices" if p.dim() > 1 else "vectors"
+            if kind == "matrices" and self._is_embedding(name):
+                kind = "embeddings"
             groups[kind].append(p)
         return [
             {
                 "name": name,
                 "params": params,
                 "lr": recurrent_lr if name == "factors" else lr,
-                "weight_decay": weight_decay if name == "matrices" else 0.0,
+                "weight_decay": weight_decay if name in ("embeddings", "matrices") else 0.0,
             }
             for name, params in groups.items()
             if params
         ]
+
+    def _is_embedding(self, name: str) -> bool:
+        """Whether the matrix of this name has a row or a column for each token."""
+        ends = ("weight_ih_l0", "projection.weight") if self.config.frame == "plain" else ()
+        return name == "embedding.weight" or name.endswith(ends)
 
     def backend_report(self) -> str:
         """One line: what runs the time loop on the model's device, and why."""

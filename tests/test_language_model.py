@@ -163,6 +163,7 @@ def test_parameter_groups(model):
     assert {id(p) for p in grouped} == {id(p) for p in lm.parameters()}
     for group in groups:
         names = [n for n, p in lm.named_parameters() if any(p is q for q in group["params"])]
+        assert (group["name"] == "embeddings") == (names == ["embedding.weight"])
         if group["weight_decay"]:
             assert group["weight_decay"] == 0.1
             assert all(p.dim() == 2 for p in group["params"])
@@ -175,6 +176,21 @@ def test_parameter_groups(model):
     assert any(g["weight_decay"] for g in groups)
     assert (model in ("kru", "krulstm")) == any(g["lr"] == 1e-4 for g in groups)
     torch.optim.AdamW(groups)
+
+
+def test_matrices_of_a_plain_frame_are_those_between_the_tokens():
+    for model, matrices in {"kru": [], "lstm": ["blocks.0.mixer.rnn.weight_hh_l0"]}.items():
+        lm = make(model, frame="plain", num_layers=1)
+        groups = {g["name"]: g["params"] for g in lm.parameter_groups(1e-3, 1e-4, 0.1)}
+        found = [n for n, p in lm.named_parameters() if any(p is q for q in groups["embeddings"])]
+        assert [n.rpartition(".mixer.")[2] for n in found] == [
+            f"{'kru' if model == 'kru' else 'rnn'}.weight_ih_l0",
+            "projection.weight",
+        ]
+        found = [
+            n for n, p in lm.named_parameters() if any(p is q for q in groups.get("matrices", []))
+        ]
+        assert found == matrices
 
 
 @every_model

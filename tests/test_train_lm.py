@@ -167,9 +167,9 @@ def test_help_is_quick_and_has_every_flag():
     out, _ = run("lm.py", "--help")
     assert time.perf_counter() - began < 10  # about 2 s; loose for a busy machine
     flags = (
-        "data valid tokenizer model preset match-params steps minutes batch-size segment-length lr "
-        "unitarity-weight seed run-dir resume checkpoint-every eval-every log-every keep wandb "
-        "backend precision device compile"
+        "data valid tokenizer model preset match-params steps minutes batch-size segment-length "
+        "optimizer lr unitarity-weight seed run-dir resume checkpoint-every "
+        "eval-every log-every keep wandb backend precision device compile"
     )
     missing = [flag for flag in flags.split() if not re.search(rf"--{flag}[ ,]", out)]
     assert missing == []
@@ -192,9 +192,28 @@ def same_end(run_dir, finished):
     """Every number, and every byte of the last checkpoint's tensors, as without a stop."""
     whole, _ = finished
     assert metrics(run_dir) == metrics(whole)
-    for name in ("model", "optimizer", "rank-0"):
-        files = [d / "checkpoints" / "step-420" / f"{name}.safetensors" for d in (run_dir, whole)]
-        assert files[0].read_bytes() == files[1].read_bytes()
+    assert last_tensors(run_dir, 420) == last_tensors(whole, 420)
+
+
+def last_tensors(run_dir, step):
+    """The bytes of a checkpoint's tensors, by file."""
+    files = checkpoints.folder(run_dir, step).glob("*.safetensors")
+    found = {path.name: path.read_bytes() for path in files}
+    assert set(found) == {"model.safetensors", "optimizer.safetensors", "rank-0.safetensors"}
+    return found
+
+
+def stop_in_training(monkeypatch, *calls):
+    """SIGTERM in these calls of the model, counted from 1, among those that train."""
+    real, seen = LanguageModel.forward, []
+
+    def interrupted(self, *arguments):
+        seen.extend([1] * self.training)
+        if self.training and len(seen) in calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LanguageModel, "forward", interrupted)
 
 
 def test_after_sigkill_the_run_goes_on_bit_for_bit(tmp_path, long_flags, finished):
@@ -227,15 +246,7 @@ def test_a_signal_checkpoints_and_exits_0(tmp_path, long_flags, finished, number
 def test_resuming_on_stdlib_data_changes_no_digit(tmp_path, corpus, monkeypatch):
     flags = [*TINY, "--data", "stdlib", *corpus[2:], "--steps", 12, "--log-every", 1]
     assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "whole") == 0
-    real, steps = LanguageModel.forward, []
-
-    def interrupted(self, *arguments):
-        steps.extend([1] * self.training)
-        if self.training and len(steps) in (3, 8):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *arguments)
-
-    monkeypatch.setattr(LanguageModel, "forward", interrupted)
+    stop_in_training(monkeypatch, 3, 8)
     for end in (3, 8, 12):
         assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "parts") == 0
         assert checkpoints.list_steps(tmp_path / "parts")[-1] == end
@@ -464,6 +475,10 @@ def test_bad_arguments_and_data_end_with_code_2_and_a_message(
         ([*corpus, "--run-dir", tmp_path / "file" / "run"], "--run-dir"),
         ([*corpus, "--batch-size", "100000"], "too few for 100000 lanes"),
         ([*corpus, "--frozen-factors", "--model", "gru"], "kru and krulstm, not for gru"),
+        (
+            [*corpus, "--optimizer", "muon", "--frame", "plain"],
+            "--model kru --frame plain has no matrix between embedding and head; use adamw",
+        ),
         ([*corpus, "--test", "text:/no/such/test"], "no file matches 'text:/no/such/test'"),
         ([*corpus, "--grad-accumulation", "3"], "must divide --batch-size (4 lanes), got 3"),
     ]
@@ -608,9 +623,15 @@ def test_a_file_whose_name_is_no_utf8_is_trained_on_and_evaluated(tmp_path, monk
 # Other ways to run
 
 
-@pytest.mark.parametrize("model", ["krulstm", "lstm", "gru", "rnn", "transformer"])
-def test_baselines_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model):
-    flags = [*TINY, *corpus, "--model", model, "--eval-every", 6]
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        *((model, "adamw") for model in ("krulstm", "lstm", "gru", "rnn", "transformer")),
+        *((model, "muon") for model in ("kru", "lstm", "transformer")),
+    ],
+)
+def test_models_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model, optimizer):
+    flags = [*TINY, *corpus, "--model", model, "--optimizer", optimizer, "--eval-every", 6]
     for directory, legs in (("whole", [12]), ("parts", [5, 12])):
         for steps in legs:
             # Constant learning rate, so that the shorter first leg has the same schedule.
@@ -622,6 +643,35 @@ def test_baselines_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model):
     whole = losses["whole"]
     assert whole == losses["parts"]
     assert whole[-1] < whole[0]
+    assert last_tensors(tmp_path / "whole", 12) == last_tensors(tmp_path / "parts", 12)
+    found = checkpoints.load(checkpoints.folder(tmp_path / "whole", 12)).tensors["optimizer"]
+    owners = {name.rsplit(":", 1)[0] for name in found if name.endswith(":momentum_buffer")}
+    with_adam = {name.rsplit(":", 1)[0] for name in found if name.endswith(":exp_avg_sq")}
+    assert not owners & with_adam
+    assert bool(owners) == (optimizer == "muon")
+    assert {"embedding.weight", "norm.weight"} <= with_adam
+    assert ("blocks.0.mixer.projection.weight" in owners) == (optimizer == "muon")
+
+
+def test_what_learns_how_is_said_first(tmp_path, corpus, monkeypatch, capsys):
+    flags = [*TINY, *corpus, "--steps", 1, "--run-dir", tmp_path, "--recurrent-lr", 1e-3]
+    assert run_in_process(monkeypatch, *flags, "--optimizer", "muon", "--resume", "never") == 0
+    said = "64 in factors: AdamW at 0.001; 4,112 in embeddings: AdamW at 0.01, decay 0.1; "
+    head = capsys.readouterr().out.split("step 1 ")[0]
+    assert said in " ".join(head.split())
+    assert "in matrices: Muon at 0.01, decay 0.1" in " ".join(head.split())
+
+
+def test_a_run_of_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, capsys):
+    flags = [*TINY, *corpus, "--run-dir", tmp_path, "--lr-floor", 1]
+    assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["optimizer"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    muon = ["--optimizer", "muon"]
+    assert run_in_process(monkeypatch, *flags, *muon, "--steps", 5) == 2
+    assert "optimizer: 'adamw' there, 'muon' now" in capsys.readouterr().err
+    assert run_in_process(monkeypatch, *flags, "--steps", 5) == 0
 
 
 def test_frozen_factors_stay_as_they_were_drawn_and_the_rest_learns(tmp_path, corpus, monkeypatch):

@@ -140,7 +140,7 @@ def test_streams_refuse_another_number_of_processes(tmp_path, corpus):
 
 def test_three_processes_stop_and_go_on_bit_for_bit(tmp_path, flags):
     """Of more than two numbers, float sums depend on the order."""
-    settings = [*flags, "--batch-size", 2, "--dropout", 0.1]
+    settings = [*flags, "--batch-size", 2, "--dropout", 0.1, "--optimizer", "muon"]
     assert Leg(settings, tmp_path / "whole", 3).wait() == [0] * 3
     leg = Leg(settings, tmp_path / "parts", 3)
     leg.wait_for_step(7)

@@ -122,8 +122,12 @@ class Config:
     """Run the lanes of a process in this many slices, one after another: less memory."""
     segment_length: int = 128
     """Tokens per lane and step; gradients reach back this far, the hidden state is carried on."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices between embedding and head, AdamW for all else (embedding, head,
+    factors, biases, norms). Gates that are packed in one matrix are one matrix to Muon."""
     lr: float = 3e-3
-    """Peak learning rate of everything but the Kronecker factors."""
+    """Peak learning rate of everything but the Kronecker factors: Muon's updates have the size of
+    AdamW's at the same rate."""
     recurrent_lr: float = 1e-3
     """Peak learning rate of the Kronecker factors."""
     lr_floor: float = 0.05
@@ -131,7 +135,7 @@ class Config:
     warmup: int = 50
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
-    """AdamW's decay of the weight matrices (never of factors, biases, norms)."""
+    """Decay of the weight matrices (never of factors, biases, norms)."""
     clip: float = 1.0
     """Global gradient norm limit. 0: none."""
     unitarity_weight: float = 0.0
@@ -185,6 +189,8 @@ IDENTITY_FREE = {
     *("batch_size", "grad_accumulation", "processes"),  # the lanes of all processes must stay
     "test",
 }
+# What a run did before there was a flag for it: its config.json does not say.
+BEFORE = {"optimizer": "adamw"}
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Config:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kru_triton import KRU
@@ -103,7 +104,7 @@ def keep_freed_memory() -> None:
 # Checkpoint: everything into flat tensors and JSON, and back
 
 
-def pack(at: Position, model, optimizer, processes: Processes) -> tuple[dict, dict]:
+def pack(at: Position, model, optimizers, processes: Processes) -> tuple[dict, dict]:
     """Tensors and JSON documents by file, those of this process, for `checkpoints.Writer`."""
     own = {f"state.{index}": tensor for index, tensor in enumerate(at.state)}
     own["losses"] = torch.tensor(list(map(float, at.losses)), dtype=torch.float64)
@@ -115,7 +116,7 @@ def pack(at: Position, model, optimizer, processes: Processes) -> tuple[dict, di
     tensors, documents = {name: own}, {name: {"data": at.data}}
     if processes.rank == 0:
         tensors["model"] = model.state_dict()
-        tensors["optimizer"] = optimizer_tensors(model, optimizer)
+        tensors["optimizer"] = optimizer_tensors(model, optimizers)
         documents["trainer"] = {
             **{key: getattr(at, key) for key in ("step", "tokens", "seconds", "counts")},
             "norms": list(map(float, at.norms)),
@@ -126,7 +127,7 @@ def pack(at: Position, model, optimizer, processes: Processes) -> tuple[dict, di
     return tensors, documents
 
 
-def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Position:
+def unpack(path: Path, model, optimizers, batches, processes: Processes) -> Position:
     """Put a checkpoint back in place; the inverse of `pack`.
 
     The lanes of all processes together are those of the checkpoint, whatever its number of
@@ -138,7 +139,7 @@ def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Posit
     checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.tensors["model"])
-    load_optimizer(model, optimizer, checkpoint.tensors["optimizer"])
+    load_optimizers(model, optimizers, checkpoint.tensors["optimizer"])
 
     at = Position(**{key: trainer[key] for key in ("step", "tokens", "seconds", "counts", "norms")})
     ranks = [processes.rank] if same else range(trainer["processes"])
@@ -159,25 +160,68 @@ def unpack(path: Path, model, optimizer, batches, processes: Processes) -> Posit
     return at
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors, by parameter name and entry."""
+def optimizer_tensors(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state as flat tensors, by parameter name and entry."""
     return {
         f"{name}:{key}": value
         for name, parameter in model.named_parameters()
+        for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer(model: torch.nn.Module, optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+def load_optimizers(
+    model: torch.nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`: each entry goes to the optimizer of its parameter."""
     parameters = dict(model.named_parameters())
+    owners = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for key, value in tensors.items():
         name, entry = key.rsplit(":", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][entry] = value.to(parameter.device)
+        owners[parameter].state[parameter][entry] = value.to(parameter.device)
 
 
 # Pieces of the loop
+
+
+def build_optimizers(model: LanguageModel, config: Config) -> list[Optimizer]:
+    """AdamW, and Muon where it is asked for.
+
+    Muon (Jordan et al., 2024) replaces the gradient of a matrix by the nearest semi-orthogonal one.
+    Scaled to AdamW's root mean square (Liu et al., 2025, arXiv 2502.16982), it takes AdamW's rate,
+    so one `--lr` serves both.
+    """
+    groups = model.parameter_groups(config.lr, config.recurrent_lr, config.weight_decay)
+    by_name = {group["name"]: group for group in groups}
+    matrices = by_name.pop("matrices", None) if config.optimizer == "muon" else None
+    rest = list(by_name.values())
+    optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon([matrices], adjust_lr_fn="match_rms_adamw"))
+    elif config.optimizer == "muon":
+        raise UserError(
+            f"--optimizer muon: --model {config.model} --frame {config.frame} has no matrix "
+            "between embedding and head; use adamw"
+        )
+    return optimizers
+
+
+def describe_optimizers(optimizers: list[Optimizer]) -> str:
+    """Which optimizer has how many numbers of which kind, at which peak rate and decay."""
+    parts = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            count = sum(p.numel() for p in group["params"] if p.requires_grad)
+            decay = f", decay {group['weight_decay']:g}" if group["weight_decay"] else ""
+            where = f"{type(optimizer).__name__} at {group['lr']:g}{decay}"
+            parts.append(f"{count:,} in {group['name']}: {where}")
+    return "; ".join(parts)
 
 
 def learning_rate_factor(config: Config, step: int, progress: float) -> float:
@@ -349,9 +393,10 @@ def train(
             p.requires_grad_(".factor" not in name)
     if not first:
         torch.manual_seed(config.seed + processes.rank)  # dropout draws of its own
-    groups = model.parameter_groups(config.lr, config.recurrent_lr, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    with processes.together():
+        optimizers = build_optimizers(model, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     # What runs
@@ -370,6 +415,7 @@ def train(
     print(textwrap.fill(listed, 100, break_on_hyphens=False))
     print(textwrap.fill(f"model {settings['model_config']}", 100, break_on_hyphens=False))
     print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
+    print(textwrap.fill(describe_optimizers(optimizers), 100))
     print(
         f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads, "
         f"{processes.count} processes, {settings['lanes']} lanes"
@@ -391,7 +437,7 @@ def train(
     with processes.together():
         if path:
             try:
-                at = unpack(path, model, optimizer, text.train, processes)
+                at = unpack(path, model, optimizers, text.train, processes)
             except (KeyError, RuntimeError, ValueError, checkpoints.CorruptError) as error:
                 raise UserError(f"{path} cannot be gone on from: {error}") from error
             print(f"resumed from {path}: step {at.step}, {at.seconds:.0f} s")
@@ -436,14 +482,14 @@ def train(
     def schedule() -> float:
         """Set the learning rates of the next step: the factor returned, times each peak."""
         factor = learning_rate_factor(config, at.step, done)
-        for group, peak in zip(optimizer.param_groups, peaks):
+        for group, peak in zip(groups, peaks):
             group["lr"] = peak * factor
         return factor
 
     def save() -> None:
         at.mean_losses(processes)
         (at.seconds,) = processes.sum(clock())
-        parts = pack(at, model, optimizer, processes)
+        parts = pack(at, model, optimizers, processes)
         writer.save(at.step, *parts, *([metrics.sync] if first else []))
 
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -463,7 +509,8 @@ def train(
     marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0  # of the last row
     try:
         while done < 1.0 and not stopping:
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             total, state = backward(model, forward, batch, at.state, config, autocast)
             here = int((batch[1] != -100).sum())
             capacity = batch[1].numel() * processes.count
@@ -473,7 +520,8 @@ def train(
                 for parameter in parameters:
                     parameter.grad *= capacity / count
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
 
             at.step += 1
             at.tokens += int(count)

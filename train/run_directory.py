@@ -18,7 +18,7 @@ from typing import TextIO
 import torch
 
 from kru_triton.train import checkpoints
-from kru_triton.train.config import IDENTITY_FREE, UserError
+from kru_triton.train.config import BEFORE, IDENTITY_FREE, UserError
 
 RUN_FILES = (
     "config.json",
@@ -144,7 +144,7 @@ def compare_settings(run_dir: Path, settings: dict) -> None:
 
 def identity(settings: dict) -> dict:
     """The settings that make a run what it is."""
-    flat = {**settings, **settings["model_config"]}
+    flat = {**BEFORE, **settings, **settings["model_config"]}
     free = IDENTITY_FREE | {"model_config", "wandb_id"}
     return {key: value for key, value in flat.items() if key not in free}
 

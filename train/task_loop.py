@@ -41,7 +41,7 @@ from kru_triton.train.lm import (
     keep_freed_memory,
     last_good,
     learning_rate_factor,
-    load_optimizer,
+    load_optimizers,
     optimizer_tensors,
 )
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
@@ -389,7 +389,7 @@ def unpack(path: Path, model: SequenceModel, optimizer) -> tuple[Position, dict[
     """Put a checkpoint back in place; the position, and the best weights so far."""
     checkpoint = checkpoints.load(path)
     model.load_state_dict(checkpoint.tensors["model"])
-    load_optimizer(model, optimizer, checkpoint.tensors["optimizer"])
+    load_optimizers(model, [optimizer], checkpoint.tensors["optimizer"])
     torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
     return Position(**checkpoint.trainer["position"]), checkpoint.tensors["best"]
 
@@ -497,7 +497,7 @@ def train(config: TaskConfig, task: Task) -> int:
         at.cpu_seconds = time.process_time() - cpu_began
         tensors = {
             "model": model.state_dict(),
-            "optimizer": optimizer_tensors(model, optimizer),
+            "optimizer": optimizer_tensors(model, [optimizer]),
             "best": best_weights,
             "rng": {"cpu": torch.get_rng_state()},
         }
