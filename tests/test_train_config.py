@@ -77,6 +77,8 @@ def test_a_missing_toml_file_is_named(tmp_path):
         ("--lr nan", "--lr must be at least 0, got nan"),
         ("--steps -5", "--steps must be at least 0"),
         ("--dropout 1", "--dropout must be below 1"),
+        ("--decay-share 1.5", "--decay-share must be at most 1, got 1.5"),
+        ("--decay-share -1", "--decay-share must be at least 0"),
         ("--top-p 0", r"--top-p must be in \(0, 1\], got 0"),
         ("--factors 4 0", "--factors must be positive"),
     ],

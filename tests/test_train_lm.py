@@ -168,7 +168,7 @@ def test_help_is_quick_and_has_every_flag():
     assert time.perf_counter() - began < 10  # about 2 s; loose for a busy machine
     flags = (
         "data valid tokenizer model preset match-params steps minutes batch-size segment-length "
-        "optimizer lr unitarity-weight seed run-dir resume checkpoint-every "
+        "optimizer lr schedule decay-share unitarity-weight seed run-dir resume checkpoint-every "
         "eval-every log-every keep wandb backend precision device compile"
     )
     missing = [flag for flag in flags.split() if not re.search(rf"--{flag}[ ,]", out)]
@@ -433,6 +433,37 @@ def test_the_schedule_warms_up_and_follows_the_cosine():
     assert lm.learning_rate_factor(config, 100, 1.0) == pytest.approx(0.1)
 
 
+def test_wsd_stays_at_the_peak_until_its_decay():
+    config = Config(warmup=10, lr_floor=0.1, schedule="wsd", decay_share=0.25)
+    factors = [lm.learning_rate_factor(config, step, step / 100) for step in range(101)]
+    assert factors[:9] == sorted(factors[:9])
+    assert factors[9:76] == [factors[9]] * 67
+    assert factors[9] == pytest.approx(1)
+    assert factors[75:] == sorted(factors[75:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1)
+    assert factors[81] == pytest.approx(0.1 + 0.9 * (1 - 0.24**0.5))
+    constant = Config(warmup=0, schedule="wsd", decay_share=0)
+    assert lm.learning_rate_factor(constant, 100, 1.0) == pytest.approx(1)
+
+
+def test_a_run_resumed_before_its_decay_is_one_of_the_larger_budget(
+    tmp_path, corpus, monkeypatch, capsys
+):
+    """The first leg has 20 steps, of which the last 10 decay, and is stopped after 8."""
+    flags = [*TINY, *corpus, "--schedule", "wsd", "--decay-share", 0.5, "--log-every", 1]
+    flags += ["--optimizer", "muon"]
+    assert run_in_process(monkeypatch, *flags, "--steps", 40, "--run-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_in_training(patch, 8)
+        assert run_in_process(monkeypatch, *flags, "--steps", 20, "--run-dir", tmp_path / "p") == 0
+    assert "stopped by SIGTERM after step 8" in capsys.readouterr().out
+    assert run_in_process(monkeypatch, *flags, "--steps", 40, "--run-dir", tmp_path / "p") == 0
+    assert metrics(tmp_path / "p") == metrics(tmp_path / "whole")
+    assert last_tensors(tmp_path / "p", 40) == last_tensors(tmp_path / "whole", 40)
+    rates = [row["lr"] for row in metrics(tmp_path / "p")]
+    assert len(set(rates[10:20])) == 1 < len(set(rates[20:]))
+
+
 # Bad input
 
 
@@ -666,11 +697,14 @@ def test_a_run_of_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, capsys
     flags = [*TINY, *corpus, "--run-dir", tmp_path, "--lr-floor", 1]
     assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
     settings = json.loads((tmp_path / "config.json").read_text())
-    del settings["optimizer"]
+    for name in ("optimizer", "schedule", "decay_share"):
+        del settings[name]
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    muon = ["--optimizer", "muon"]
+    muon = ["--optimizer", "muon", "--schedule", "wsd"]
     assert run_in_process(monkeypatch, *flags, *muon, "--steps", 5) == 2
-    assert "optimizer: 'adamw' there, 'muon' now" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "optimizer: 'adamw' there, 'muon' now" in err
+    assert "schedule: 'cosine' there, 'wsd' now" in err
     assert run_in_process(monkeypatch, *flags, "--steps", 5) == 0
 
 

@@ -591,6 +591,7 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--init-spread 1.5", r"--init-spread must be 1 or 1 numbers in \[0, 1\]"),
         ("--num-layers 3 --init-spread 0 1", r"must be 1 or 3 numbers in .*, got \(0.0, 1.0\)"),
         ("--dropout 1", "--dropout must be below 1"),
+        ("--decay-share 2", "--decay-share must be at most 1, got 2"),
         ("--steps 0", "one of --steps, --minutes and --patience"),
         ("--patience 2 --eval-every 0", "give --eval-every too"),
         ("--model lstm --frozen-factors", "for kru and krulstm, not for lstm"),

@@ -114,8 +114,8 @@ class Config:
     steps: int = 0
     """Stop after this many steps. 0: no limit (with neither budget given, the preset's steps)."""
     minutes: float = 0.0
-    """Stop after this many minutes of training, resumed legs together. 0: no limit. The learning
-    rate anneals by the budget that is further spent."""
+    """Stop after this many minutes of training, resumed legs together. 0: no limit. The schedule
+    follows the budget that is further spent."""
     batch_size: int = 32
     """Parallel lanes of each process, every lane reading its own part of the text."""
     grad_accumulation: int = 1
@@ -130,8 +130,13 @@ class Config:
     AdamW's at the same rate."""
     recurrent_lr: float = 1e-3
     """Peak learning rate of the Kronecker factors."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """From the peak to --lr-floor over the budget. wsd: at the peak up to the last --decay-share of
+    it, so that a run that is resumed before then with another budget is one of that budget."""
+    decay_share: float = 0.2
+    """The share of the budget in which wsd falls from the peak to the floor."""
     lr_floor: float = 0.05
-    """The cosine ends at this share of the peak."""
+    """The schedule ends at this share of the peak."""
     warmup: int = 50
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
@@ -182,7 +187,7 @@ class Config:
 
 # What may differ between the legs of one run: budget, logging, where and how it is computed.
 IDENTITY_FREE = {
-    *("steps", "minutes", "preset", "config", "run_dir", "resume", "keep", "wandb"),
+    *("steps", "minutes", "decay_share", "preset", "config", "run_dir", "resume", "keep", "wandb"),
     *("checkpoint_every", "eval_every", "log_every"),
     *("prompt", "sample_tokens", "temperature", "top_p"),
     *("backend", "precision", "device", "compile", "recompute", "workers"),
@@ -190,7 +195,7 @@ IDENTITY_FREE = {
     "test",
 }
 # What a run did before there was a flag for it: its config.json does not say.
-BEFORE = {"optimizer": "adamw"}
+BEFORE = {"optimizer": "adamw", "schedule": "cosine"}
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Config:
@@ -303,7 +308,7 @@ def validate(config: Config) -> None:
         "log_every keep valid_bytes shuffle_buffer grad_accumulation",
         0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
         "recompute checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed "
-        "workers",
+        "decay_share workers",
     }
     for least, names in at_least.items():
         for name in names.split():
@@ -321,8 +326,10 @@ def validate(config: Config) -> None:
         raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
-    if not config.lr_floor <= 1:
-        raise UserError(f"--lr-floor must be at most 1, got {config.lr_floor}")
+    for name in ("lr_floor", "decay_share"):
+        if not getattr(config, name) <= 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} must be at most 1, got {getattr(config, name)}")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be in (0, 1], got {config.top_p}")
     if not config.mlp_ratio > 0:

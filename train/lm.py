@@ -225,10 +225,19 @@ def describe_optimizers(optimizers: list[Optimizer]) -> str:
 
 
 def learning_rate_factor(config: Config, step: int, progress: float) -> float:
-    """Linear warm-up in steps, times a cosine from 1 to the floor over the budget (0 to 1)."""
+    """Linear warm-up in steps, times a fall from 1 to the floor over the budget (0 to 1).
+
+    `wsd` (warm-up, stable, decay) stays at 1 until `--decay-share` of the budget is left, then
+    falls as 1 - sqrt(share of the decay) (Hägele et al., NeurIPS 2024): before the decay a step
+    does not depend on the budget.
+    """
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return warmup * (config.lr_floor + (1 - config.lr_floor) * cosine)
+    if config.schedule == "cosine":
+        fall = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        began = 1 - config.decay_share
+        fall = 1 - math.sqrt((progress - began) / config.decay_share) if progress > began else 1.0
+    return warmup * (config.lr_floor + (1 - config.lr_floor) * fall)
 
 
 def backward(

@@ -108,8 +108,13 @@ class TaskConfig:
     the beta of their nonlinearity."""
     recurrent_lr: float = 0.0
     """Peak learning rate of those. 0: min(lr, 0.005 / T) for sequences of T steps."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """From the peak to --lr-floor over the budget. wsd: at the peak up to the last --decay-share of
+    it, so that a run that is resumed before then with another budget is one of that budget."""
+    decay_share: float = 0.2
+    """The share of the budget in which wsd falls from the peak to the floor."""
     lr_floor: float = 0.05
-    """The cosine over the budget ends at this share of the peak."""
+    """The schedule ends at this share of the peak."""
     warmup: int = 0
     """Steps of linear warm-up."""
     clip: float = 1.0
@@ -190,7 +195,7 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
     at_least = {
         1: "hidden_size num_layers num_heads batch_size log_every keep",
         0: "steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight "
-        "seed input_std dropout checkpoint_every eval_every",
+        "seed input_std dropout checkpoint_every eval_every decay_share",
     }
     for least, names in at_least.items():
         for name in names.split():
@@ -199,6 +204,8 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
+    if not config.decay_share <= 1:
+        raise UserError(f"--decay-share must be at most 1, got {config.decay_share}")
     spreads = config.init_spread
     if len(spreads) not in (1, config.num_layers) or not all(0 <= s <= 1 for s in spreads):
         raise UserError(
