@@ -3,9 +3,9 @@
     embedding -> num_layers × [ x += mixer(norm(x));  x += MLP(norm(x)) ] -> norm -> tied head
 
 The mixer is a gated Kronecker recurrence `V (norm(KRU(x · sigmoid(I x))) · silu(G x))`, a Kronecker
-LSTM or one of `torch.nn`'s LSTM, GRU and RNN with a projection, or causal attention over a sliding
-window. Each carries its state from one call to the next, so the context of a recurrent model has no
-fixed length, and `reset` cuts the state where a document starts.
+LSTM, a minGRU or one of `torch.nn`'s LSTM, GRU and RNN with a projection, or causal attention over
+a sliding window. Each carries its state from one call to the next, so the context of a recurrent
+model has no fixed length, and `reset` cuts the state where a document starts.
 
 `frame="plain"` is the network of the KRU paper instead: one-hot tokens -> recurrence -> linear.
 
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from kru_triton.decoding import GraphedStep, LSTMStep, Step
 from kru_triton.lstm import KRULSTM
 from kru_triton.lstm_scan import why_not_triton_lstm
+from kru_triton.mingru import MinGRU
 from kru_triton.modules import KRU, in_chunks
 from kru_triton.scan import why_not_triton
 from kru_triton.unitarity import unitarity_penalty
 
-MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "transformer")
+MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LanguageModelConfig:
     """Every size and choice of a `LanguageModel`; plain values, so it can be stored as JSON."""
 
     vocab_size: int = 257
-    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
+    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer"] = "kru"
     frame: Literal["residual", "plain"] = "residual"  # plain: one layer, no embedding, norm or MLP
     d_model: int = 128
     num_layers: int = 2
@@ -321,9 +322,8 @@ class _Block(nn.Module):
         super().__init__()
         d = config.d_model
         inner = max(1, round(config.mlp_ratio * d))
-        mixers = {"kru": _KRUMixer, "krulstm": _KRULSTMMixer, "transformer": _AttentionMixer}
         self.mixer_norm = nn.LayerNorm(d, bias=False)
-        self.mixer = mixers.get(config.model, _RNNMixer)(config)
+        self.mixer = _mixer(config)
         self.mlp_norm = nn.LayerNorm(d, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(d, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, d)
@@ -341,7 +341,6 @@ class _PlainBlock(nn.Module):
 
     def __init__(self, config: LanguageModelConfig):
         super().__init__()
-        mixers = {"kru": _KRUMixer, "krulstm": _KRULSTMMixer}
         if config.model == "transformer" or config.num_layers != 1:
             raise ValueError(
                 f"frame: 'plain' is one recurrent layer, got model={config.model!r} and "
@@ -349,7 +348,7 @@ class _PlainBlock(nn.Module):
             )
         sizes = {"d_model": config.vocab_size, "gated": False}
         sizes |= {"input_gated": False, "token_shift": False}
-        self.mixer = mixers.get(config.model, _RNNMixer)(dataclasses.replace(config, **sizes))
+        self.mixer = _mixer(dataclasses.replace(config, **sizes))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         for name, p in self.mixer.named_parameters():
             if name.endswith("weight_ih_l0"):
@@ -358,6 +357,16 @@ class _PlainBlock(nn.Module):
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
         y, state = self.mixer(x, state, reset)
         return y + self.bias, state
+
+
+def _mixer(config: LanguageModelConfig) -> nn.Module:
+    kinds = {
+        "kru": _KRUMixer,
+        "krulstm": _KRULSTMMixer,
+        "mingru": _MinGRUMixer,
+        "transformer": _AttentionMixer,
+    }
+    return kinds.get(config.model, _RNNMixer)(config)
 
 
 class _KRUMixer(nn.Module):
@@ -492,6 +501,21 @@ class _RNNMixer(nn.Module):
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.projection(y), state
+
+
+class _MinGRUMixer(nn.Module):
+    """A projected minGRU."""
+
+    num_states = 1
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        self.rnn = MinGRU(config.d_model, config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        h, h_n = self.rnn(x, None if state is None else state[0][None], reset)
+        return self.projection(h), [h_n[0]]
 
 
 class _AttentionMixer(nn.Module):

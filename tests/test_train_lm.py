@@ -658,7 +658,7 @@ def test_a_file_whose_name_is_no_utf8_is_trained_on_and_evaluated(tmp_path, monk
     ("model", "optimizer"),
     [
         *((model, "adamw") for model in ("krulstm", "lstm", "gru", "rnn", "transformer")),
-        *((model, "muon") for model in ("kru", "lstm", "transformer")),
+        *((model, "muon") for model in ("kru", "lstm", "mingru", "transformer")),
     ],
 )
 def test_models_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model, optimizer):

@@ -70,7 +70,7 @@ class Config:
     the KRU paper's network for characters (N = 411 in 3x3 and 137x137)."""
     config: str = ""
     """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
-    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "transformer"] = "kru"
+    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer"] = "kru"
     """The recurrent layer, or a baseline in the same frame."""
     match_params: int = 0
     """Scale the widths until the model has about this many parameters. 0: sizes as given."""

@@ -33,6 +33,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from tqdm import tqdm
 
 from kru_triton import KRU, KRULSTM, diagnostics, unitarity_penalty, unitary_
+from kru_triton.mingru import MinGRU
 from kru_triton.train import checkpoints
 from kru_triton.train.checkpoints import write_atomic
 from kru_triton.train.config import UserError, read_toml
@@ -64,7 +65,9 @@ class TaskConfig:
     """Named sizes and settings; every other flag overrides its part of the preset."""
     config: str = ""
     """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
-    model: Literal["kru", "krulstm", "rnn", "lstm", "gru", "unitary", "orthogonal"] = "kru"
+    model: Literal["kru", "krulstm", "rnn", "lstm", "gru", "mingru", "unitary", "orthogonal"] = (
+        "kru"
+    )
     """The recurrence. unitary and orthogonal: one dense matrix, complex or real, that stays exactly
     unitary (torch's parametrization)."""
     hidden_size: int = 128
@@ -260,8 +263,9 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
     """The recurrent layers of `--model`, time first."""
     sizes = (input_size, config.hidden_size, config.num_layers)
     shared = {"dropout": config.dropout if config.num_layers > 1 else 0.0}
-    if config.model in ("rnn", "lstm", "gru"):
-        layers = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[config.model](*sizes, **shared)
+    baselines = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU, "mingru": MinGRU}
+    if config.model in baselines:
+        layers = baselines[config.model](*sizes, **shared)
         if config.model == "lstm":  # forget gates start open, as in KRULSTM
             for name, p in layers.named_parameters():
                 if name.startswith("bias_ih"):
