@@ -36,11 +36,11 @@ from bench import harness
 from kru_triton.language_model import LanguageModel
 from kru_triton.train import data
 from kru_triton.train.config import model_config, parse
-from kru_triton.train.lm import keep_freed_memory
+from kru_triton.train.lm import build_optimizers, keep_freed_memory
 from kru_triton.train.reproduce import without_folder
 from kru_triton.train.sample import pick_dtype
 
-MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "transformer")
+MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
 SHAPES = {  # what matters is the ratio: --match-params scales both
     "lstm": "--d-model 64 --hidden-size 64",
     "gru": "--d-model 64 --hidden-size 128",
@@ -114,20 +114,22 @@ def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str,
     for model, flags in settings.items():
         config = parse(flags)
         net = LanguageModel(model_config(config, data.ByteTokenizer.vocab_size))
-        ready[model] = (config, net, torch.optim.AdamW(net.parameters(), fused=True))
+        ready[model] = (config, net, build_optimizers(net, config))
     for round_ in range(rounds):
-        for model, (config, net, optimizer) in ready.items():
+        for model, (config, net, optimizers) in ready.items():
             tokens = torch.randint(256, (config.batch_size, config.segment_length))
             reset = torch.zeros_like(tokens, dtype=torch.bool)
             began = time.perf_counter()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits, _ = net(tokens, None, reset)
             torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), tokens.flatten()
             ).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if round_:  # the first one warms up
                 seconds[model].append(time.perf_counter() - began)
     return {model: 1 / statistics.median(times) for model, times in seconds.items()}
