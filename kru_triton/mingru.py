@@ -123,8 +123,10 @@ class _DiagonalScan(torch.autograd.Function):
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:
-    """`diagonal_scan` from zero. One step of a batch is enough work for a processor's core."""
-    return (_in_turn if a.device.type == "cpu" else _in_pairs)(a, b)
+    """`diagonal_scan` from zero. One step of a batch is enough work for a processor's core (and a
+    loop over time too much for `torch.compile`)."""
+    in_turn = a.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (_in_turn if in_turn else _in_pairs)(a, b)
 
 
 def _in_turn(a: Tensor, b: Tensor) -> Tensor:
