@@ -17,14 +17,25 @@ import pytest
 import torch
 
 from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
-from kru_triton.train import adding, copy_memory, music, pixel_mnist, reproduce, task_loop, timit
+from kru_triton.train import (
+    adding,
+    copy_memory,
+    music,
+    pixel_mnist,
+    reproduce,
+    state_tracking,
+    task_loop,
+    timit,
+)
 from kru_triton.train.config import UserError, parse
 from kru_triton.train.run_directory import device_name
 from kru_triton.train.task_loop import SequenceModel
 from kru_triton.train.tokenizer import character_tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
-MODELS = ("kru", "krulstm", "rnn", "lstm", "gru", "mingru", "unitary", "orthogonal")
+MODELS = (
+    *("kru", "krulstm", "rnn", "lstm", "gru", "mingru", "unitary", "orthogonal", "transformer"),
+)
 FAST = "--wandb disabled --no-pictures --device cpu --backend torch"
 TOY_COPY = f"--preset tiny --T 5 --hidden-size 16 --factors 4 4 --batch-size 16 {FAST}"
 
@@ -108,14 +119,80 @@ def test_always_one_has_the_baseline_of_adding():
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    for script in (copy_memory, adding):
-        batch = script.setup(["--T", "6", "--seed", "3"])[1].batch
-        first, other = batch(5)[0], script.setup(["--T", "6", "--seed", "3"])[1].batch
+    scripts = {copy_memory: "--T 6", adding: "--T 6"}
+    scripts[state_tracking] = "--task modular --test-length 50"
+    for script, flags in scripts.items():
+
+        def batch_of(seed, script=script, flags=flags):
+            return script.setup([*flags.split(), "--seed", seed])[1].batch
+
+        batch = batch_of("3")
+        first, other = batch(5)[0], batch_of("3")
         batch(6)
         assert torch.equal(first, batch(5)[0])
         assert torch.equal(first, other(5)[0])
         assert not torch.equal(first, batch(6)[0])
-        assert not torch.equal(first, script.setup(["--T", "6", "--seed", "4"])[1].batch(5)[0])
+        assert not torch.equal(first, batch_of("4")(5)[0])
+
+
+def test_values_of_expressions_are_pythons():
+    symbols, answers = state_tracking.modular(40, 12, torch.Generator().manual_seed(0))
+    for row, values in zip(symbols.tolist(), answers.tolist()):
+        text = "".join(str(s) if s < 5 else "+-*"[s - 5] for s in row)
+        assert values[::2] == [eval(text[: place + 1]) % 5 for place in range(0, 12, 2)]
+        assert set(values[1::2]) == {state_tracking.NOT_ASKED}
+    assert set(symbols.flatten().tolist()) == set(range(8))
+
+
+def test_word_problems_are_products_of_permutation_matrices():
+    for things, order in ((3, 6), (5, 120)):
+        draw = state_tracking.Permutations(things)
+        symbols, answers = draw(4, 9, torch.Generator().manual_seed(0))
+        # column i of a permutation's matrix has its one at what i is taken to
+        matrices = torch.eye(things, dtype=torch.int64)[draw.elements].mT
+        assert len(matrices.flatten(1).unique(dim=0)) == order
+        for row, values in zip(symbols, answers):
+            product = torch.eye(things, dtype=torch.int64)
+            for symbol, value in zip(row, values):
+                product = product @ matrices[symbol]
+                assert torch.equal(matrices[value], product)
+
+
+@pytest.mark.parametrize("name", ["parity", "modular", "s3", "s5"])
+def test_state_tracking_asks_what_its_protocol_says(name):
+    flags = ["--task", name, "--train-length", "9", "--test-length", "40", "--batch-size", "5"]
+    _, task = state_tracking.setup(flags)
+    assert (task.length, task.input_size) == (9, state_tracking.TASKS[name][0])
+    batches = [task.batch(step) for step in range(60)]
+    lengths = {x.shape[1] for x, _ in batches}
+    group = name in ("s3", "s5")
+    expected = {9} if group else set(range(1, 10, 2 if name == "modular" else 1))
+    assert lengths == expected
+    for x, answers in batches:
+        assert x.shape == (5, answers.shape[1], task.input_size)
+        assert (answers[:, -1] >= 0).all()
+        assert (answers[:, -1] < task.output_size).all()
+        assert ((answers[:, :-1] >= 0) == group).all()
+
+
+@pytest.mark.parametrize("name", ["parity", "modular", "s3"])
+def test_state_tracking_measures_every_length_of_one_pass(name):
+    """A predictor that is right up to symbol 40 of 70, and never after it."""
+    config, task = state_tracking.setup(["--task", name, "--test-length", "70"])
+    draw = state_tracking.TASKS[name][2]
+    symbols, answers = draw(512, 70, task_loop.generator(config.seed, 2))
+
+    def predict(x):
+        here = next(row for row in range(512) if torch.equal(x.argmax(-1)[0], symbols[row]))
+        guesses = answers[here : here + len(x)].clone()
+        guesses[:, 40:] = (guesses[:, 40:] + 1) % task.output_size
+        return torch.nn.functional.one_hot(guesses.clamp(min=0), task.output_size) * 100.0
+
+    measures = task.evaluate(predict, "test")
+    assert measures.pop("loss_nats") < 1e-6
+    shares = {20: 1, 40: 1, 64: 20 / 32 if name == "modular" else 40 / 64}
+    expected = {f"accuracy_{n}": pytest.approx(share) for n, share in shares.items()}
+    assert measures == expected | {"last_20": 1, "last_40": 1, "last_64": 0}
 
 
 def test_an_epoch_reads_each_example_once():
@@ -452,7 +529,7 @@ def test_what_the_recurrence_repeats_learns_at_a_rate_of_its_own():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_learns_a_toy_copy(model, tmp_path):
-    lr = "5e-2" if model == "mingru" else "1e-2"
+    lr = {"mingru": "5e-2", "transformer": "3e-3"}.get(model, "1e-2")
     flags = f"{TOY_COPY} --lr {lr} --model {model} --steps 150 --eval-every 50 --checkpoint-every 0"
     code, summary = train(copy_memory, flags, tmp_path / "run")
     found = rows(tmp_path / "run")
@@ -461,7 +538,7 @@ def test_every_model_learns_a_toy_copy(model, tmp_path):
     keeps_norm = model in ("kru", "unitary", "orthogonal")
     assert summary["test/fraction"] < (0.7 if keeps_norm else 1.05)  # no memory: 1
     assert found[-1]["train/fraction"] < 0.7 * found[0]["train/fraction"]
-    assert bool(summary["recurrent_parameters"]) == (model != "mingru")
+    assert bool(summary["recurrent_parameters"]) == (model not in ("mingru", "transformer"))
     assert bool(summary["diagnostics"]["after"]) == keeps_norm
 
 
@@ -569,6 +646,7 @@ def test_a_run_that_diverges_ends_with_3(tmp_path, capsys):
 def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
     scripts = {
         adding: ("--preset tiny --T 6 --steps 30", "test/loss_mse"),
+        state_tracking: ("--preset tiny --task s5 --num-layers 2 --steps 5", "test/last_20"),
         pixel_mnist: (f"--preset tiny --data {mnist_file} --steps 3", "test/accuracy"),
         music: (f"--preset tiny --data {music_files[1]} --steps 20", "test/loss_nats"),
         timit: (f"--preset tiny --data {timit_folder} --steps 20", "test/accuracy"),
@@ -798,9 +876,31 @@ def test_gradients_are_drawn_from_the_rows_alone():
     assert lines["before training"][1] == pytest.approx([1, 6**0.5])
 
 
+def test_accuracy_is_drawn_against_length(tmp_path):
+    rows = []
+    for seed, accuracy in enumerate((0.5, 1.0)):
+        summary = {f"test/last_{n}": accuracy / n for n in (128, 40)}
+        summary |= {"test/accuracy_40": 1.0, "parameters": 10, "recurrent_parameters": 4}
+        summary |= {"steps": 3, "data": {"train_length": 40}}
+        row = {"table": "s3", "cell": "kru-tanh-2", "scale": "cpu", "seed": seed, "status": "done"}
+        rows.append(row | {"summary": summary, "curve": {"step": [1], "loss": [2.0]}})
+    text = reproduce.markdown(rows)
+    assert "| test/accuracy_40 | test/last_40 | test/last_128 |" in text
+    assert [path.name for path in reproduce.draw(rows, tmp_path)] == ["reproduction_s3.png"]
+
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    reproduce.draw_lengths(axes, {"kru-tanh-2": rows, "gru-1": [{"status": "diverged"}]})
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines["kru-tanh-2"].get_xdata()) == [40, 128]
+    assert lines["kru-tanh-2"].get_ydata() == pytest.approx([0.75 / 40, 0.75 / 128])
+    assert "gru-1: diverged" in lines
+
+
 def test_every_cell_of_every_table_has_flags_that_its_script_takes(treebank, music_files):
     scripts = {"copy_memory.py": copy_memory, "adding.py": adding, "pixel_mnist.py": pixel_mnist}
-    scripts["music.py"] = music
+    scripts |= {"music.py": music, "state_tracking.py": state_tracking}
     data = {"jsb": str(music_files[1]), "piano": str(music_files[2]), "ptb": str(treebank)}
     for scale in ("cpu", "gpu"):
         config = reproduce.Config("all", scale=scale, **data)
@@ -819,7 +919,9 @@ def test_every_cell_of_every_table_has_flags_that_its_script_takes(treebank, mus
 def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):
     config = reproduce.Config("copies", results=str(tmp_path), runs=str(tmp_path / "runs"), seeds=1)
     with pytest.raises(
-        UserError, match="one of copy, adding, mnist, ptb, music, frozen, gradients, all, draw"
+        UserError,
+        match="one of copy, adding, mnist, ptb, music, frozen, gradients, parity, modular, s3, s5, "
+        "all, draw",
     ):
         reproduce.reproduce(config)
     with pytest.raises(UserError, match="run a table first"):

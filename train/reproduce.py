@@ -15,8 +15,10 @@ were not given (`--jsb`, `--piano`, `--ptb`) are left out, in words. Exit codes:
 in another way; 2 bad arguments.
 """
 
+import functools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -34,7 +36,8 @@ from kru_triton.train.logger import read_rows
 
 TRAIN = Path(__file__).parent
 RESULTS = TRAIN.parent / "bench" / "results"
-TABLES = ("copy", "adding", "mnist", "ptb", "music", "frozen", "gradients")
+STATE_TRACKING = ("parity", "modular", "s3", "s5")
+TABLES = ("copy", "adding", "mnist", "ptb", "music", "frozen", "gradients", *STATE_TRACKING)
 CURVE_POINTS = 200
 DIVERGED = 3  # exit code of a script
 
@@ -43,8 +46,9 @@ DIVERGED = 3  # exit code of a script
 class Config:
     table: tyro.conf.Positional[str]
     """copy, adding, mnist, ptb, music; frozen: language models whose factors learn or do not;
-    gradients: norm against lag, with and without the unitary penalty; all; or draw: table and
-    figures from the rows alone."""
+    gradients: norm against lag, with and without the unitary penalty; parity, modular, s3, s5:
+    state tracking on lengths never trained on; all; or draw: table and figures from the rows
+    alone."""
     scale: Literal["cpu", "gpu"] = "cpu"
     """Lengths, sizes and budgets for hours on a CPU, or those of the paper's set-up."""
     seeds: int = 3
@@ -90,6 +94,7 @@ def cells(table: str, config: Config) -> list[Cell]:
         "music": music_cells,
         "frozen": frozen_cells,
         "gradients": gradient_cells,
+        **{task: functools.partial(state_cells, task) for task in STATE_TRACKING},
     }[table](config)
 
 
@@ -218,6 +223,25 @@ def gradient_cells(config: Config) -> list[Cell]:
     return [cell("gradients", name, "copy_memory.py", flags) for name, flags in weights.items()]
 
 
+def state_cells(task: str, config: Config) -> list[Cell]:
+    """Every model of equal width, one layer and two."""
+    steps = 10000 if config.scale == "cpu" else 100000
+    nonlinearities = ("modrelu", "modtanh", "tanh", "relu", "identity")
+    models = {f"kru-{name}": f"--nonlinearity {name}" for name in nonlinearities}
+    models |= {name: f"--model {name}" for name in ("krulstm", "lstm", "gru", "mingru")}
+    models |= {"transformer": "--model transformer --num-heads 4"}
+    return [
+        cell(
+            task,
+            f"{model}-{layers}",
+            "state_tracking.py",
+            f"--task {task} --steps {steps} --num-layers {layers} {flags}",
+        )
+        for layers in (1, 2)
+        for model, flags in models.items()
+    ]
+
+
 # Run and gather
 
 
@@ -335,7 +359,9 @@ def section(table: str, cells: dict[str, list[dict]]) -> list[str]:
     if not cells:
         return []
     summaries = [row["summary"] for own in cells.values() for row in own if "summary" in row]
-    measures = sorted({key for summary in summaries for key in summary if is_measure(key)})
+    measures = sorted(
+        {key for summary in summaries for key in summary if is_measure(key)}, key=natural
+    )
     steps = [f"first below {share}" for share in (0.1, 0.01)] if table == "copy" else []
     head = [
         "cell",
@@ -371,16 +397,22 @@ def is_measure(key: str) -> bool:
     return key.startswith("test/") or key == "val/bpb"
 
 
+def natural(key: str) -> list:
+    """Orders numbers in a name by their size."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
 def row_of(entries: list[str]) -> str:
     return "| " + " | ".join(entries) + " |"
 
 
 def draw(rows: list[dict], folder: Path) -> list[Path]:
-    """Loss against step (copy, adding), gradient norm against lag (gradients), and the measure
-    against recurrent parameters (the others)."""
+    """Loss against step (copy, adding), gradient norm against lag (gradients), accuracy against
+    length (state tracking), and the measure against recurrent parameters (the others)."""
     from matplotlib.figure import Figure
 
     kinds = {"copy": draw_curves, "adding": draw_curves, "gradients": draw_gradients}
+    kinds |= dict.fromkeys(STATE_TRACKING, draw_lengths)
     paths = []
     for table in TABLES:
         cells = groups(rows, table)
@@ -391,7 +423,7 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         axes.grid(True, alpha=0.3)
         axes.set_title(table)
         kinds.get(table, draw_measure)(axes, cells)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=1 + len(cells) // 12)
         paths.append(folder / f"reproduction_{table}.png")
         figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
     return paths
@@ -439,6 +471,35 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("lag (steps)")
     axes.set_ylabel("gradient norm over that at lag 0: mean, range")
+
+
+def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
+    """Mean over seeds and their range; one colour a model, dashed with two layers."""
+    colors = {}
+    for name, own in cells.items():
+        model, _, layers = name.partition(" ")[0].rpartition("-")
+        color = colors.setdefault(model, f"C{len(colors)}")
+        done = [row["summary"] for row in own if row["status"] == "done"]
+        if not done:
+            axes.plot([], [], "x", color=color, label=f"{name}: diverged")
+            continue
+        by_length = {
+            int(key.removeprefix("test/last_")): [summary[key] for summary in done]
+            for key in done[0]
+            if key.startswith("test/last_")
+        }
+        lengths = sorted(by_length)
+        values = [by_length[length] for length in lengths]
+        style = {"color": color, "linestyle": "-" if layers == "1" else "--"}
+        axes.plot(lengths, list(map(statistics.mean, values)), label=name, **style)
+        axes.fill_between(
+            lengths, list(map(min, values)), list(map(max, values)), color=color, alpha=0.1
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, map(str, lengths))
+        axes.axvline(done[0]["data"]["train_length"], color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("length in symbols; trained up to the dotted line")
+    axes.set_ylabel("accuracy after the last symbol: mean, range")
 
 
 def draw_measure(axes, cells: dict[str, list[dict]]) -> None:

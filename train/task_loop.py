@@ -33,6 +33,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from tqdm import tqdm
 
 from kru_triton import KRU, KRULSTM, diagnostics, unitarity_penalty, unitary_
+from kru_triton.language_model import LanguageModelConfig, _Block
 from kru_triton.mingru import MinGRU
 from kru_triton.train import checkpoints
 from kru_triton.train.checkpoints import write_atomic
@@ -65,19 +66,20 @@ class TaskConfig:
     """Named sizes and settings; every other flag overrides its part of the preset."""
     config: str = ""
     """Flat TOML file of settings, named like the flags: over the preset, under the flags."""
-    model: Literal["kru", "krulstm", "rnn", "lstm", "gru", "mingru", "unitary", "orthogonal"] = (
-        "kru"
-    )
+    model: Literal[
+        "kru", "krulstm", "rnn", "lstm", "gru", "mingru", "unitary", "orthogonal", "transformer"
+    ] = "kru"
     """The recurrence. unitary and orthogonal: one dense matrix, complex or real, that stays exactly
-    unitary (torch's parametrization)."""
+    unitary (torch's parametrization). transformer: blocks of causal attention and an MLP."""
     hidden_size: int = 128
-    """Recurrent units per layer (complex ones for kru --field complex and for unitary)."""
+    """Recurrent units per layer (complex ones for kru --field complex and for unitary), or width of
+    the transformer."""
     num_layers: int = 1
     """Stacked recurrent layers."""
     factors: tuple[int, ...] = ()
     """Sizes of the square Kronecker factors of one head. Nothing: two balanced ones."""
     num_heads: int = 1
-    """Independent recurrent blocks of kru and krulstm."""
+    """Independent recurrent blocks of kru and krulstm, attention heads of the transformer."""
     field: Literal["complex", "real"] = "complex"
     """Numbers the recurrence of kru works in."""
     nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
@@ -263,6 +265,8 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
     """The recurrent layers of `--model`, time first."""
     sizes = (input_size, config.hidden_size, config.num_layers)
     shared = {"dropout": config.dropout if config.num_layers > 1 else 0.0}
+    if config.model == "transformer":
+        return Transformer(config, input_size)
     baselines = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU, "mingru": MinGRU}
     if config.model in baselines:
         layers = baselines[config.model](*sizes, **shared)
@@ -295,6 +299,32 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
         for w in [w for factors in layers.recurrent_factors() for w in factors]:
             w.requires_grad_(False)
     return layers
+
+
+class Transformer(nn.Module):
+    """The blocks of the language model's transformer on `(T, B, D)`, behind a projection.
+
+    Every position attends to all before it, by their distance (rotary), however far.
+    """
+
+    def __init__(self, config: TaskConfig, input_size: int):
+        super().__init__()
+        sizes = LanguageModelConfig(
+            model="transformer",
+            d_model=config.hidden_size,
+            num_heads=config.num_heads,
+            dropout=config.dropout,
+            context_length=sys.maxsize,
+        )
+        self.projection = nn.Linear(input_size, config.hidden_size, bias=False)
+        self.blocks = nn.ModuleList(_Block(sizes) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        x = self.projection(x)
+        for block in self.blocks:
+            x, _ = block(x, None, None)
+        return self.norm(x), None
 
 
 class _PlanarToComplex(nn.Module):

@@ -1,0 +1,211 @@
+"""State tracking: what a simple rule makes of all symbols so far, on lengths never trained on.
+
+    parity     0 1 1 0 1            1 if the ones so far are odd in number
+    modular    2 * 4 - 3 * 3        value so far, modulo 5: 2, 3, 0, 4 after the numbers
+    s3, s5     a b c d e            product so far of permutations of three or five things
+
+    python train/state_tracking.py --task s3
+    python train/state_tracking.py --task s5 --model lstm --run-dir runs/s5-lstm
+    python train/state_tracking.py --task parity --num-layers 2 --nonlinearity identity
+
+Every task is a finite automaton, and a model that has found it is right at any length. Trained on
+up to `--train-length` symbols, tested on `--test-length`; all are one-hot and equally likely.
+
+    parity, modular   the protocol of Delétang et al., *Neural Networks and the Chomsky Hierarchy*,
+                      2022 (arXiv 2207.02098): each batch has one length, drawn uniformly from 1 on
+                      (odd for modular), and is asked for the answer after its last symbol alone;
+                      + - * with the usual precedence, no brackets
+    s3, s5            the word problem of Merrill, Petty and Sabharwal, *The Illusion of State in
+                      State-Space Models*, 2024 (arXiv 2404.08819): each symbol is an element of the
+                      group, and the product of all so far is asked for after every symbol
+
+Models read from left to right, so one pass over `--test-length` symbols answers for every shorter
+sequence, too. `last_n` is the share of right answers after symbol n (the number before it, where n
+falls on an operator), `accuracy_n` the share among all answers up to there. The weights tested are
+the best ones at `--train-length`.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from kru_triton.train.config import UserError
+from kru_triton.train.task_loop import Task, TaskConfig, generator, parse, run
+
+MODULUS = 5
+PLUS, MINUS, TIMES = MODULUS, MODULUS + 1, MODULUS + 2
+NOT_ASKED = -100  # what cross_entropy leaves out
+LENGTHS = (20, 40, 64, 128, 256, 512)  # reported where --test-length reaches them
+HELD_OUT = 512  # sequences for validation, and as many for the test
+
+# Config
+
+PRESETS = {
+    "balanced": {"hidden_size": 128, "factors": (8, 16)},
+    "tiny": {"hidden_size": 16, "factors": (4, 4), "train_length": 6, "test_length": 20},
+}
+
+
+@dataclass
+class Config(TaskConfig):
+    preset: str = "balanced"
+    task: Literal["parity", "modular", "s3", "s5"] = "parity"
+    """What is asked for: see above."""
+    train_length: int = 40
+    """Longest training sequence, in symbols."""
+    test_length: int = 512
+    """Length of the test sequences."""
+    steps: int = 10000
+    batch_size: int = 64
+    lr: float = 1e-3
+    eval_every: int = 500
+    run_dir: str = "runs/state"
+
+
+# Data
+
+
+def parity(count: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Symbols and answers `(count, length)`, as all tasks here."""
+    bits = torch.randint(2, (count, length), generator=rng)
+    return bits, bits.cumsum(1) % 2
+
+
+def modular(count: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers are 0 … 4, operators 5 … 7; there is no answer after an operator."""
+    symbols = torch.randint(PLUS, TIMES + 1, (count, length), generator=rng)
+    symbols[:, ::2] = torch.randint(MODULUS, (count, (length + 1) // 2), generator=rng)
+    return symbols, values(symbols)
+
+
+def values(symbols: Tensor) -> Tensor:
+    """What the expressions in `symbols (count, length)` are worth so far."""
+    answers = torch.full_like(symbols, NOT_ASKED)
+    total, term = torch.zeros_like(symbols[:, 0]), symbols[:, 0]  # all terms but the last; it
+    answers[:, 0] = term
+    for place in range(2, symbols.shape[1], 2):
+        operator, number = symbols[:, place - 1], symbols[:, place]
+        times = operator == TIMES
+        total = torch.where(times, total, total + term)
+        term = torch.where(times, term * number, torch.where(operator == MINUS, -number, number))
+        term = term % MODULUS
+        answers[:, place] = (total + term) % MODULUS
+    return answers
+
+
+class Permutations:
+    """The word problem of the symmetric group: `(count, length, rng)` -> symbols and answers.
+
+    An element is the index of its permutation in lexicographic order, and x_1 … x_t stands for the
+    permutation that takes i to x_1(… x_t(i)).
+    """
+
+    def __init__(self, things: int):
+        self.elements = torch.tensor(list(itertools.permutations(range(things))))
+        weights = things ** torch.arange(things)
+        products = self.elements[:, self.elements] @ weights  # (first, second) as one number each
+        index = torch.zeros(int(products.max()) + 1, dtype=torch.int64)
+        index[self.elements @ weights] = torch.arange(len(self.elements))
+        self.table = index[products]
+
+    def __call__(self, count: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        symbols = torch.randint(len(self.elements), (count, length), generator=rng)
+        answers = [symbols[:, 0]]
+        for symbol in symbols[:, 1:].unbind(1):
+            answers.append(self.table[answers[-1], symbol])
+        return symbols, torch.stack(answers, 1)
+
+
+# name: how many symbols there are, answers there are, what draws them, answers after the last alone
+TASKS = {
+    "parity": (2, 2, parity, True),
+    "modular": (MODULUS + 3, MODULUS, modular, True),
+    "s3": (6, 6, Permutations(3), False),
+    "s5": (120, 120, Permutations(5), False),
+}
+
+
+def task(config: Config) -> Task:
+    for name in ("train_length", "test_length"):
+        value = getattr(config, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if config.test_length < config.train_length:
+        raise UserError(
+            f"--test-length must be at least --train-length ({config.train_length}), got "
+            f"{config.test_length}"
+        )
+    symbol_count, answer_count, draw, last_alone = TASKS[config.task]
+
+    def one_hot(symbols: Tensor) -> Tensor:
+        return nnf.one_hot(symbols, symbol_count).float()
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rng, length = generator(config.seed, 0, step), config.train_length
+        if last_alone:
+            length = int(torch.randint(1, length + 1, (), generator=rng))
+            length -= config.task == "modular" and length % 2 == 0
+        symbols, answers = draw(config.batch_size, length, rng)
+        if last_alone:
+            answers[:, :-1] = NOT_ASKED
+        return one_hot(symbols), answers
+
+    def loss(outputs: Tensor, answers: Tensor) -> Tensor:
+        return nnf.cross_entropy(outputs.flatten(0, 1), answers.flatten(), ignore_index=NOT_ASKED)
+
+    held_out = {
+        "val": draw(HELD_OUT, config.train_length, generator(config.seed, 1)),
+        "test": draw(HELD_OUT, config.test_length, generator(config.seed, 2)),
+    }
+
+    def evaluate(predict, split: str) -> dict[str, float]:
+        symbols, answers = held_out[split]
+        known, guesses, nats = config.train_length, [], 0.0
+        for part, asked in zip(*(x.split(config.batch_size) for x in (symbols, answers))):
+            outputs = predict(one_hot(part))
+            guesses.append(outputs.argmax(-1))
+            nats += loss(outputs[:, :known], asked[:, :known]).item() * len(part)
+        right = (torch.cat(guesses) == answers).double().mean(0)  # after every symbol
+        places = (answers[0] != NOT_ASKED).nonzero().flatten()
+        lengths = (n for n in LENGTHS if n <= config.test_length) if split == "test" else ()
+        measures = {"loss_nats": nats / len(symbols)}
+        for n in sorted({known, *lengths}):
+            upto = right[places[places < n]]
+            measures |= {f"accuracy_{n}": upto.mean().item(), f"last_{n}": upto[-1].item()}
+        return measures
+
+    return Task(
+        input_size=symbol_count,
+        output_size=answer_count,
+        length=config.train_length,
+        last_only=False,
+        batch=batch,
+        loss=loss,
+        evaluate=evaluate,
+        unit="nats",
+        best=f"accuracy_{config.train_length}",
+        higher=True,
+        facts={
+            "task": config.task,
+            "answers": answer_count,
+            "train_length": config.train_length,
+            "test_length": config.test_length,
+            "sequences": "drawn",
+        },
+    )
+
+
+# Main
+
+
+def setup(argv: list[str] | None = None) -> tuple[Config, Task]:
+    config = parse(Config, PRESETS, argv, __doc__)
+    return config, task(config)
+
+
+if __name__ == "__main__":
+    run(setup)
