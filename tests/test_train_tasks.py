@@ -268,6 +268,98 @@ def test_mnist_of_the_wrong_shape_or_values(tmp_path):
         pixel_mnist.read(str(tmp_path / "missing.csv"))
 
 
+def write_idx(path, array):
+    """An idx file of bytes, by the format's own description."""
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    content = head + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """Twenty images per digit to train on, gzipped, and ten to test on, plain."""
+    draw, folder = np.random.default_rng(1), tmp_path / "MNIST"
+    folder.mkdir()
+    for prefix, count, suffix in (("train", 20, ".gz"), ("t10k", 10, "")):
+        digits = draw.permutation(np.repeat(np.arange(10), count))
+        images = draw.integers(0, 256, (len(digits), 28, 28))
+        images[:, 0, 0] = digits
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", digits)
+    return folder
+
+
+def test_mnist_of_idx_files_and_from_two_places(idx_folder, mnist_file):
+    def sizes(parts):
+        for images, digits in parts.values():
+            assert images.shape == (len(digits), 784)
+            assert (images.dtype, digits.dtype) == (torch.uint8, torch.int64)
+        whole = torch.cat([images for images, _ in parts.values()])
+        assert len(whole.unique(dim=0)) == len(whole)
+        return {split: len(digits) for split, (_, digits) in parts.items()}
+
+    whole, facts = pixel_mnist.read(str(idx_folder))
+    assert sizes(whole) == {"train": 180, "val": 20, "test": 100}
+    assert all(torch.equal(images[:, 0].long(), digits) for images, digits in whole.values())
+    assert facts["data"] == "MNIST"
+
+    with_csv, facts = pixel_mnist.read(str(idx_folder), str(mnist_file))  # 12 images a digit
+    assert sizes(with_csv) == {"train": 180, "val": 20, "test": 120}
+    assert with_csv["val"][1].bincount().tolist() == [2] * 10
+    assert (facts["test_data"], facts["test"]) == ("images.csv.gz", 120)
+
+    for name in ("images-idx3", "labels-idx1"):
+        (idx_folder / f"train-{name}-ubyte.gz").unlink()
+    only_test = str(idx_folder)  # as a user has it who was given the test part alone
+    to_train, _ = pixel_mnist.read(only_test, str(mnist_file))
+    assert sizes(to_train) == {"train": 90, "val": 10, "test": 120}
+    to_test, _ = pixel_mnist.read(str(mnist_file), only_test)
+    assert sizes(to_test) == {"train": 110, "val": 10, "test": 100}
+    assert torch.equal(to_test["test"][0], whole["test"][0])
+
+    with pytest.raises(UserError, match=r"--data .*: holds MNIST's test images alone; give --test"):
+        pixel_mnist.read(only_test)
+    with pytest.raises(UserError, match=r"--test .*: 100 of its 100 images are among those of --d"):
+        pixel_mnist.read(only_test, only_test)
+
+
+def test_idx_files_that_cannot_be_used(idx_folder, mnist_file):
+    images, labels = (idx_folder / f"t10k-{name}-ubyte" for name in ("images-idx3", "labels-idx1"))
+    good, packed = images.read_bytes(), gzip.compress(images.read_bytes())
+    cases = [
+        (
+            images,
+            good[:-1],
+            r"must be an idx file of bytes, got 78399 .* 00 00 08 03 .*100, 28, 28",
+        ),
+        (images, good[:2] + b"\x0d" + good[3:], "must be an idx file of bytes, .* 00 00 0d 03"),
+        (images, good[:3], "cannot be read as an idx file"),
+        (labels, labels.read_bytes()[:-1] + b"\x0a", "digits must be whole numbers in 0 … 9"),
+    ]
+    for path, content, message in cases:
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"--data {idx_folder}.*{message}"):
+            pixel_mnist.read(str(idx_folder))
+        path.write_bytes(before)
+    write_idx(labels, np.zeros(99))
+    with pytest.raises(UserError, match=r"28 x 28 and .* got \(100, 28, 28\) and \(99,\)"):
+        pixel_mnist.read(str(idx_folder))
+    labels.unlink()
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte must both be there"):
+        pixel_mnist.read(str(idx_folder))
+    images.unlink()
+    (idx_folder / f"{images.name}.gz").write_bytes(packed[:-9])
+    write_idx(idx_folder / f"{labels.name}.gz", np.zeros(100))
+    with pytest.raises(UserError, match=r"--test .*gz: cannot be read as an idx file"):
+        pixel_mnist.read(str(mnist_file), str(idx_folder))
+    broken = bytearray(mnist_file.read_bytes())
+    broken[40:60] = bytes(20)  # a broken stream, which zlib names
+    (idx_folder / "images.csv.gz").write_bytes(broken)
+    with pytest.raises(UserError, match="cannot be read as rows of numbers"):
+        pixel_mnist.read(str(idx_folder / "images.csv.gz"))
+
+
 def rolls(count, seed, low=4, high=12):
     """Random piano rolls with a few notes each frame."""
     draw = np.random.default_rng(seed)

