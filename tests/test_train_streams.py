@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -142,17 +143,62 @@ def test_more_ranks_than_text_files_read_each_once_per_epoch(tmp_path):
         assert sorted(epoch) == ["file 0", "file 1", "file 2"]
 
 
-def test_lines_cut_anywhere_belong_to_one_piece(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "ab"}\n\n{"text": "c"}\n  {"text": ""}\n{"text":"d"}'
+@pytest.mark.parametrize("chunk", [1, 7, 1500])
+def test_lines_cut_anywhere_belong_to_one_piece(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "ab"}\n\n{"text": "c"}\r\n  {"text": ""}\n{"text":"d"}'
     )
     source = sources.find_source(f"json:{tmp_path}/a.jsonl")
-    for pieces in range(1, 60):  # the file has 58 bytes
+    for pieces in range(1, 60):  # the file has 59 bytes
         rows = [row for p in range(pieces) for row in sources.read(source, 0, -1, p, pieces)]
         assert [row.text for row in rows] == [b"ab", b"c", b"", b"d"]
     for row in rows:
         again = list(sources.read(source, 0, row.at, 0, 1))
         assert again[0] == row
+
+
+class Counted(bytes):
+    """Bytes of a file that count those which any work on them goes through."""
+
+    touched = 0
+
+    def split(self, *separators):
+        Counted.touched += len(self)
+        return super().split(*separators)
+
+    def __radd__(self, other):
+        Counted.touched += len(other) + len(self)
+        return bytes(other) + bytes(self)
+
+
+def test_a_long_line_is_read_once_by_one_piece_and_never_copied_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 4096)
+    long, short = "é" * 500_000, "\\n" * 10
+    lines = [f'{{"text": "{text}"}}\n'.encode() for text in (short, long, short, long)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    source = sources.find_source(f"json:{tmp_path}/a.jsonl")
+    size = source.shards[0].size
+    read = sources.RangeFile.read
+    monkeypatch.setattr(sources.RangeFile, "read", lambda *given: Counted(read(*given)))
+    for pieces in (1, 2, 16):
+        monkeypatch.setattr(Counted, "touched", 0)
+        tracemalloc.start()
+        rows = []
+        for piece in range(pieces):
+            for row in sources.read(source, 0, -1, piece, pieces):
+                rows.append((row.at, row.next, len(row.text)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == [
+            (0, len(lines[0]), 10),
+            (len(lines[0]), len(lines[0]) + len(lines[1]), len(lines[1]) - 13),
+            (size - len(lines[3]) - len(lines[2]), size - len(lines[3]), 10),
+            (size - len(lines[3]), size, len(lines[3]) - 13),
+        ]
+        # each byte by one reader; a line that goes on in the next pieces there once more
+        assert size <= Counted.touched <= 2 * size + 4096 * pieces
+        assert peak < 5 * len(lines[1])
 
 
 def test_batches_hold_the_documents_in_order_behind_their_bos(tmp_path):

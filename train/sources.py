@@ -425,34 +425,43 @@ def json_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
             begin, end = 0, sys.maxsize
         else:
             begin, end = file.size * piece // pieces, file.size * (piece + 1) // pieces
-        if at > begin and not shard.compression:
-            lines = read_lines(file, at)
-        else:
-            lines = read_lines(file, max(begin - 1, 0))
-            if begin > 0:
-                next(lines)  # the rest of a line that begins before, maybe only its end
+        goes_on = at > begin and not shard.compression
+        lines = read_lines(file, at, end) if goes_on else read_lines(file, begin, end, begin > 0)
         for offset, line in lines:
-            if offset >= end:
-                return
-            if offset < at or not line.strip():
+            if offset < at or not line or line.isspace():
                 continue
             if shard.compression and offset // STRIPE % pieces != piece:
                 continue
             yield Row(offset, offset + len(line) + 1, *text_of_line(shard, field, offset, line))
 
 
-def read_lines(file: io.IOBase, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Each line from `offset` on, which is a line's start, with its own offset."""
+def read_lines(
+    file: io.IOBase, begin: int, end: int, inside: bool = False
+) -> Iterator[tuple[int, bytes]]:
+    """Each line that begins at `begin` or later and before `end`, with its own offset.
+
+    Args:
+        inside: whether `begin` may be inside a line, which is not given.
+    """
+    offset = begin - inside  # the line before may end there
     if offset:
         file.seek(offset)
-    rest = b""
-    while chunk := file.read(CHUNK):
-        *lines, rest = (rest + chunk).split(b"\n")
+    parts = []  # of a line whose end has not been read
+    while offset < end and (chunk := file.read(CHUNK)):
+        *lines, rest = chunk.split(b"\n")
         for line in lines:
-            yield offset, line
+            line = b"".join([*parts, line])
+            parts.clear()
+            if not inside and offset < end:
+                yield offset, line
             offset += len(line) + 1
-    if rest:
-        yield offset, rest
+            inside = False
+        if inside:
+            offset += len(rest)
+        else:
+            parts.append(rest)
+    if any(parts) and offset < end:
+        yield offset, b"".join(parts)
 
 
 def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[bytes | None, bool]:
