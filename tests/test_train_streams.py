@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import re
@@ -397,11 +398,14 @@ def test_a_state_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "jsonl.gz"])
-def test_faults_lose_nothing_and_change_nothing(tmp_path, quick_retries, kind, capfd):
+def test_faults_lose_nothing_and_change_nothing(tmp_path, quick_retries, monkeypatch, kind, capfd):
+    monkeypatch.setattr(sources, "RETRIES", 30)  # so many faults may come in a row by chance
     texts = make_texts(400)
     write_shards(tmp_path, texts, 3, kind)
     draw = np.random.default_rng(3)
-    faults = [503, 429, 500, "drop", "short", "cut", "long", "garbage", "no-range"]
+    other = make_texts(3)[2].encode() + b"\n"  # another version of the file
+    faults = [503, 429, 500, 416, "drop", "short", "cut", "long", "garbage", "no-range", other]
+    faults += ["page", "error", "elsewhere", "untold", "chunked", "gzip", "gzip-part"]
     spell, made = [], set()  # faults to come in a row; those that were made
 
     def fault(path, begin, end):
@@ -468,6 +472,93 @@ def test_a_shard_that_stays_broken_is_named_and_the_position_stays_good(
         batches = streams.StreamBatches(plan, 2, 64)
         batches.load_state(state)
         assert_equal(found + read_batches(batches, 400 - len(found)), calm)
+
+
+@pytest.mark.parametrize("fault", ["page", "error", 503, "long", "elsewhere", "gzip", None])
+def test_a_size_is_not_learned_from_a_wrong_reply(tmp_path, quick_retries, fault):
+    write_shards(tmp_path, make_texts(50), 1, "jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    wrong = iter([fault])
+    with serve(FileServer(tmp_path, lambda *_: next(wrong, None))) as server:
+        size = sources.find_size(f"{server.url}/0.jsonl", "json")
+        assert size == (tmp_path / "0.jsonl").stat().st_size
+        assert sources.find_size(f"{server.url}/empty.jsonl", "json") == 0
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        (["page"], r"a page \(text/html\) comes in its place; is there a login\?"),
+        (["error", "no-range"], r"it has 18 bytes in one reply, 4\d\d\d in the next"),
+        (["loop"], "10 redirects, one after another"),
+        ([503], "HTTP 503"),
+    ],
+)
+def test_a_size_that_cannot_be_learned_is_an_error(tmp_path, quick_retries, faults, message):
+    write_shards(tmp_path, make_texts(20), 1, "jsonl")
+    replies = itertools.cycle(faults)
+    with serve(FileServer(tmp_path, lambda *_: next(replies))) as server:
+        where = re.escape(f"{server.url}/0.jsonl")
+        with pytest.raises(UserError, match=f"^cannot read {where}: {message}$"):
+            sources.find_source(f"json:{server.url}/0.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("known", [18, 0.5, 1.5])
+def test_a_known_size_that_is_wrong_loses_nothing_without_a_word(
+    tmp_path, quick_retries, monkeypatch, kind, known
+):
+    monkeypatch.setattr(sources, "RETRIES", 2)
+    write_shards(tmp_path, make_texts(100), 1, kind)
+    content = (tmp_path / f"0.{kind}").read_bytes()
+    if known != 18:
+        known = content[: int(known * len(content))].rfind(b"\n") + 1 + len(content) * (known > 1)
+    with serve(FileServer(tmp_path)) as server:
+        (source,) = make_plan(f"{kind.split('.')[0].rstrip('l')}:{server.url}/0.{kind}").sources
+        source = source.with_shards([dataclasses.replace(source.shards[0], size=known)])
+        message = (
+            rf"0\.{kind}: the server says that it has {len(content):,} bytes; it had {known:,} "
+            r"when the run began\. If it has changed, begin a new run \(3 times\)"
+        )
+        with pytest.raises(data.DataError, match=message):
+            list(sources.read(source, 0, -1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (b'{"text": "new"}\n', "the server says that it has 16 bytes; it had"),
+        (416, "HTTP 416 with no part, where 1500 bytes from 1500 on"),
+        ("page", r"18 bytes of text/html come in its place; it had \d+,\d+ when the run began"),
+        ("error", "18 bytes of application/json come in its place; it had"),
+        ("elsewhere", "HTTP 206 with bytes from 1501 on, where 1500 bytes from 1500 on were"),
+        ("untold", "HTTP 206 with no part, where 1500 bytes from 1500 on were asked for"),
+    ],
+)
+def test_a_reply_that_is_not_of_the_shard_is_named(
+    tmp_path, quick_retries, monkeypatch, fault, message
+):
+    monkeypatch.setattr(sources, "RETRIES", 2)
+    texts = make_texts(100)
+    write_shards(tmp_path, texts, 1, "jsonl")
+    with serve(FileServer(tmp_path)) as server:
+        source = sources.find_source(f"json:{server.url}/0.jsonl")
+        server.fault = lambda path, begin, end: fault if begin else None
+        found = []
+        with pytest.raises(data.DataError, match=message):
+            found.extend(row.text.decode() for row in sources.read(source, 0, -1, 0, 1))
+        assert 0 < len(found) < 100
+        assert found == texts[: len(found)]
+
+
+def test_a_cache_that_is_stale_is_passed_by(tmp_path, quick_retries, capfd):
+    texts = make_texts(50)
+    write_shards(tmp_path, texts, 1, "jsonl")
+    with serve(FileServer(tmp_path)) as server:
+        source = sources.find_source(f"json:{server.url}/0.jsonl")
+        server.cached = b'{"text": "old"}\n'
+        assert [row.text.decode() for row in sources.read(source, 0, -1, 0, 1)] == texts
+    assert "0.jsonl: the server says that it has 16 bytes; it had" in capfd.readouterr().err
 
 
 def test_a_local_shard_that_has_changed_is_an_error_at_once(tmp_path):
@@ -775,21 +866,19 @@ def test_a_missing_remote_file_is_named_at_once(tmp_path, quick_retries):
     with serve(FileServer(tmp_path)) as server:
         with pytest.raises(UserError, match=r"cannot read http://.*/a\.jsonl: HTTP 404"):
             sources.find_source(f"json:{server.url}/a.jsonl")
-        assert len(server.requests) == 2  # HEAD and GET
+        assert len(server.requests) == 1
 
 
-def test_a_server_without_sizes_and_ranges_is_read_whole(tmp_path, quick_retries):
+@pytest.mark.parametrize("fault", ["no-range", "chunked", "gzip", "gzip-part", "no-total"])
+def test_a_server_without_sizes_or_ranges_is_read_whole(tmp_path, quick_retries, fault):
     texts = make_texts(50)
     write_shards(tmp_path, texts, 1, "jsonl")
-    with serve(FileServer(tmp_path, lambda *_: "no-range")) as server:
+    with serve(FileServer(tmp_path, lambda *_: fault)) as server:
         plan = make_plan(f"json:{server.url}/0.jsonl")
-        unknown = plan.sources[0].with_shards(
-            dataclasses.replace(shard, size=None) for shard in plan.sources[0].shards
-        )
-        for source in (plan.sources[0], unknown):
-            plan = streams.Plan((source,), BYTES, 0, 0, 1, 16, False)
-            (read,) = read_epochs(plan)
-            assert sorted(read) == sorted(texts)
+        size = (tmp_path / "0.jsonl").stat().st_size
+        assert plan.sources[0].shards[0].size == (size if fault == "no-range" else None)
+        (read,) = read_epochs(plan)
+        assert sorted(read) == sorted(texts)
 
 
 def test_several_data_flags_and_a_toml_list(tmp_path):

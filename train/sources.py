@@ -15,9 +15,10 @@ reading goes on from any document without what lies before it (but for compresse
 shard can be cut into pieces that different readers read, each line or row by exactly one of them.
 
 **Faults.** Shards have the size that was found when the run began, or reading fails: a reply or a
-file that is short, even one cut at a line end, is an error, not an end. Anything that goes wrong
-with a remote shard, a request or what comes of it, is tried again, `RETRIES` times in a row with
-growing pauses; then, and at once for local files, `DataError` names the shard.
+file that is short, even one cut at a line end, or a reply of a file that has another size, is an
+error, not an end. Anything that goes wrong with a remote shard, a request or what comes of it, is
+tried again, `RETRIES` times in a row with growing pauses; then, and at once for local files,
+`DataError` names the shard.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import dataclasses
 import functools
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -34,7 +36,7 @@ import sysconfig
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,18 +166,50 @@ def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
     import aiohttp
 
     check_host(where, urllib.parse.urlsplit(where))
-    files, _ = file_system(where)
-    try:
-        urls = sorted(patiently(lambda: files.glob(where))) if "*" in where else [where]
-        if not urls:
-            raise UserError(f"no file matches '{kind}:{where}'")
-        with ThreadPoolExecutor(16) as pool:
-            sizes = list(pool.map(lambda url: patiently(lambda: files.info(url))["size"], urls))
-    except (OSError, aiohttp.ClientError) as error:
-        reason = getattr(error.__cause__, "status", None)
-        reason = f"HTTP {reason}" if reason else describe_error(error.__cause__ or error)
-        raise UserError(f"cannot read {where}: {reason}") from error
+    urls = [where]
+    if "*" in where:
+        try:
+            urls = sorted(patiently(lambda: file_system(where).glob(where)))
+        except (OSError, aiohttp.ClientError) as error:
+            reason = getattr(error, "status", 0)
+            reason = f"HTTP {reason}" if reason else describe_error(error)
+            raise UserError(f"cannot list {where}: {reason}") from error
+    if not urls:
+        raise UserError(f"no file matches '{kind}:{where}'")
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(find_size, urls, itertools.repeat(kind)))
     return tuple(Shard(url, kind, size, url) for url, size in zip(urls, sizes))
+
+
+def find_size(url: str, kind: str) -> int | None:
+    """The bytes of a remote file of a kind; None where the server does not say.
+
+    The reply for its first byte says it beyond doubt in its Content-Range. One without may be of
+    something else, such as a login page, and must come twice.
+    """
+    try:
+        size, sure = patiently(lambda: reported_size(url, kind))
+        if not sure:
+            before = size
+            size, sure = patiently(lambda: reported_size(url, kind, fresh=True))
+            if not sure and size != before:
+                raise OSError(f"it has {before} bytes in one reply, {size} in the next")
+    except OSError as error:
+        raise UserError(f"cannot read {url}: {describe_error(error)}") from error
+    return size
+
+
+def reported_size(url: str, kind: str, fresh: bool = False) -> tuple[int | None, bool]:
+    """The size that a reply for the first byte says, and whether it is the file's beyond doubt."""
+    reply = ask(url, 0, 1, body=False, fresh=fresh)
+    if reply.encoding:  # the size is that of something compressed
+        return None, False
+    if reply.status in (206, 416):  # an empty file has no first byte
+        return reply.content_range[1], True
+    if kind != "text" and reply.mimetype == "text/html":
+        raise OSError("a page (text/html) comes in its place; is there a login?")
+    length = reply.headers.get("Content-Length")
+    return length and int(length), False
 
 
 def matching_files(spec: str) -> list[str]:
@@ -240,7 +274,7 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
     splits = builder.config.data_files or {}
     if split not in splits:
         raise UserError(f"hub:{where}: no split {split!r}; it has {', '.join(map(str, splits))}")
-    files, _ = file_system("hf://")
+    files = file_system("hf://")
     shards = []
     for url in map(str, splits[split]):
         stem, suffix = os.path.splitext(url)
@@ -290,7 +324,7 @@ def patiently(call: Callable, attempts: int = 4):
         try:
             return call()
         except OSError as error:
-            status = getattr(error.__cause__, "status", 0)
+            status = getattr(error, "status", 0)
             if attempt == attempts - 1 or (400 <= status < 500 and status != 429):
                 raise
             time.sleep(pause(attempt))
@@ -301,19 +335,99 @@ def patiently(call: Callable, attempts: int = 4):
 
 @functools.cache
 def file_system(url: str):
-    """The fsspec file system of a URL's protocol, and the options of its reads."""
+    """The fsspec file system of a URL's protocol."""
     import fsspec
 
-    if is_url(url):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
-        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-        identity = {"Accept-Encoding": "identity"}  # or byte ranges would be of something else
-        return fsspec.filesystem(url.partition(":")[0], headers=identity, **options), {}
     if url.startswith("hf://"):
-        return fsspec.filesystem("hf"), {"cache_type": "none"}
-    return fsspec.filesystem("file"), {}
+        return fsspec.filesystem("hf")
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+    options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return fsspec.filesystem(url.partition(":")[0], **options)
+
+
+class Reply(NamedTuple):
+    """What a server sends for a file or a part of it."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def mimetype(self) -> str:
+        return self.headers.get("Content-Type", "").partition(";")[0]
+
+    @property
+    def encoding(self) -> str:
+        """How it is compressed, though that was not asked for."""
+        return self.headers.get("Content-Encoding", "").replace("identity", "")
+
+    @property
+    def content_range(self) -> tuple[int | None, int | None]:
+        """Where a part begins, and the size of the whole; None where the reply does not say."""
+        pattern = r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)"
+        match = re.fullmatch(pattern, self.headers.get("Content-Range", ""))
+        return tuple(number and int(number) for number in match.groups()) if match else (None, None)
+
+
+class StatusError(OSError):
+    """A reply that is an error."""
+
+    def __init__(self, status: int):
+        super().__init__(f"HTTP {status}")
+        self.status = status
+
+
+def ask(
+    url: str, begin: int = 0, end: int | None = None, *, body: bool = True, fresh: bool = False
+) -> Reply:
+    """The reply for a remote file or, with `end`, for a part of it.
+
+    Args:
+        body: whether to read it.
+        fresh: whether caches on the way must ask the server.
+
+    Raises:
+        StatusError: the reply is an error, other than that there are no bytes at `begin`.
+        OSError: none came.
+    """
+    headers = {"Accept-Encoding": "identity"}  # or byte ranges would be of something else
+    if end is not None:
+        headers["Range"] = f"bytes={begin}-{end - 1}"
+    if fresh:
+        headers["Cache-Control"] = "no-cache"
+    files = file_system(url.partition("//")[0] + "//")
+    if url.startswith("hf://"):
+        return ask_hub(files.url(url), headers)
+    import aiohttp
+    from fsspec.asyn import sync
+
+    async def send() -> Reply:
+        session = await files.set_session()
+        async with session.get(files.encode_url(url), headers=headers) as reply:
+            return Reply(reply.status, reply.headers, await reply.read() if body else b"")
+
+    try:
+        reply = sync(files.loop, send)
+    except aiohttp.TooManyRedirects as error:
+        raise OSError(f"{len(error.history)} redirects, one after another") from error
+    except aiohttp.ClientError as error:
+        raise OSError(describe_error(error)) from error
+    if reply.status >= 400 and reply.status != 416:
+        raise StatusError(reply.status)
+    return reply
+
+
+def ask_hub(url: str, headers: dict[str, str]) -> Reply:
+    """The Hub's reply, with the user's token and the Hub's own retries."""
+    from huggingface_hub import constants, utils
+
+    headers = {**utils.build_hf_headers(), **headers}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    reply = utils.http_backoff("GET", url, headers=headers, timeout=timeout)
+    utils.hf_raise_for_status(reply)
+    return Reply(reply.status_code, reply.headers, reply.content)
 
 
 class RangeFile(io.RawIOBase):
@@ -323,12 +437,10 @@ class RangeFile(io.RawIOBase):
     """
 
     def __init__(self, shard: Shard):
-        protocol = shard.url.partition("//")[0] + "//" if shard.remote else "/"
-        self.files, self.options = file_system(protocol)
-        self.shard, self.url, self.size = shard, shard.url, shard.size
+        self.shard, self.size = shard, shard.size
         self.position, self.whole = 0, None
         if self.size is None:
-            self.whole = self.files.cat_file(self.url, **self.options)
+            self.whole = ask(shard.url).body
             self.size = len(self.whole)
 
     def readable(self) -> bool:
@@ -361,7 +473,10 @@ class RangeFile(io.RawIOBase):
         failures = 0
         while self.whole is None:
             try:
-                data = self.files.cat_file(self.url, begin, begin + count, **self.options)
+                if self.shard.remote:
+                    data = self.remote_bytes(begin, count, fresh=failures > 0)
+                else:
+                    data = self.local_bytes(begin, count)
                 if len(data) == self.size > count:
                     self.whole = data
                     break
@@ -374,6 +489,35 @@ class RangeFile(io.RawIOBase):
             except Exception as error:  # of many kinds below fsspec; see `wait`
                 failures = wait(self.shard, error, failures)
         return self.whole[begin : begin + count]
+
+    def local_bytes(self, begin: int, count: int) -> bytes:
+        with open(self.shard.url, "rb") as file:
+            file.seek(begin)
+            return file.read(count)
+
+    def remote_bytes(self, begin: int, count: int, fresh: bool) -> bytes:
+        """A part of the shard, or all of it; OSError where the reply says that it is neither."""
+        reply = ask(self.shard.url, begin, begin + count, fresh=fresh)
+        first, total = reply.content_range
+        if total not in (None, self.size):
+            raise OSError(
+                f"the server says that it has {total:,} bytes; it had {self.size:,} when the run "
+                "began. If it has changed, begin a new run"
+            )
+        if reply.status == 200:
+            if len(reply.body) != self.size:
+                raise OSError(
+                    f"{len(reply.body):,} bytes of {reply.mimetype or 'no type'} come in its "
+                    f"place; it had {self.size:,} when the run began"
+                )
+        elif reply.encoding or first != begin:
+            kind = f"bytes from {first} on" if first is not None else "no part"
+            encoding = f" of what is compressed ({reply.encoding})" if reply.encoding else ""
+            raise OSError(
+                f"HTTP {reply.status} with {kind}{encoding}, where {count} bytes from {begin} on "
+                "were asked for"
+            )
+        return reply.body
 
 
 def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterator[Row]:
