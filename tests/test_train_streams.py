@@ -1,5 +1,6 @@
 """Streams: each document once, the same batches after any stop, faults, the Hub, tokenizers."""
 
+import collections
 import dataclasses
 import gzip
 import itertools
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -831,6 +833,110 @@ def test_rows_without_text_are_left_out_and_invalid_utf8_is_replaced_both_counte
     assert "a.jsonl: invalid UTF-8 (replaced) at " in warnings
 
 
+# What is in a second shard; its texts, the remarks on its rows, and what `datasets` 5.2 gives, or
+# None where it refuses
+JSON_ROWS = {
+    "first-lacks-field": ('{"b": 1}\n{"text": "c"}', ["c"], {"no text": 1}, None),
+    "all-lack-field": ('{"b": 1}\n{"b": 2}', [], {"no text": 2}, None),
+    "null": ('{"text": null}\n{"text": "c"}', ["c"], {"no text": 1}, [None, "c"]),
+    "null-rows": ('{"text": "c"}\nnull', ["c"], {"no text": 1}, ["c", None]),
+    "no-objects": ('{"text": "c"}\n3\n"x"\n[1]\ntrue', ["c"], {"not text": 4}, None),
+    "empty": ('{"text": ""}\n{"text": "c"}', ["c"], {"no text": 1}, ["", "c"]),
+    "numbers": ('{"text": 7}\n{"text": 7.5}', ["7", "7.5"], {"no string": 2}, ["7", "7.5"]),
+    "truth": ('{"text": true}', ["true"], {"no string": 1}, ["true"]),
+    "object": ('{"text": {"b": 1}}', ['{"b":1}'], {"no string": 1}, ['{"b":1}']),
+    "list": ('{"text": ["c", "é"]}', ['["c","é"]'], {"no string": 1}, None),
+    "not-a-number": ('{"text": NaN}\n{"text": "c", "n": -Infinity}', ["c"], {"no text": 1}, None),
+    "twice": ('{"text": "c", "text": "d"}', ["d"], {}, None),
+    "many-digits": ('{"n": %s, "text": "c"}' % ("1" * 5000), ["c"], {}, None),
+    "half-a-pair": (r'{"text": "c\ud800"}', ["c\ufffd"], {"invalid UTF-8": 1}, None),
+    "no-utf8": (b'{"text": "c\xff"}', ["c\ufffd"], {"invalid UTF-8": 1}, None),
+    "nul": (r'{"text": "c\u0000"}', ["c\0"], {}, ["c\0"]),
+    "spaces": (' {"text": "c"} \t\r\n\r\n \n{"text": "d"}', ["c", "d"], {}, ["c", "d"]),
+    "byte-order-mark": ('\ufeff{"text": "c"}\n{"text": "d"}', ["c", "d"], {}, ["c", "d"]),
+    "no-bytes": ("", [], {}, []),
+}
+TEXTS = ["c", None, "é"]
+ARROW_FORMS = {
+    "large": (pyarrow.array(TEXTS, pyarrow.large_string()), TEXTS, {}, TEXTS),
+    "view": (pyarrow.array(TEXTS, pyarrow.string_view()), TEXTS, {}, TEXTS),
+    "dictionary": (pyarrow.array(TEXTS).dictionary_encode(), TEXTS, {}, TEXTS),
+    "nulls": (pyarrow.nulls(3), [None] * 3, {}, [None] * 3),
+    "binary": (pyarrow.array([b"c", None, b"\xc3\xa9"]), TEXTS, {}, TEXTS),
+    "no-utf8": (pyarrow.array([b"c\xff"]), ["c\ufffd"], {"invalid UTF-8": 1}, None),
+    "binary-view": (pyarrow.array([b"c"], pyarrow.binary_view()), ["c"], {}, ["c"]),
+    "fixed": (pyarrow.array([b"cd", None], pyarrow.binary(2)), ["cd", None], {}, ["cd", None]),
+    "integers": (pyarrow.array([1, None]), ["1", None], {"no string": 1}, ["1", None]),
+    "floats": (pyarrow.array([1.0, 0.5]), ["1", "0.5"], {"no string": 2}, ["1", "0.5"]),
+    "decimals": (pyarrow.array([Decimal("1.50")]), ["1.50"], {"no string": 1}, ["1.50"]),
+    "truth": (pyarrow.array([True]), ["true"], {"no string": 1}, ["true"]),
+    "lists": (pyarrow.array([["c"], None]), [None, None], {"not text": 2}, None),
+    "structs": (pyarrow.array([{"b": "c"}]), [None], {"not text": 1}, None),
+    "other-field": (None, [None, None], {}, None),
+}
+ROWS = [("json", *case) for case in JSON_ROWS.items()]
+ROWS += [("parquet", *case) for case in ARROW_FORMS.items()]
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), ROWS, ids=[f"{k}-{n}" for k, n, _ in ROWS])
+def test_rows_are_read_as_datasets_reads_them_or_left_out_and_counted(tmp_path, kind, name, case):
+    import datasets
+
+    content, texts, remarks, theirs = case
+    remarks = collections.Counter(remarks)
+    files = [str(tmp_path / f"{shard}.{kind}") for shard in "ab"]
+    if kind == "json":
+        Path(files[0]).write_text('{"text": "a"}\n')
+        Path(files[1]).write_bytes(content if isinstance(content, bytes) else content.encode())
+    else:
+        remarks["no text"] += texts.count(None) - remarks["not text"]
+        parquet.write_table(pyarrow.table({"text": ["a"]}), files[0])
+        columns = {"text": content} if content is not None else {"other": [1, 2]}
+        parquet.write_table(pyarrow.table(columns), files[1])
+    source = sources.find_source(f"{kind}:{tmp_path}/*.{kind}")
+    rows = [row for piece in range(3) for row in sources.read(source, 1, -1, piece, 3)]
+    assert [row.text.decode() for row in rows if row.text] == [text for text in texts if text]
+    counts = collections.Counter(row.remark.partition(" (")[0] for row in rows if row.remark)
+    assert counts == +remarks
+    for row in rows:  # from each row on
+        assert list(sources.read(source, 1, row.at, 0, 1)) == rows[rows.index(row) :]
+    if theirs is not None:
+        read = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        assert [row["text"] for row in read] == ["a", *theirs]
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_shards_without_text_end_no_run_and_change_no_batch(tmp_path, kind, capfd):
+    texts, text = make_texts(40), pyarrow.array
+    columns = [text(texts), pyarrow.nulls(30), text(texts).dictionary_encode(), text([["a"]] * 9)]
+    for number, column in enumerate([*columns, None]):
+        rows = [{"n": number}] * 20 if column is None else [{"text": t} for t in column.to_pylist()]
+        if kind == "json":
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{number}.json").write_text(lines)
+        else:
+            table = pyarrow.table({"n": [1] * 20} if column is None else {"text": column})
+            parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=7)
+    plan = make_plan(f"{kind}:{tmp_path}/*.{kind}", buffer=8)
+    whole = read_batches(streams.StreamBatches(plan, 2, 512), 40)  # several epochs
+    batches, found = streams.StreamBatches(plan, 2, 512), []
+    for stop in (3, 17, 18, 40):
+        read_until_stop(batches, stop, found)
+        state = json.loads(json.dumps(batches.state()))
+        batches.close()
+        batches = streams.StreamBatches(plan, 2, 512)
+        batches.load_state(state)
+    assert_equal(found, whole)
+    counts = batches.counts()
+    documents = 80 + 9 * (kind == "json")
+    assert batches.epochs_read() > 1
+    assert counts["no text (left out)"] / counts["documents"] == pytest.approx(50 / documents, 0.4)
+    warnings = capfd.readouterr().err
+    assert re.search(rf"\.{kind}: no text \(left out\) at \d+: ", warnings)
+    remark = r"no string \(read as text\)" if kind == "json" else r"not text \(left out\)"
+    assert re.search(rf"3\.{kind}: {remark} at \d+: field 'text' is list.*, not text; ", warnings)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "spec", "message"),
     [
@@ -841,7 +947,32 @@ def test_rows_without_text_are_left_out_and_invalid_utf8_is_replaced_both_counte
             "json:{file}",
             "not JSON lines: the line at byte 0 is list, not an object with a field",
         ),
-        ("a.jsonl", b'{"body": "a", "n": 1}\n', "json:{file}", r"it has body \(str\), n \(int\)"),
+        (
+            "a.jsonl",
+            b'null\n{"body": "a", "n": 1}\n{"body": "b", "n": 2}\n',
+            "json:{file}",
+            r"no field 'text'; it has body \(str\), n \(int\); name one with #field",
+        ),
+        (
+            "a.json",
+            b'{"text": "a"}\n{\n  "text": "b"\n}\n',
+            "json:{file}",
+            "in the line at byte 14, b'{'; each object must be one line, as jq -c . writes it",
+        ),
+        (
+            "a.json",
+            b'{"text": "a"}\n[{"text": "b"}]\n',
+            "json:{file}",
+            r"14 is list.*jq -c '\.\[\]'",
+        ),
+        ("a.json", b'{"text": "a"}\n{"text": "\0"}\n', "json:{file}", "control char.* at byte 14"),
+        (
+            "a.json",
+            b'["a"]\n',
+            "json:{file}",
+            "the line is list, not an object with a field 'text'",
+        ),
+        ("a.json", b'{"text": "a"}\n' + b"[" * 10**5, "json:{file}", "recursion.* at byte 14"),
         ("a.jsonl", b'{"text": 7}\n', "json:{file}", "is int, not text; name another"),
         ("a.jsonl", b'{"text": ""}\n', "json:{file}", "the first rows have no text"),
         ("a.parquet", b'{"text": "a"}\n', "parquet:{file}", "a.parquet: "),

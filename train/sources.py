@@ -14,6 +14,11 @@ Hub data set must be .jsonl, .ndjson, .json, .parquet or .txt files; none of its
 reading goes on from any document without what lies before it (but for compressed lines), and a
 shard can be cut into pieces that different readers read, each line or row by exactly one of them.
 
+**Rows without text** are left out, told and counted, wherever they are: where the field is missing,
+null or empty, or the JSON line no object. A value that is no string is read as it is spelled, told
+and counted too; a list or struct of Parquet is left out. A source without a string in its first
+rows is an error: another field may be meant.
+
 **Faults.** Shards have the size that was found when the run began, or reading fails: a reply or a
 file that is short, even one cut at a line end, or a reply of a file that has another size, is an
 error, not an end. Anything that goes wrong with a remote shard, a request or what comes of it, is
@@ -21,6 +26,7 @@ tried again, `RETRIES` times in a row with growing pauses; then, and at once for
 `DataError` names the shard.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -50,6 +56,12 @@ STALL = 30.0  # seconds without a byte
 CHUNK = 4 << 20  # bytes of one request
 STRIPE = 1 << 16  # bytes of uncompressed text: what readers of one compressed file take in turn
 START = -1  # position before the first document of a piece
+FIRST_ROWS = 10_000  # of a source, one of which must have text
+
+NO_TEXT = "no text (left out)"  # what is counted of rows
+NOT_TEXT = "not text (left out)"
+AS_TEXT = "no string (read as text)"
+REPLACED = "invalid UTF-8 (replaced)"
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -109,12 +121,13 @@ class Source:
 
 
 class Row(NamedTuple):
-    """One document."""
+    """One document, or what is in the place of one."""
 
     at: int  # its position in the shard
     next: int  # that of what follows
     text: bytes | None  # UTF-8; None where the row has none
-    replaced: bool  # whether invalid UTF-8 was replaced
+    remark: str = ""  # NO_TEXT, NOT_TEXT, AS_TEXT or REPLACED, where something is to be told
+    why: str = ""  # in words
 
 
 # From specs to shards
@@ -131,7 +144,12 @@ def split_weight(spec: str) -> tuple[float, str]:
 
 
 def find_source(spec: str) -> Source:
-    """Look up the shards of `[WEIGHT:]SPEC` and their sizes."""
+    """Look up the shards of `[WEIGHT:]SPEC` and their sizes.
+
+    Raises:
+        UserError: there is no such data, or no text in the first rows.
+        DataError: these cannot be read.
+    """
     weight, rest = split_weight(spec)
     kind, _, where = rest.partition(":")
     if rest == "stdlib":
@@ -140,10 +158,10 @@ def find_source(spec: str) -> Source:
         return Source(spec, weight, "", find_shards(where, "text"))
     if kind in ("json", "parquet") and where:
         where, field = split_field(where)
-        return Source(spec, weight, field, find_shards(where, kind))
+        return with_text(Source(spec, weight, field, find_shards(where, kind)))
     if kind == "hub" and where:
         where, field = split_field(where)
-        return Source(spec, weight, field, find_hub_shards(where))
+        return with_text(Source(spec, weight, field, find_hub_shards(where)))
     raise UserError(
         f"unknown data {spec!r}; known: stdlib, text:GLOB (as in text:books/**/*.txt), "
         "json:GLOB[#field], parquet:GLOB[#field], hub:org/name[@config][/split][#field]"
@@ -153,6 +171,18 @@ def find_source(spec: str) -> Source:
 def split_field(where: str) -> tuple[str, str]:
     where, _, field = where.partition("#")
     return where, field or "text"
+
+
+def with_text(source: Source) -> Source:
+    """`source`, one of whose first rows must have text: else the field may not be meant."""
+    rows = (row for index in range(len(source.shards)) for row in read(source, index, START, 0, 1))
+    reasons = collections.Counter()
+    for row in itertools.islice(rows, FIRST_ROWS):
+        if row.text and row.remark != AS_TEXT:
+            return source
+        reasons[row.why] += 1
+    why = ": " + reasons.most_common(1)[0][0] if reasons else ""
+    raise UserError(f"{source.spec}: the first rows have no text{why}")
 
 
 def is_url(where: str) -> bool:
@@ -576,7 +606,7 @@ def json_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
                 continue
             if shard.compression and offset // STRIPE % pieces != piece:
                 continue
-            yield Row(offset, offset + len(line) + 1, *text_of_line(shard, field, offset, line))
+            yield row_of_line(shard, field, offset, line)
 
 
 def read_lines(
@@ -608,85 +638,124 @@ def read_lines(
         yield offset, b"".join(parts)
 
 
-def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[bytes | None, bool]:
-    """The text of one JSON line, and whether something in it was replaced."""
-    replaced = False
+def row_of_line(shard: Shard, field: str, offset: int, line: bytes) -> Row:
+    """The row of one JSON line."""
+    row = functools.partial(Row, offset, offset + len(line) + 1)
+    remark = why = ""
     try:
-        line = line.decode("utf-8")
-    except UnicodeDecodeError:
-        line, replaced = line.decode("utf-8", "replace"), True
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text, remark, why = line.decode("utf-8", "replace"), REPLACED, error.reason
     try:
-        value = json.loads(line.removeprefix("\ufeff"))
-    except ValueError as error:
-        raise OSError(f"not JSON lines: {error} in the line at byte {offset}") from error
+        value = parse_json(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(
+            f"not JSON lines: {error} in the line at byte {offset}, {line[:40]!r}; each object "
+            "must be one line, as jq -c . writes it (a line of spaces is left out)"
+        ) from error
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        raise DataError(
+            shard.url,
+            f"not JSON lines: the line at byte {offset} is list, not an object with a field "
+            f"{field!r}; each object must be one line, as jq -c '.[]' writes it",
+        )
+    if value is None:
+        return row(None, NO_TEXT, "the line is null")
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        reason = f"the line at byte {offset} is {kind}, not an object with a field {field!r}"
-        raise DataError(shard.url, f"not JSON lines: {reason}")
+        why = f"the line is {type(value).__name__}, not an object with a field {field!r}"
+        return row(None, NOT_TEXT, why)
     text = value.get(field)
-    if text is None:
-        if field not in value and offset == 0:
-            raise missing_field(
-                shard, field, (f"{k} ({type(v).__name__})" for k, v in value.items())
-            )
-        return None, False
+    if not text and field not in value:
+        kinds = (f"{key} ({type(item).__name__})" for key, item in value.items())
+        return row(None, NO_TEXT, missing_field(field, kinds))
+    if text is None or text == "":
+        return row(None if text is None else b"", NO_TEXT, empty_field(field))
     if not isinstance(text, str):
-        raise not_text(shard, field, type(text).__name__)
+        remark, why = AS_TEXT, not_text(field, type(text).__name__)
+        text = json.dumps(text, ensure_ascii=False, separators=(",", ":"))
     try:
-        return text.encode("utf-8"), replaced
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
+        return row(text.encode("utf-8"), remark, why)
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return row(text.encode(), REPLACED, error.reason)
 
 
-def missing_field(shard: Shard, field: str, known: Iterable[str]) -> DataError:
-    there = ", ".join(known)
-    return DataError(shard.url, f"no field {field!r}; it has {there}; name one with #field")
+json_decoder = json.JSONDecoder(parse_constant=lambda name: None)  # NaN is no value
 
 
-def not_text(shard: Shard, field: str, kind: str) -> DataError:
-    return DataError(shard.url, f"field {field!r} is {kind}, not text; name another with #field")
+def parse_json(text: str):
+    try:
+        return json_decoder.decode(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a whole number of more digits than int() takes
+        return json.loads(text, parse_int=float)
+
+
+def missing_field(field: str, known: Iterable[str]) -> str:
+    return f"no field {field!r}; it has {', '.join(known) or 'none'}; name one with #field"
+
+
+def empty_field(field: str) -> str:
+    return f"field {field!r} is null or empty"
+
+
+def not_text(field: str, kind: str) -> str:
+    return f"field {field!r} is {kind}, not text; name another with #field"
 
 
 def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
     """Rows as documents. A piece has its part of the row numbers."""
-    import pyarrow
     from pyarrow import parquet
 
     file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
     schema = file.schema_arrow
-    if field not in schema.names:
-        raise missing_field(shard, field, (f"{column.name} ({column.type})" for column in schema))
-    kind = schema.field(field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise not_text(shard, field, kind)
     count = file.metadata.num_rows
     first, last = max(at, count * piece // pieces), count * (piece + 1) // pieces
+    if field not in schema.names:
+        why = missing_field(field, (f"{column.name} ({column.type})" for column in schema))
+        for row in range(first, last):
+            yield Row(row, row + 1, None, NO_TEXT, why)
+        return
     begin = 0  # row number of the group
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         if begin < last and begin + size > first:
             number = begin
             for batch in file.iter_batches(1024, [group], [field]):
-                column = batch.column(0).cast(pyarrow.large_binary())
-                for text in column[max(first - number, 0) :].to_pylist() if number < last else ():
-                    row = max(first, number)
-                    if row >= last:
-                        break
-                    yield Row(row, row + 1, *valid_text(text))
-                    first = row + 1
-                number += len(batch)
+                texts, remark, why = column_texts(batch.column(0), field)
+                for row in range(max(first, number), min(last, number + len(texts))):
+                    yield make_row(row, texts[row - number], remark, why)
+                number += len(texts)
+                if number >= last:
+                    return
         begin += size
 
 
-def valid_text(text: bytes | None) -> tuple[bytes | None, bool]:
-    """`text` with invalid UTF-8 replaced, and whether that was so."""
-    if text is None:
-        return None, False
+def column_texts(column, field: str) -> tuple[list[bytes | None], str, str]:
+    """The texts of an Arrow array, a remark on all of them, and why."""
+    import pyarrow
+
+    strings, kind = pyarrow.large_string(), not_text(field, column.type)
+    try:
+        return column.cast(pyarrow.large_binary()).to_pylist(), "", empty_field(field)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):  # neither strings nor bytes
+        pass
+    try:
+        return column.cast(strings).cast(pyarrow.large_binary()).to_pylist(), AS_TEXT, kind
+    except pyarrow.ArrowNotImplementedError:
+        return [None] * len(column), NOT_TEXT, kind
+
+
+def make_row(at: int, text: bytes | None, remark: str = "", why: str = "") -> Row:
+    """A row, or a file, whose position is counted; invalid UTF-8 is replaced."""
+    if not text:
+        return Row(at, at + 1, text, remark if remark == NOT_TEXT else NO_TEXT, why)
     try:
         text.decode("utf-8")
-    except UnicodeDecodeError:
-        return text.decode("utf-8", "replace").encode(), True
-    return text, False
+    except UnicodeDecodeError as error:
+        return Row(at, at + 1, text.decode("utf-8", "replace").encode(), REPLACED, error.reason)
+    return Row(at, at + 1, text, remark, why)
 
 
 def text_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -695,7 +764,7 @@ def text_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
         return
     with opened(shard) as file:
         text = b"".join(iter(lambda: file.read(CHUNK), b""))
-    yield Row(0, 1, *valid_text(text))
+    yield make_row(0, text, why="the file is empty")
 
 
 @contextlib.contextmanager
