@@ -1,6 +1,7 @@
 """Local servers for the tests: files with faults on demand, and a stand-in for the Hub."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import threading
@@ -16,7 +17,10 @@ class FileServer(ThreadingHTTPServer):
     """Serves a folder, with byte ranges.
 
     `fault(path, begin, end)` is asked before each GET of a file; it returns what goes wrong:
-    None, an HTTP status, or one of "drop", "short", "stall", "garbage", "long", "cut", "no-range".
+    None, an HTTP status, the bytes that the file has instead, or a name: "drop", "short", "stall",
+    "garbage", "long", "cut", "loop"; of replies with the whole file "no-range", "chunked", "gzip";
+    of others "page", "error"; of parts "elsewhere", "no-total", "untold", "gzip-part". `cached` is
+    what a cache on the way takes the file to be, until a request does without it.
     """
 
     daemon_threads = True
@@ -24,6 +28,7 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, fault=lambda path, begin, end: None):
         self.folder, self.fault = folder, fault
         self.faults, self.requests, self.lock = 0, [], threading.Lock()
+        self.cached: bytes | None = None
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -43,7 +48,6 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        head = self.command == "HEAD"
         server, path = self.server, unquote(urlsplit(self.path).path)
         server.requests.append((self.command, self.path))
         api = server.api(self, path) if isinstance(server, HubServer) else None
@@ -53,22 +57,43 @@ class Handler(BaseHTTPRequestHandler):
         if file is None:
             return self.reply(404, b"not found", {"X-Error-Code": "EntryNotFound"})
         body = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        begin, end = 0, len(body)
+        headers = {"X-Repo-Commit": COMMIT}
+        begin, last = 0, len(body) - 1
         span = self.headers.get("Range", "").removeprefix("bytes=")
         if span:
-            first, last = span.split("-")
-            begin, end = int(first), min(int(last or len(body)) + 1, len(body))
+            first, end = span.split("-")
+            begin, last = int(first), int(end or last)
         with server.lock:
-            fault = None if head else server.fault(path, begin, end)
+            fault = server.fault(path, begin, min(last + 1, len(body)))
             server.faults += fault is not None
         if isinstance(fault, int):
             return self.reply(fault, b"fault")
-        if fault == "no-range" or not span:
+        if fault == "page":
+            return self.reply(200, b"<html>login</html>", {"Content-Type": "text/html; charset=x"})
+        if fault == "error":
+            return self.reply(200, b'{"error": "busy"}\n', {"Content-Type": "application/json"})
+        if fault == "loop":
+            return self.reply(302, b"", {"Location": self.path})
+        if isinstance(fault, bytes):
+            body = fault
+        elif server.cached is not None and self.headers.get("Cache-Control") != "no-cache":
+            body = server.cached
+        if fault in ("gzip", "gzip-part"):
+            body, headers["Content-Encoding"] = gzip.compress(body), "gzip"
+        headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
+        end, total = min(last + 1, len(body)), "*" if fault == "no-total" else len(body)
+        if fault in ("no-range", "chunked", "gzip") or not span:
             status, part = 200, body
+        elif begin >= len(body):
+            return self.reply(416, b"", {"Content-Range": f"bytes */{total}"})
         else:
             status, part = 206, body[begin:end]
-            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(body)}"
+            first = begin + (fault == "elsewhere")
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{total}"
+        if fault == "untold":
+            headers.pop("Content-Range", None)
+        if fault == "chunked":
+            headers["Transfer-Encoding"] = "chunked"
         if fault == "cut":  # as if the file ended at a line's end
             part = part[: part.rfind(b"\n", 0, len(part) // 2) + 1]
         if fault == "short":  # an honest reply, but of less than was asked for
@@ -90,6 +115,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, body: bytes, headers: dict | None = None):
         headers = {"Content-Length": str(len(body)), "Accept-Ranges": "bytes", **(headers or {})}
+        if "Transfer-Encoding" in headers:
+            del headers["Content-Length"]
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -106,7 +106,7 @@ def test_a_file_that_links_lead_to_several_times_counts_once(tmp_path):
     }.items():
         (folder / name).symlink_to(target)
         assert names_of(spec) == names
-    assert names_of(f"json:{folder}/**/**/*.txt") == names
+    assert names_of(f"text:{folder}/**/**/*.txt") == names
     assert data.load_documents(spec, "") == whole
     (tmp_path / "elsewhere").symlink_to(folder)  # the same below a link
     assert data.load_documents(f"text:{tmp_path}/elsewhere/**/*.txt", "") == whole

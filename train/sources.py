@@ -20,13 +20,20 @@ Its real path decides, and names it where that matches. A hard link is a file of
 reading goes on from any document without what lies before it (but for compressed lines), and a
 shard can be cut into pieces that different readers read, each line or row by exactly one of them.
 
+**Rows without text** are left out, told and counted, wherever they are: where the field is missing,
+null or empty, or the JSON line no object. A value that is no string is read as it is spelled, told
+and counted too; a list or struct of Parquet is left out. A source without a string in its first
+rows is an error: another field may be meant.
+
 **Faults.** Shards have the size that was found when the run began, or reading fails: a reply or a
-file that is short, even one cut at a line end, is an error, not an end. Anything that goes wrong
-with a remote shard, a request or what comes of it, is tried again, `RETRIES` times in a row with
-growing pauses; then, and at once for local files, `DataError` names the shard.
+file that is short, even one cut at a line end, or a reply of a file that has another size, is an
+error, not an end. Anything that goes wrong with a remote shard, a request or what comes of it, is
+tried again, `RETRIES` times in a row with growing pauses; then, and at once for local files,
+`DataError` names the shard.
 """
 
 import bz2
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -44,7 +51,7 @@ import sysconfig
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +65,12 @@ STALL = 30.0  # seconds without a byte
 CHUNK = 4 << 20  # bytes of one request
 STRIPE = 1 << 16  # bytes of uncompressed text: what readers of one compressed file take in turn
 START = -1  # position before the first document of a piece
+FIRST_ROWS = 10_000  # of a source, one of which must have text
+
+NO_TEXT = "no text (left out)"  # what is counted of rows
+NOT_TEXT = "not text (left out)"
+AS_TEXT = "no string (read as text)"
+REPLACED = "invalid UTF-8 (replaced)"
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -127,12 +140,13 @@ class Source:
 
 
 class Row(NamedTuple):
-    """One document."""
+    """One document, or what is in the place of one."""
 
     at: int  # its position in the shard
     next: int  # that of what follows
     text: bytes | None  # UTF-8; None where the row has none
-    replaced: bool  # whether invalid UTF-8 was replaced
+    remark: str = ""  # NO_TEXT, NOT_TEXT, AS_TEXT or REPLACED, where something is to be told
+    why: str = ""  # in words
 
 
 # From specs to shards
@@ -149,7 +163,12 @@ def split_weight(spec: str) -> tuple[float, str]:
 
 
 def find_source(spec: str) -> Source:
-    """Look up the shards of `[WEIGHT:]SPEC` and their sizes."""
+    """Look up the shards of `[WEIGHT:]SPEC` and their sizes.
+
+    Raises:
+        UserError: there is no such data, or no text in the first rows.
+        DataError: these cannot be read.
+    """
     weight, rest = split_weight(spec)
     kind, _, where = rest.partition(":")
     if rest == "stdlib":
@@ -158,10 +177,10 @@ def find_source(spec: str) -> Source:
         return Source(spec, weight, "", find_shards(where, "text"))
     if kind in ("json", "parquet") and where:
         where, field = split_field(where, local=not is_url(where))
-        return Source(spec, weight, field, find_shards(where, kind))
+        return with_text(Source(spec, weight, field, find_shards(where, kind)))
     if kind == "hub" and where:
         where, field = split_field(where, local=False)
-        return Source(spec, weight, field, find_hub_shards(where))
+        return with_text(Source(spec, weight, field, find_hub_shards(where)))
     raise UserError(
         f"unknown data {spec!r}; known: stdlib, text:GLOB (as in text:books/**/*.txt), "
         "json:GLOB[#field], parquet:GLOB[#field], hub:org/name[@config][/split][#field]"
@@ -178,6 +197,18 @@ def split_field(where: str, local: bool) -> tuple[str, str]:
     return where, field or "text"
 
 
+def with_text(source: Source) -> Source:
+    """`source`, one of whose first rows must have text: else the field may not be meant."""
+    rows = (row for index in range(len(source.shards)) for row in read(source, index, START, 0, 1))
+    reasons = collections.Counter()
+    for row in itertools.islice(rows, FIRST_ROWS):
+        if row.text and row.remark != AS_TEXT:
+            return source
+        reasons[row.why] += 1
+    why = ": " + reasons.most_common(1)[0][0] if reasons else ""
+    raise UserError(f"{source.spec}: the first rows have no text{why}")
+
+
 def is_url(where: str) -> bool:
     return where.startswith(("http://", "https://"))
 
@@ -189,18 +220,50 @@ def find_shards(where: str, kind: str) -> tuple[Shard, ...]:
     import aiohttp
 
     check_host(where, urllib.parse.urlsplit(where))
-    files, _ = file_system(where)
-    try:
-        urls = sorted(patiently(lambda: files.glob(where))) if "*" in where else [where]
-        if not urls:
-            raise UserError(f"no file matches '{kind}:{where}'")
-        with ThreadPoolExecutor(16) as pool:
-            sizes = list(pool.map(lambda url: patiently(lambda: files.info(url))["size"], urls))
-    except (OSError, aiohttp.ClientError) as error:
-        reason = getattr(error.__cause__, "status", None)
-        reason = f"HTTP {reason}" if reason else describe_error(error.__cause__ or error)
-        raise UserError(f"cannot read {where}: {reason}") from error
+    urls = [where]
+    if "*" in where:
+        try:
+            urls = sorted(patiently(lambda: file_system(where).glob(where)))
+        except (OSError, aiohttp.ClientError) as error:
+            reason = getattr(error, "status", 0)
+            reason = f"HTTP {reason}" if reason else describe_error(error)
+            raise UserError(f"cannot list {where}: {reason}") from error
+    if not urls:
+        raise UserError(f"no file matches '{kind}:{where}'")
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(find_size, urls, itertools.repeat(kind)))
     return tuple(Shard(url, kind, size, url) for url, size in zip(urls, sizes))
+
+
+def find_size(url: str, kind: str) -> int | None:
+    """The bytes of a remote file of a kind; None where the server does not say.
+
+    The reply for its first byte says it beyond doubt in its Content-Range. One without may be of
+    something else, such as a login page, and must come twice.
+    """
+    try:
+        size, sure = patiently(lambda: reported_size(url, kind))
+        if not sure:
+            before = size
+            size, sure = patiently(lambda: reported_size(url, kind, fresh=True))
+            if not sure and size != before:
+                raise OSError(f"it has {before} bytes in one reply, {size} in the next")
+    except OSError as error:
+        raise UserError(f"cannot read {url}: {describe_error(error)}") from error
+    return size
+
+
+def reported_size(url: str, kind: str, fresh: bool = False) -> tuple[int | None, bool]:
+    """The size that a reply for the first byte says, and whether it is the file's beyond doubt."""
+    reply = ask(url, 0, 1, body=False, fresh=fresh)
+    if reply.encoding:  # the size is that of something compressed
+        return None, False
+    if reply.status in (206, 416):  # an empty file has no first byte
+        return reply.content_range[1], True
+    if kind != "text" and reply.mimetype == "text/html":
+        raise OSError("a page (text/html) comes in its place; is there a login?")
+    length = reply.headers.get("Content-Length")
+    return length and int(length), False
 
 
 def matching_files(spec: str, once: bool = True) -> list[str]:
@@ -329,7 +392,7 @@ def find_hub_shards(where: str) -> tuple[Shard, ...]:
     splits = builder.config.data_files or {}
     if split not in splits:
         raise UserError(f"hub:{where}: no split {split!r}; it has {', '.join(map(str, splits))}")
-    files, _ = file_system("hf://")
+    files = file_system("hf://")
     shards = []
     for url in dict.fromkeys(map(str, splits[split])):  # its patterns may name a file twice
         stem, suffix = os.path.splitext(url)
@@ -379,7 +442,7 @@ def patiently(call: Callable, attempts: int = 4):
         try:
             return call()
         except OSError as error:
-            status = getattr(error.__cause__, "status", 0)
+            status = getattr(error, "status", 0)
             if attempt == attempts - 1 or (400 <= status < 500 and status != 429):
                 raise
             time.sleep(pause(attempt))
@@ -390,19 +453,99 @@ def patiently(call: Callable, attempts: int = 4):
 
 @functools.cache
 def file_system(url: str):
-    """The fsspec file system of a URL's protocol, and the options of its reads."""
+    """The fsspec file system of a URL's protocol."""
     import fsspec
 
-    if is_url(url):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
-        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-        identity = {"Accept-Encoding": "identity"}  # or byte ranges would be of something else
-        return fsspec.filesystem(url.partition(":")[0], headers=identity, **options), {}
     if url.startswith("hf://"):
-        return fsspec.filesystem("hf"), {"cache_type": "none"}
-    return fsspec.filesystem("file"), {}
+        return fsspec.filesystem("hf")
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+    options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return fsspec.filesystem(url.partition(":")[0], **options)
+
+
+class Reply(NamedTuple):
+    """What a server sends for a file or a part of it."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def mimetype(self) -> str:
+        return self.headers.get("Content-Type", "").partition(";")[0]
+
+    @property
+    def encoding(self) -> str:
+        """How it is compressed, though that was not asked for."""
+        return self.headers.get("Content-Encoding", "").replace("identity", "")
+
+    @property
+    def content_range(self) -> tuple[int | None, int | None]:
+        """Where a part begins, and the size of the whole; None where the reply does not say."""
+        pattern = r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)"
+        match = re.fullmatch(pattern, self.headers.get("Content-Range", ""))
+        return tuple(number and int(number) for number in match.groups()) if match else (None, None)
+
+
+class StatusError(OSError):
+    """A reply that is an error."""
+
+    def __init__(self, status: int):
+        super().__init__(f"HTTP {status}")
+        self.status = status
+
+
+def ask(
+    url: str, begin: int = 0, end: int | None = None, *, body: bool = True, fresh: bool = False
+) -> Reply:
+    """The reply for a remote file or, with `end`, for a part of it.
+
+    Args:
+        body: whether to read it.
+        fresh: whether caches on the way must ask the server.
+
+    Raises:
+        StatusError: the reply is an error, other than that there are no bytes at `begin`.
+        OSError: none came.
+    """
+    headers = {"Accept-Encoding": "identity"}  # or byte ranges would be of something else
+    if end is not None:
+        headers["Range"] = f"bytes={begin}-{end - 1}"
+    if fresh:
+        headers["Cache-Control"] = "no-cache"
+    files = file_system(url.partition("//")[0] + "//")
+    if url.startswith("hf://"):
+        return ask_hub(files.url(url), headers)
+    import aiohttp
+    from fsspec.asyn import sync
+
+    async def send() -> Reply:
+        session = await files.set_session()
+        async with session.get(files.encode_url(url), headers=headers) as reply:
+            return Reply(reply.status, reply.headers, await reply.read() if body else b"")
+
+    try:
+        reply = sync(files.loop, send)
+    except aiohttp.TooManyRedirects as error:
+        raise OSError(f"{len(error.history)} redirects, one after another") from error
+    except aiohttp.ClientError as error:
+        raise OSError(describe_error(error)) from error
+    if reply.status >= 400 and reply.status != 416:
+        raise StatusError(reply.status)
+    return reply
+
+
+def ask_hub(url: str, headers: dict[str, str]) -> Reply:
+    """The Hub's reply, with the user's token and the Hub's own retries."""
+    from huggingface_hub import constants, utils
+
+    headers = {**utils.build_hf_headers(), **headers}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    reply = utils.http_backoff("GET", url, headers=headers, timeout=timeout)
+    utils.hf_raise_for_status(reply)
+    return Reply(reply.status_code, reply.headers, reply.content)
 
 
 class RangeFile(io.RawIOBase):
@@ -412,12 +555,10 @@ class RangeFile(io.RawIOBase):
     """
 
     def __init__(self, shard: Shard):
-        protocol = shard.url.partition("//")[0] + "//" if shard.remote else "/"
-        self.files, self.options = file_system(protocol)
-        self.shard, self.url, self.size = shard, shard.url, shard.size
+        self.shard, self.size = shard, shard.size
         self.position, self.whole = 0, None
         if self.size is None:
-            self.whole = self.files.cat_file(self.url, **self.options)
+            self.whole = ask(shard.url).body
             self.size = len(self.whole)
 
     def readable(self) -> bool:
@@ -450,7 +591,10 @@ class RangeFile(io.RawIOBase):
         failures = 0
         while self.whole is None:
             try:
-                data = self.files.cat_file(self.url, begin, begin + count, **self.options)
+                if self.shard.remote:
+                    data = self.remote_bytes(begin, count, fresh=failures > 0)
+                else:
+                    data = self.local_bytes(begin, count)
                 if len(data) == self.size > count:
                     self.whole = data
                     break
@@ -463,6 +607,35 @@ class RangeFile(io.RawIOBase):
             except Exception as error:  # of many kinds below fsspec; see `wait`
                 failures = wait(self.shard, error, failures)
         return self.whole[begin : begin + count]
+
+    def local_bytes(self, begin: int, count: int) -> bytes:
+        with open(self.shard.url, "rb") as file:
+            file.seek(begin)
+            return file.read(count)
+
+    def remote_bytes(self, begin: int, count: int, fresh: bool) -> bytes:
+        """A part of the shard, or all of it; OSError where the reply says that it is neither."""
+        reply = ask(self.shard.url, begin, begin + count, fresh=fresh)
+        first, total = reply.content_range
+        if total not in (None, self.size):
+            raise OSError(
+                f"the server says that it has {total:,} bytes; it had {self.size:,} when the run "
+                "began. If it has changed, begin a new run"
+            )
+        if reply.status == 200:
+            if len(reply.body) != self.size:
+                raise OSError(
+                    f"{len(reply.body):,} bytes of {reply.mimetype or 'no type'} come in its "
+                    f"place; it had {self.size:,} when the run began"
+                )
+        elif reply.encoding or first != begin:
+            kind = f"bytes from {first} on" if first is not None else "no part"
+            encoding = f" of what is compressed ({reply.encoding})" if reply.encoding else ""
+            raise OSError(
+                f"HTTP {reply.status} with {kind}{encoding}, where {count} bytes from {begin} on "
+                "were asked for"
+            )
+        return reply.body
 
 
 def read(source: Source, index: int, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -513,67 +686,88 @@ def json_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
         plain = isinstance(file, RangeFile)
         if plain:
             begin, end = file.size * piece // pieces, file.size * (piece + 1) // pieces
+            goes_on = at > begin
+            lines = read_lines(file, at if goes_on else begin, end, not goes_on and begin > 0)
         else:
-            begin, end = 0, sys.maxsize
-        if at > begin and plain:
-            lines = read_lines(file, at)
-        else:
-            lines = read_lines(file, max(begin - 1, 0))
-            if begin > 0:
-                next(lines)  # the rest of a line that begins before, maybe only its end
+            lines = read_lines(file, 0, sys.maxsize)
         for offset, line in lines:
-            if offset >= end:
-                return
-            if offset < at or not line.strip():
+            if offset < at or not line or line.isspace():
                 continue
             if not plain and offset // STRIPE % pieces != piece:
                 continue
-            yield Row(offset, offset + len(line) + 1, *text_of_line(shard, field, offset, line))
+            yield row_of_line(shard, field, offset, line)
 
 
-def read_lines(file: io.IOBase, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Each line from `offset` on, which is a line's start, with its own offset."""
+def read_lines(
+    file: io.IOBase, begin: int, end: int, inside: bool = False
+) -> Iterator[tuple[int, bytes]]:
+    """Each line that begins at `begin` or later and before `end`, with its own offset.
+
+    Args:
+        inside: whether `begin` may be inside a line, which is not given.
+    """
+    offset = begin - inside  # the line before may end there
     if offset:
         file.seek(offset)
-    rest = b""
-    while chunk := file.read(CHUNK):
-        *lines, rest = (rest + chunk).split(b"\n")
+    parts = []  # of a line whose end has not been read
+    while offset < end and (chunk := file.read(CHUNK)):
+        *lines, rest = chunk.split(b"\n")
         for line in lines:
-            yield offset, line
+            line = b"".join([*parts, line])
+            parts.clear()
+            if not inside and offset < end:
+                yield offset, line
             offset += len(line) + 1
-    if rest:
-        yield offset, rest
+            inside = False
+        if inside:
+            offset += len(rest)
+        else:
+            parts.append(rest)
+    if any(parts) and offset < end:
+        yield offset, b"".join(parts)
 
 
-def text_of_line(shard: Shard, field: str, offset: int, line: bytes) -> tuple[bytes | None, bool]:
-    """The text of one JSON line, and whether something in it was replaced."""
-    replaced = False
+def row_of_line(shard: Shard, field: str, offset: int, line: bytes) -> Row:
+    """The row of one JSON line."""
+    row = functools.partial(Row, offset, offset + len(line) + 1)
+    remark = why = ""
     try:
-        line = line.decode("utf-8")
-    except UnicodeDecodeError:
-        line, replaced = line.decode("utf-8", "replace"), True
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text, remark, why = line.decode("utf-8", "replace"), REPLACED, error.reason
     try:
-        value = json.loads(line.removeprefix("\ufeff"))
-    except ValueError as error:
-        raise OSError(f"not JSON lines: {error} in the line at byte {offset}") from error
+        value = parse_json(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(
+            f"not JSON lines: {error} in the line at byte {offset}, {line[:40]!r}; each object "
+            "must be one line, as jq -c . writes it (a line of spaces is left out)"
+        ) from error
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        raise DataError(
+            shard.url,
+            f"not JSON lines: the line at byte {offset} is list, not an object with a field "
+            f"{field!r}; each object must be one line, as jq -c '.[]' writes it",
+        )
+    if value is None:
+        return row(None, NO_TEXT, "the line is null")
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        reason = f"the line at byte {offset} is {kind}, not an object with a field {field!r}"
-        raise DataError(shard.url, f"not JSON lines: {reason}")
+        why = f"the line is {type(value).__name__}, not an object with a field {field!r}"
+        return row(None, NOT_TEXT, why)
     path = reach(value, field)
-    text = functools.reduce(dict.get, path, value) if path else None
-    if text is None:
-        if not path and offset == 0:
-            raise missing_field(
-                shard, field, (f"{k} ({type(v).__name__})" for k, v in leaves(value))
-            )
-        return None, False
+    if not path:
+        kinds = (f"{key} ({type(item).__name__})" for key, item in leaves(value))
+        return row(None, NO_TEXT, missing_field(field, kinds))
+    text = functools.reduce(dict.get, path, value)
+    if text is None or text == "":
+        return row(None if text is None else b"", NO_TEXT, empty_field(field))
     if not isinstance(text, str):
-        raise not_text(shard, field, type(text).__name__)
+        remark, why = AS_TEXT, not_text(field, type(text).__name__)
+        text = json.dumps(text, ensure_ascii=False, separators=(",", ":"))
     try:
-        return text.encode("utf-8"), replaced
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
+        return row(text.encode("utf-8"), remark, why)
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return row(text.encode(), REPLACED, error.reason)
 
 
 def reach(tree: dict, field: str) -> list[str]:
@@ -599,33 +793,45 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + key, value
 
 
-def missing_field(shard: Shard, field: str, known: Iterable[str]) -> DataError:
-    there = ", ".join(known)
-    return DataError(shard.url, f"no field {field!r}; it has {there}; name one with #field")
+json_decoder = json.JSONDecoder(parse_constant=lambda name: None)  # NaN is no value
 
 
-def not_text(shard: Shard, field: str, kind: str) -> DataError:
-    return DataError(shard.url, f"field {field!r} is {kind}, not text; name another with #field")
+def parse_json(text: str):
+    try:
+        return json_decoder.decode(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a whole number of more digits than int() takes
+        return json.loads(text, parse_int=float)
+
+
+def missing_field(field: str, known: Iterable[str]) -> str:
+    return f"no field {field!r}; it has {', '.join(known) or 'none'}; name one with #field"
+
+
+def empty_field(field: str) -> str:
+    return f"field {field!r} is null or empty"
+
+
+def not_text(field: str, kind: str) -> str:
+    return f"field {field!r} is {kind}, not text; name another with #field"
 
 
 def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
     """Rows as documents. A piece has its part of the row numbers."""
-    import pyarrow
     import pyarrow.compute
     from pyarrow import parquet
 
     file = parquet.ParquetFile(RangeFile(shard), page_checksum_verification=True)
     columns = struct_tree(file.schema_arrow)
     path = reach(columns, field)
-    if not path:
-        raise missing_field(shard, field, (f"{name} ({kind})" for name, kind in leaves(columns)))
-    kind = file.schema_arrow.field(path[0]).type
-    for name in path[1:]:
-        kind = kind.field(name).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise not_text(shard, field, kind)
     count = file.metadata.num_rows
     first, last = max(at, count * piece // pieces), count * (piece + 1) // pieces
+    if not path:
+        why = missing_field(field, (f"{name} ({kind})" for name, kind in leaves(columns)))
+        for row in range(first, last):
+            yield Row(row, row + 1, None, NO_TEXT, why)
+        return
     begin = 0  # row number of the group
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
@@ -635,14 +841,12 @@ def parquet_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> 
                 column = batch.column(path[0])
                 for name in path[1:]:
                     column = pyarrow.compute.struct_field(column, name)
-                column = column.cast(pyarrow.large_binary())
-                for text in column[max(first - number, 0) :].to_pylist() if number < last else ():
-                    row = max(first, number)
-                    if row >= last:
-                        break
-                    yield Row(row, row + 1, *valid_text(text))
-                    first = row + 1
-                number += len(batch)
+                texts, remark, why = column_texts(column, field)
+                for row in range(max(first, number), min(last, number + len(texts))):
+                    yield make_row(row, texts[row - number], remark, why)
+                number += len(texts)
+                if number >= last:
+                    return
         begin += size
 
 
@@ -656,15 +860,30 @@ def struct_tree(fields) -> dict:
     }
 
 
-def valid_text(text: bytes | None) -> tuple[bytes | None, bool]:
-    """`text` with invalid UTF-8 replaced, and whether that was so."""
-    if text is None:
-        return None, False
+def column_texts(column, field: str) -> tuple[list[bytes | None], str, str]:
+    """The texts of an Arrow array, a remark on all of them, and why."""
+    import pyarrow
+
+    strings, kind = pyarrow.large_string(), not_text(field, column.type)
+    try:
+        return column.cast(pyarrow.large_binary()).to_pylist(), "", empty_field(field)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):  # neither strings nor bytes
+        pass
+    try:
+        return column.cast(strings).cast(pyarrow.large_binary()).to_pylist(), AS_TEXT, kind
+    except pyarrow.ArrowNotImplementedError:
+        return [None] * len(column), NOT_TEXT, kind
+
+
+def make_row(at: int, text: bytes | None, remark: str = "", why: str = "") -> Row:
+    """A row, or a file, whose position is counted; invalid UTF-8 is replaced."""
+    if not text:
+        return Row(at, at + 1, text, remark if remark == NOT_TEXT else NO_TEXT, why)
     try:
         text.decode("utf-8")
-    except UnicodeDecodeError:
-        return text.decode("utf-8", "replace").encode(), True
-    return text, False
+    except UnicodeDecodeError as error:
+        return Row(at, at + 1, text.decode("utf-8", "replace").encode(), REPLACED, error.reason)
+    return Row(at, at + 1, text, remark, why)
 
 
 def text_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Iterator[Row]:
@@ -673,7 +892,7 @@ def text_rows(shard: Shard, field: str, at: int, piece: int, pieces: int) -> Ite
         return
     with opened(shard) as file:
         text = read_all(file)
-    yield Row(0, 1, *valid_text(text))
+    yield make_row(0, text, why="the file is empty")
 
 
 def read_all(file: io.IOBase) -> bytes:

@@ -43,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kru_triton.train.sources import START, DataError, Source, read
+from kru_triton.train.sources import START, DataError, Row, Source, read
 from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, token_dtype
 
 LINES = 4  # of each rank and source, where there are so many pieces
@@ -83,7 +83,7 @@ class Block(NamedTuple):
     starts: list[int]  # of each document in `tokens`, and the end
     places: list[Position]  # shard and position of each document
     next: Position | None  # where the line's next block begins; None: the line has ended
-    counts: dict[str, int]  # documents, bytes, those without text or with invalid UTF-8
+    counts: dict[str, int]  # documents, bytes, rows with each remark
 
 
 def is_held_out(text: bytes) -> bool:
@@ -141,10 +141,9 @@ class Reader:
         texts, places, size, after = [], [], 0, None
         counts = collections.Counter()
         for position, place, row in documents:
-            if not row.text or row.replaced:
-                kind = "invalid UTF-8 (replaced)" if row.text else "no text (left out)"
-                counts[kind] += 1
-                self.warn(source, place, kind)
+            if row.remark:
+                counts[row.remark] += 1
+                self.warn(source, place, row)
             if not row.text or (plan.hold_out and is_held_out(row.text)):
                 continue
             texts.append(row.text)
@@ -160,12 +159,13 @@ class Reader:
         tokens, starts = join(plan.tokenizer, [texts[index] for index in order])
         return Block(tokens, starts, [places[index] for index in order], after, dict(counts))
 
-    def warn(self, source: int, place: Position, kind: str) -> None:
-        """Say where the first document of a kind was; the others are counted."""
-        if kind not in self.warned:
-            self.warned.add(kind)
-            url = self.plan.sources[source].shards[place[0]].url
-            print(f"warning: {url}: {kind} at {place[1]}; further ones count", file=sys.stderr)
+    def warn(self, source: int, place: Position, row: Row) -> None:
+        """Say where the first row with a remark was, and why; the others are counted."""
+        if row.remark not in self.warned:
+            self.warned.add(row.remark)
+            shard, at = place
+            where = f"{self.plan.sources[source].shards[shard].url}: {row.remark} at {at}"
+            print(f"warning: {where}: {row.why}; further ones are counted", file=sys.stderr)
 
     def documents(self, source: int, pieces: list[Piece], begin: Position) -> Iterator:
         """(position after it, place, row) of each document of a line from `begin` on."""
@@ -517,7 +517,7 @@ class StreamBatches:
         return min(epochs(state) if state else 0.0 for state in self.position["sources"])
 
     def counts(self) -> dict[str, int]:
-        """Documents and bytes of all finished blocks; documents without text; invalid UTF-8."""
+        """Documents and bytes of all finished blocks; rows with each remark."""
         total = collections.Counter()
         for state in self.position["sources"]:
             total.update(state["counts"] if state else {})
