@@ -64,6 +64,7 @@ class KRULSTM(RecurrentLayers):
 
     gates = 4
     states = 2  # h and c, side by side where both go from step to step
+    mode = "LSTM"  # as torch.nn.LSTM has it
 
     def __init__(
         self,

@@ -143,6 +143,7 @@ class RecurrentLayers(_Recurrence):
     """
 
     states = 1
+    proj_size = 0  # as torch.nn.RNN has it: no projection of the state
 
     def __init__(
         self,
@@ -297,6 +298,42 @@ class RecurrentLayers(_Recurrence):
         y, h_n = self._scan(x, suffix, h_0, reset, lengths, table)
         return None if drop else y, h_n
 
+    @property
+    def mode(self) -> str:
+        """As torch.nn's layers have it: "RNN_TANH" and "RNN_RELU", here also "RNN_MODRELU", …."""
+        return f"RNN_{self.nonlinearity.upper()}"
+
+    @property
+    def bias(self) -> bool:
+        """Whether b is learnt."""
+        return self.has_bias
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """The names of `all_weights`."""
+        kinds = ["weight_ih", *(f"factor{f}" for f in range(len(self.factor_shapes)))]
+        kinds += ["bias"] if self.has_bias else []
+        kinds += ["beta"] if self.nonlinearity == "modrelu" else []
+        return [[kind + suffix for kind in kinds] for suffix in self._suffixes]
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """Per layer and direction: input weight, factors, bias and β, of those that there are."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None = None
+    ) -> tuple[int, int, int]:
+        """The shape of h_0, and of a c_0, for an input `(T, B, ·)`, or a packed one's sizes."""
+        if batch_sizes is None:
+            batch = input.shape[0 if self.batch_first else 1]
+        else:
+            batch = int(batch_sizes[0])
+        return self.num_layers * self.num_directions, batch, self.output_size
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights are read where they are."""
+
     def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
         """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
         x_proj = self._project(x, _suffix(layer, direction))
@@ -306,11 +343,12 @@ class RecurrentLayers(_Recurrence):
         """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
         if layer is not None:
             return self._factors(_suffix(layer, direction))
-        return [
-            self._factors(_suffix(i, d))
-            for i in range(self.num_layers)
-            for d in range(self.num_directions)
-        ]
+        return [self._factors(suffix) for suffix in self._suffixes]
+
+    @property
+    def _suffixes(self) -> list[str]:
+        """One per layer and direction, as states and weights lie."""
+        return [_suffix(i, d) for i in range(self.num_layers) for d in range(self.num_directions)]
 
     def _check_h_0(self, h_0, batch: int, batched: bool):
         if h_0 is None:
