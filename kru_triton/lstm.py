@@ -35,7 +35,7 @@ class KRULSTM(RecurrentLayers):
     and `unitarity_penalty()` is there for whom it serves.
 
     The input may be tokens: `lstm(tokens, embedding=E)` is `lstm(E[tokens])`, with one product over
-    the vocabulary in place of one over all tokens.
+    the vocabulary in place of one over all tokens. ONNX: as `KRU`.
 
     Args:
         input_size: D, input features.

@@ -375,6 +375,9 @@ class KRU(RecurrentLayers):
     The input may be tokens: `kru(tokens, embedding=E)` is `kru(E[tokens])`, with one product over
     the vocabulary in place of one over all tokens.
 
+    `torch.onnx.export(…, dynamo=True)` takes the module (not its ExportedProgram, which keeps the
+    op) and writes every step out, so that T is fixed; B may be dynamic.
+
     Args:
         input_size: D, real input features.
         hidden_size: units per layer and direction, over all heads (complex units by default).

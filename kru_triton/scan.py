@@ -364,6 +364,8 @@ def why_not_op() -> str | None:
         return "a transform of torch.func (vmap, grad, jvp, …) sees into plain operations only"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation sees into plain operations only"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "ONNX has plain operations only"
     return None
 
 

@@ -9,6 +9,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -469,3 +470,42 @@ def test_compiled_transforms():
     x, h = torch.randn(5, 3), torch.randn(5, 8)
     compiled = torch.compile(per_sample, backend="aot_eager", fullgraph=True)
     assert_near(compiled(x, h), per_sample(x, h), 1e-6)  # float32
+
+
+class Both(nn.Module):
+    """A KRU with a start and cuts, and a KRULSTM on top."""
+
+    def __init__(self):
+        super().__init__()
+        self.kru = KRU(3, 4, recompute=2)
+        self.lstm = KRULSTM(8, 4, batch_first=True)
+
+    def forward(self, x, h_0, reset):
+        y, h_n = self.kru(x, h_0, reset=reset)
+        y, (h, c) = self.lstm(y.transpose(0, 1))
+        return y, h_n, h, c
+
+
+def test_onnx_export():
+    """Through plain operations, for T = 3 and any batch; torch.export itself keeps the ops."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    def inputs(batch):
+        return torch.randn(3, batch, 3), torch.randn(1, batch, 8), torch.rand(batch, 3) < 0.4
+
+    torch.manual_seed(6)
+    model, batch = Both().eval(), torch.export.Dim.DYNAMIC
+    dynamic = ({1: batch}, {1: batch}, {0: batch})
+    program = torch.onnx.export(
+        model, inputs(2), dynamic_shapes=dynamic, dynamo=True, verbose=False
+    )
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    names = [i.name for i in session.get_inputs()]
+    for args in (inputs(2), inputs(5)):
+        actual = session.run(None, dict(zip(names, (a.numpy() for a in args))))
+        for got, want in zip(actual, model(*args), strict=True):
+            assert (torch.from_numpy(got) - want).abs().max() < 1e-5  # float32
+    exported = torch.export.export(model, inputs(2))
+    assert "kru_triton.scan" in str(exported.graph)
+    assert "kru_triton.lstm_scan" in str(exported.graph)
