@@ -37,7 +37,9 @@ def from_torch(
             outside of the diagonal blocks of a recurrent matrix is dropped.
 
     Returns:
-        A `KRU` of the real field for an `nn.RNN`, a `KRULSTM` for an `nn.LSTM`; new parameters.
+        A `KRU` of the real field for an `nn.RNN`, a `KRULSTM` for an `nn.LSTM`; new parameters,
+        trainable where theirs were: a factor where the recurrent matrix was, the bias where either
+        of the two was.
 
     Raises:
         TypeError: `rnn` is neither; ValueError: an LSTM with projections, sizes that do not fit, or
@@ -72,12 +74,14 @@ def from_torch(
         layers = KRU(**options, field="real", nonlinearity=rnn.nonlinearity)
     for name, parameter in layers.named_parameters():
         kind, _, suffix = name.partition("_l")
-        if name.startswith("weight_ih"):
-            parameter.copy_(getattr(rnn, name))
-        elif kind == "bias":
-            parameter.copy_(getattr(rnn, f"bias_ih_l{suffix}") + getattr(rnn, f"bias_hh_l{suffix}"))
+        kinds = {"weight_ih": ["weight_ih"], "bias": ["bias_ih", "bias_hh"]}
+        with torch.enable_grad():  # a parametrized weight is computed where it is read
+            sources = [getattr(rnn, f"{k}_l{suffix}") for k in kinds.get(kind, ["weight_hh"])]
+        parameter.requires_grad_(any(source.requires_grad for source in sources))
+        if kind in kinds:
+            parameter.copy_(sum(sources))
         elif kind == "factor0":
-            blocks = _diagonal_blocks(getattr(rnn, f"weight_hh_l{suffix}"), num_heads)
+            blocks = _diagonal_blocks(sources[0], num_heads)
             nearest = nearest_kronecker(blocks, layers.factor_shapes)
             for f, w in enumerate(nearest):
                 getattr(layers, f"factor{f}_l{suffix}").copy_(w)

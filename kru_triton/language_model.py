@@ -150,15 +150,16 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, tokens, state, reset, layers=None) -> tuple[Tensor, list[Tensor]]:
         """As `hidden`, of checked arguments."""
+        steps = self.config.recompute
         if self.config.frame == "plain":
             x = nnf.one_hot(tokens.t(), self.config.vocab_size).to(self.blocks[0].bias.dtype)
-            x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
+            x, state = in_chunks(self, self._run_blocks, steps, x, state, reset)
             return x.transpose(0, 1), state
         embedded = tokens.is_floating_point()
         x = tokens.transpose(0, 1) if embedded else self.embedding(tokens.t())
         x = self.dropout(x * math.sqrt(self.config.d_model))
         if layers is None:
-            x, state = in_chunks(self._run_blocks, self.config.recompute, x, state, reset)
+            x, state = in_chunks(self, self._run_blocks, steps, x, state, reset)
         else:
             x, state = self._run_blocks(x, state, reset, layers=layers)
         return self.norm(x).transpose(0, 1), state

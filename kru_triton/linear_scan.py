@@ -27,14 +27,19 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from kru_triton import reference
 from kru_triton.scan import (
     _check,
-    _check_values,
+    _check_places,
     _grouped,
-    _scan,
-    _scan_backward,
     _state_dtype,
+    refuse_forward_mode,
+    refuse_second_derivatives,
     register_autocast,
+    run_loop,
+    run_scan,
+    run_scan_backward,
+    takes_loop,
 )
 
 
@@ -53,7 +58,7 @@ def kru_linear_scan(
 
     `h_t = (W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t`, equal up to rounding. Time is cut into blocks
     that run side by side, twice: it pays where B rows alone do not fill the device (see
-    `bench/NOTES.md`), and costs up to twice the time where they do. Differentiable once.
+    `bench/NOTES.md`), and costs up to twice the time where they do. Differentiable as `kru_scan`.
 
     Args:
         x_proj, factors, h_0, reset, lengths, backend, precision: as in `kru_scan`.
@@ -81,7 +86,12 @@ def kru_linear_scan(
     dtype = _state_dtype(x_proj)
     a, b = _grouped(factors, dtype)
     h_0 = None if h_0 is None else h_0.to(dtype)
-    h, h_n = _linear_scan(x_proj, a, b, h_0, reset, lengths, block or 0, backend, precision)
+    if takes_loop("kru_linear_scan", x_proj, backend):
+        _check_places(x_proj, lengths, None)
+        args = (x_proj, a, b, None, h_0, reset, "identity", lengths)
+        h, h_n = run_loop(reference.scan_forward, *args)
+    else:
+        h, h_n = _linear_scan(x_proj, a, b, h_0, reset, lengths, block or 0, backend, precision)
     return h.transpose(0, 1), h_n
 
 
@@ -132,7 +142,7 @@ def _between(first: Tensor | None, ends: Tensor, a, b, block: int, cuts, backend
     cut inside, so that its end does not depend on its start."""
     first = torch.zeros_like(ends[:, 0]) if first is None else first
     cuts = None if cuts is None else cuts[:, :-1]
-    states, _ = _scan(
+    states, _ = run_scan(
         *(ends[:, :-1], *_power(a, b, block), None, first, cuts, None, None),
         *("identity", backend, precision),
     )
@@ -151,34 +161,25 @@ def _linear_scan(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode("kru_linear_scan")
     batch, time, features = x_proj.shape
     options = "identity", backend, precision
     block = _block(time, block)
     if block >= time or not batch:
-        return _scan(x_proj, a, b, None, h_0, reset, lengths, None, *options)
-    if lengths is not None:
-        _check_values("lengths", lengths, 0, time, "the steps of a row")
+        return run_scan(x_proj, a, b, None, h_0, reset, lengths, None, *options)
+    _check_places(x_proj, lengths, None)
     x = _rows(x_proj, block)
     cuts = None if reset is None else _rows(reset, block)
-    _, ends = _scan(x, a, b, None, None, cuts, None, None, *options)
+    _, ends = run_scan(x, a, b, None, None, cuts, None, None, *options)
     starts = _between(
         *(h_0, ends.view(batch, -1, features), a, b, block),
         *(None if cuts is None else cuts.any(1).view(batch, -1), backend, precision),
     )
-    h, _ = _scan(x, a, b, None, starts.flatten(0, 1), cuts, None, None, *options)
+    h, _ = run_scan(x, a, b, None, starts.flatten(0, 1), cuts, None, None, *options)
     h = _joined(h, batch, time)
     if lengths is not None:
         h.masked_fill_(_behind(lengths, time).t()[..., None], 0)
-    return h, _last(h, a.dtype, h_0, lengths)
-
-
-def _last(h: Tensor, dtype: torch.dtype, h_0: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """h_n: the last of each row's states `h (T, B, F)`; h_0 for a row without a step."""
-    if lengths is None:
-        return h[-1].to(dtype, copy=True)
-    rows = torch.arange(h.shape[1], device=h.device)
-    ends = h[(lengths - 1).clamp_min(0), rows].to(dtype)
-    return torch.where(lengths[:, None] > 0, ends, torch.zeros_like(ends) if h_0 is None else h_0)
+    return h, reference.last_state(h, a.dtype, h_0, lengths)
 
 
 def _behind(lengths: Tensor, time: int) -> Tensor:
@@ -206,11 +207,12 @@ def _linear_scan_backward(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_forward_mode("kru_linear_scan", dh, dh_n)
     time, batch, features = h.shape
     options = "identity", backend, precision
     block = _block(time, block)
     if block >= time or not batch:
-        dx, da, db, _, dh_0 = _scan_backward(
+        dx, da, db, _, dh_0 = run_scan_backward(
             dh, dh_n, h, None, a, b, None, h_0, reset, lengths, None, *options
         )
         return dx, da, db, dh_0
@@ -229,7 +231,7 @@ def _linear_scan_backward(
     if cuts is not None:
         cuts_backwards = torch.cat((torch.zeros_like(cuts[:, :1]), cuts.flip(1)), 1)
     adjoint = _adjoint(a), _adjoint(b)
-    _, d_starts = _scan(backwards, *adjoint, None, None, cuts_backwards, None, None, *options)
+    _, d_starts = run_scan(backwards, *adjoint, None, None, cuts_backwards, None, None, *options)
     d_starts = d_starts.view(batch, -1, features).flip(1)
     d_ends = _between(  # behind the last block there is nothing
         *(torch.zeros_like(d_starts[:, 0]), d_starts, *adjoint, block),
@@ -238,7 +240,7 @@ def _linear_scan_backward(
     starts = h[block - 1 : time - 1 : block].transpose(0, 1).to(a.dtype)  # (B, m - 1, F)
     first = torch.zeros_like(starts[:, 0]) if h_0 is None else h_0
     starts = torch.cat((first[:, None], starts), 1)
-    dx, da, db, _, d_starts = _scan_backward(
+    dx, da, db, _, d_starts = run_scan_backward(
         *(dh.transpose(0, 1), d_ends.flatten(0, 1)),
         *(_rows(h.transpose(0, 1), block).transpose(0, 1).contiguous(), None, a, b, None),
         *(starts.flatten(0, 1), cuts, None, None, *options),
@@ -264,6 +266,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dh, dh_n):
     if dh is None and dh_n is None:
         return (None,) * 9
+    refuse_forward_mode("kru_linear_scan", dh, dh_n)
     dx, da, db, dh_0 = _linear_scan_backward(
         dh, dh_n, *ctx.saved_tensors, ctx.block, ctx.backend, ctx.precision
     )
@@ -272,4 +275,5 @@ def _backward(ctx, dh, dh_n):
 
 
 _linear_scan.register_autograd(_backward, setup_context=_setup_context)
+refuse_second_derivatives("kru_linear_scan", _linear_scan_backward)
 register_autocast("linear_scan", _linear_scan, _linear_scan_backward)

@@ -35,7 +35,7 @@ class KRULSTM(RecurrentLayers):
     and `unitarity_penalty()` is there for whom it serves.
 
     The input may be tokens: `lstm(tokens, embedding=E)` is `lstm(E[tokens])`, with one product over
-    the vocabulary in place of one over all tokens.
+    the vocabulary in place of one over all tokens. ONNX: as `KRU`.
 
     Args:
         input_size: D, input features.
@@ -64,6 +64,7 @@ class KRULSTM(RecurrentLayers):
 
     gates = 4
     states = 2  # h and c, side by side where both go from step to step
+    mode = "LSTM"  # as torch.nn.LSTM has it
 
     def __init__(
         self,

@@ -13,20 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kru_triton import lstm_torch_backend
+from kru_triton import lstm_torch_backend, reference
 from kru_triton.kernels.why_not import why_not as why_not_kernels
 from kru_triton.scan import (
     _check,
+    _check_places,
     _check_same,
     _check_shape,
-    _check_values,
     _grouped,
     _kernel_precision,
     _state_dtype,
     _way_out,
     choose_triton,
-    last_state,
+    refuse_forward_mode,
+    refuse_second_derivatives,
     register_autocast,
+    run_loop,
+    takes_loop,
+    why_not_op,
 )
 
 
@@ -45,8 +49,8 @@ def kru_lstm_scan(
 
     `c_t = σ(z_f) c_{t-1} + σ(z_i) tanh(z_g)`, `h_t = σ(z_o) tanh(c_t)`, where the pre-activation of
     gate k is `z_k = (W_k,0 ⊗ … ⊗ W_k,F-1) h_{t-1} + x_k`. Gates come in the order of
-    `torch.nn.LSTM`: input i, forget f, cell g, output o. Differentiable once in every float
-    argument, through every result.
+    `torch.nn.LSTM`: input i, forget f, cell g, output o. Differentiable in every float argument,
+    through every result, as `kru_scan`.
 
     Args:
         x_proj: `(B, T, 4·H·N)` input projections of the gates i, f, g, o; float64, float32,
@@ -81,7 +85,12 @@ def kru_lstm_scan(
     dtype = _state_dtype(x_proj)
     a, b = _grouped_gates(factors, dtype)
     h_0, c_0 = (None if s is None else s.to(dtype) for s in (h_0, c_0))
-    h, _, h_n, c_n = _lstm_scan(x_proj, a, b, h_0, c_0, reset, lengths, backend, precision)
+    args = (x_proj, a, b, h_0, c_0, reset, lengths)
+    if takes_loop("kru_lstm_scan", x_proj, backend):
+        _check_places(x_proj, lengths, None)
+        h, _, h_n, c_n = run_loop(reference.lstm_forward, *args)
+    else:
+        h, _, h_n, c_n = _lstm_scan(*args, backend, precision)
     return h.transpose(0, 1), (h_n, c_n)
 
 
@@ -106,7 +115,7 @@ def why_not_triton_lstm(
     """
     _check_lstm(x_proj, factors, h_0, c_0, reset, lengths, "auto", precision)
     a, b = _grouped_gates(factors, _state_dtype(x_proj))
-    return _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision)
+    return why_not_op() or _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision)
 
 
 def _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision) -> str | None:
@@ -117,7 +126,7 @@ def _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision) -> str | None:
 
 def _grouped_gates(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A and B of every gate, `(4, H, P, P)` and `(4, H, Q, Q)`."""
-    return tuple(w.view(4, -1, *w.shape[2:]) for w in _grouped(factors, dtype))
+    return tuple(w.view(4, w.shape[1] // 4, *w.shape[2:]) for w in _grouped(factors, dtype))
 
 
 def _check_lstm(x_proj, factors, h_0, c_0, reset, lengths, backend, precision) -> None:
@@ -147,16 +156,17 @@ def _lstm_scan(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_forward_mode("kru_lstm_scan")
     args = (x_proj, a, b, h_0, c_0, reset, lengths)
-    if lengths is not None:
-        _check_values("lengths", lengths, 0, x_proj.shape[1], "the steps of a row")
+    _check_places(x_proj, lengths, None)
     if not _on_triton(*args, backend, precision):
         return lstm_torch_backend.lstm_forward(*args)
     from kru_triton.kernels.lstm import lstm_forward
 
     with _way_out():
         h, c = lstm_forward(*args, precision=_kernel_precision(x_proj, precision))
-    return h, c, last_state(h, h_0, lengths), last_state(c, c_0, lengths)
+    h_n, c_n = (reference.last_state(*s, lengths) for s in ((h, a.dtype, h_0), (c, a.dtype, c_0)))
+    return h, c, h_n, c_n
 
 
 def _on_triton(x_proj, a, b, h_0, c_0, reset, lengths, backend, precision) -> bool:
@@ -190,6 +200,7 @@ def _lstm_scan_backward(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    refuse_forward_mode("kru_lstm_scan", dh, dh_n, dc_n)
     grads, args = (dh, dh_n, dc_n), (x_proj, a, b, h_0, c_0, reset, lengths)
     if not _on_triton(*args, backend, precision):
         return lstm_torch_backend.lstm_backward(*grads, h, c, *args)
@@ -225,6 +236,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dh, dc, dh_n, dc_n):
     if dh is None and dh_n is None and dc_n is None:
         return (None,) * 9
+    refuse_forward_mode("kru_lstm_scan", dh, dh_n, dc_n)
     h, c, x_proj, a, b, h_0, c_0, reset, lengths = ctx.saved_tensors
     args = (h, c, x_proj, a, b, h_0, c_0, reset, lengths, ctx.backend, ctx.precision)
     dx, da, db, dh_0, dc_0 = _lstm_scan_backward(dh, dh_n, dc_n, *args)
@@ -233,4 +245,5 @@ def _backward(ctx, dh, dc, dh_n, dc_n):
 
 
 _lstm_scan.register_autograd(_backward, setup_context=_setup_context)
+refuse_second_derivatives("kru_lstm_scan", _lstm_scan_backward)
 register_autocast("lstm_scan", _lstm_scan, _lstm_scan_backward)

@@ -13,7 +13,8 @@ import math
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
 from kru_triton.kronecker import factor_shapes, kron_dense
@@ -26,6 +27,7 @@ from kru_triton.scan import (
     check_choice,
     kru_embedding_scan,
     kru_scan,
+    why_not_op,
 )
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
@@ -141,6 +143,7 @@ class RecurrentLayers(_Recurrence):
     """
 
     states = 1
+    proj_size = 0  # as torch.nn.RNN has it: no projection of the state
 
     def __init__(
         self,
@@ -242,12 +245,16 @@ class RecurrentLayers(_Recurrence):
     def _forward_packed(self, input: PackedSequence, h_0, embedding, h_n_only):
         data, batch_sizes, order, original_order = input
         # longest row first, as packed: rows that run equally long lie side by side
-        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        h_0 = self._check_h_0(h_0, x.shape[1], True)
+        runs = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # (T, B)
+        lengths, places = (v.to(data.device) for v in (runs.sum(0), runs.flatten().nonzero()[:, 0]))
+        # plain operations: torch.func cannot look into torch.nn.utils.rnn's
+        x = data.new_zeros(runs.numel(), *data.shape[1:]).index_copy(0, places, data)
+        h_0 = self._check_h_0(h_0, runs.shape[1], True)
         h_0 = h_0 if h_0 is None or order is None else h_0[:, order]
-        output, h_n = self._run(x, h_0, None, lengths.to(x.device), embedding, h_n_only)
+        x = x.unflatten(0, runs.shape)
+        output, h_n = self._run(x, h_0, None, lengths, embedding, h_n_only)
         if not h_n_only:
-            output = pack_padded_sequence(output, lengths).data
+            output = output.flatten(0, 1).index_select(0, places)
             output = PackedSequence(output, batch_sizes, order, original_order)
         return output, h_n if order is None else h_n[:, original_order]
 
@@ -258,7 +265,8 @@ class RecurrentLayers(_Recurrence):
             tables = [self._project(embedding, _suffix(0, d)) for d in range(self.num_directions)]
         run = functools.partial(self._layers, tables, h_n_only)
         # a reverse direction has to end before the next layer begins: each is cut by itself
-        return in_chunks(run, 0 if self.bidirectional else self.recompute, x, h_0, reset, lengths)
+        steps = 0 if self.bidirectional else self.recompute
+        return in_chunks(self, run, steps, x, h_0, reset, lengths)
 
     def _layers(self, tables, h_n_only: bool, x: Tensor, h_0, reset, lengths):
         steps = self.recompute if self.bidirectional else 0
@@ -279,7 +287,7 @@ class RecurrentLayers(_Recurrence):
                     inputs = _reversed(x, flip)
                     cut = None if reset is None else _reverse_reset(reset)
                 start = None if h_0 is None else h_0[layer * self.num_directions + direction]
-                y, h_n = in_chunks(run, steps, inputs, start, cut, lengths)
+                y, h_n = in_chunks(self, run, steps, inputs, start, cut, lengths)
                 outputs.append(_reversed(y, flip) if direction and not drop else y)
                 last_states.append(h_n)
             if not drop:
@@ -290,6 +298,42 @@ class RecurrentLayers(_Recurrence):
         y, h_n = self._scan(x, suffix, h_0, reset, lengths, table)
         return None if drop else y, h_n
 
+    @property
+    def mode(self) -> str:
+        """As torch.nn's layers have it: "RNN_TANH" and "RNN_RELU", here also "RNN_MODRELU", …."""
+        return f"RNN_{self.nonlinearity.upper()}"
+
+    @property
+    def bias(self) -> bool:
+        """Whether b is learnt."""
+        return self.has_bias
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """The names of `all_weights`."""
+        kinds = ["weight_ih", *(f"factor{f}" for f in range(len(self.factor_shapes)))]
+        kinds += ["bias"] if self.has_bias else []
+        kinds += ["beta"] if self.nonlinearity == "modrelu" else []
+        return [[kind + suffix for kind in kinds] for suffix in self._suffixes]
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """Per layer and direction: input weight, factors, bias and β, of those that there are."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    def get_expected_hidden_size(
+        self, input: Tensor, batch_sizes: Tensor | None = None
+    ) -> tuple[int, int, int]:
+        """The shape of h_0, and of a c_0, for an input `(T, B, ·)`, or a packed one's sizes."""
+        if batch_sizes is None:
+            batch = input.shape[0 if self.batch_first else 1]
+        else:
+            batch = int(batch_sizes[0])
+        return self.num_layers * self.num_directions, batch, self.output_size
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the weights are read where they are."""
+
     def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
         """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
         x_proj = self._project(x, _suffix(layer, direction))
@@ -299,11 +343,12 @@ class RecurrentLayers(_Recurrence):
         """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
         if layer is not None:
             return self._factors(_suffix(layer, direction))
-        return [
-            self._factors(_suffix(i, d))
-            for i in range(self.num_layers)
-            for d in range(self.num_directions)
-        ]
+        return [self._factors(suffix) for suffix in self._suffixes]
+
+    @property
+    def _suffixes(self) -> list[str]:
+        """One per layer and direction, as states and weights lie."""
+        return [_suffix(i, d) for i in range(self.num_layers) for d in range(self.num_directions)]
 
     def _check_h_0(self, h_0, batch: int, batched: bool):
         if h_0 is None:
@@ -329,6 +374,9 @@ class KRU(RecurrentLayers):
 
     The input may be tokens: `kru(tokens, embedding=E)` is `kru(E[tokens])`, with one product over
     the vocabulary in place of one over all tokens.
+
+    `torch.onnx.export(…, dynamo=True)` takes the module (not its ExportedProgram, which keeps the
+    op) and writes every step out, so that T is fixed; B may be dynamic.
 
     Args:
         input_size: D, real input features.
@@ -546,22 +594,30 @@ def _check_embedding(tokens: Tensor, embedding: Tensor, size: int, weight: Tenso
         raise ValueError(f"input: is on {tokens.device} but the parameters are on {weight.device}")
 
 
-def in_chunks(run, steps: int, x: Tensor, state, reset=None, lengths=None):
+def in_chunks(module: nn.Module, run, steps: int, x: Tensor, state, reset=None, lengths=None):
     """`output, state = run(x, state, reset, lengths)`, `steps` time steps of x `(T, …)` at a time.
 
-    The backward computes each chunk again, from its x and the state before it: nothing else is
-    kept. With `steps` 0 there is one chunk, and everything is kept. `output` may be None.
+    The backward computes each chunk again, from its x, the state before it and the weights of the
+    module: nothing else is kept. With `steps` 0, and where torch.func refuses hooks on what is
+    kept, there is one chunk and everything is kept. `output` may be None.
     """
-    if not 0 < steps < x.shape[0]:
+    if not 0 < steps < x.shape[0] or why_not_op() is not None:
         return run(x, state, reset, lengths)
     if reset is not None:
         _check_shape("reset", reset, (x.shape[1], x.shape[0]), "(B, T)")
+    # what torch.func.functional_call lends to the forward pass is gone in the backward
+    lent = {n: p for n, p in module.named_parameters() if not isinstance(p, nn.Parameter)}
+
+    def chunk(*args):
+        with _reparametrize_module(module, lent):
+            return run(*args)
+
     outputs = []
     for i, piece in enumerate(x.split(steps)):
         start, count = i * steps, piece.shape[0]
         cut = None if reset is None else reset[:, start : start + count]
         remaining = None if lengths is None else (lengths - start).clamp(0, count)
-        output, state = checkpoint(run, piece, state, cut, remaining, use_reentrant=False)
+        output, state = checkpoint(chunk, piece, state, cut, remaining, use_reentrant=False)
         outputs.append(output)
     return None if outputs[0] is None else torch.cat(outputs), state
 

@@ -5,7 +5,8 @@
 Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, section 3. The factors are
 regrouped into two matrices A and B by small Kronecker products under autograd; one `torch.library`
 op then runs the whole sequence, and a second one its adjoint. Its input is a sequence, or a table
-of which each step reads the row of its token.
+of which each step reads the row of its token. Where nothing but plain operations can run (see
+`why_not_op`), the loop of `reference.py` takes the place of the op.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from kru_triton import torch_backend
+from kru_triton import reference, torch_backend
 from kru_triton.kernels.why_not import why_not as why_not_kernels
 from kru_triton.kronecker import check_factors, group_factors, kron_dense, product_shape
 from kru_triton.nonlinearity import check_nonlinearity
@@ -42,7 +44,8 @@ def kru_scan(
 
     `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t)`, per batch row and head (Jose et al., 2018).
     Complex data is planar: all real parts, then all imaginary parts, unit index `head·N + n`.
-    Differentiable once in every float argument, through both results.
+    Differentiable in every float argument, through both results: once in reverse mode, and under
+    torch.func's transforms and in forward mode any number of times, as a plain loop over time.
 
     Args:
         x_proj: `(B, T, parts·H·N)` input projection, float64, float32, bfloat16 or float16; any
@@ -134,9 +137,12 @@ def _run(
     a, b = _grouped(factors, dtype)
     beta = None if beta is None else beta.to(dtype)
     h_0 = None if h_0 is None else h_0.to(dtype)
-    h, h_n = _scan(
-        *(x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision)
-    )
+    args = (x_proj, a, b, beta, h_0, reset)
+    if takes_loop("kru_scan", x_proj, backend):
+        _check_places(x_proj, lengths, tokens)
+        h, h_n = run_loop(reference.scan_forward, *args, nonlinearity, lengths, tokens)
+    else:
+        h, h_n = _scan(*args, lengths, tokens, nonlinearity, backend, precision)
     return h.transpose(0, 1), h_n
 
 
@@ -196,7 +202,8 @@ def why_not_triton(
     """
     _check(x_proj, factors, beta, h_0, nonlinearity, reset, "auto", precision, lengths)
     a, b = _grouped(factors, _state_dtype(x_proj))
-    return _why_not(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision)
+    args = (x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision)
+    return why_not_op() or _why_not(*args)
 
 
 def _why_not(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, precision) -> str | None:
@@ -343,9 +350,64 @@ def _check_same(name: str, x: Tensor, x_proj: Tensor, x_name: str = "x_proj") ->
 
 
 def _say_once(message: str) -> None:
-    if message not in _said:
+    if not torch.compiler.is_compiling() and message not in _said:
         _said.add(message)
         _logger.info(message)
+
+
+# Where the ops cannot run: torch.func and forward mode look into plain operations only
+
+
+def why_not_op() -> str | None:
+    """Why a call must be a loop of plain operations, in one sentence; None: the op may run."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func (vmap, grad, jvp, …) sees into plain operations only"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation sees into plain operations only"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "ONNX has plain operations only"
+    return None
+
+
+def takes_loop(op: str, x_proj: Tensor, backend: str) -> bool:
+    """Whether `op` must run as a loop of plain operations; says so once, or raises as told."""
+    reason = why_not_op()
+    if reason is not None and backend != "torch":
+        choose_triton(op, x_proj, backend, reason)
+    return reason is not None
+
+
+def run_loop(loop, x_proj: Tensor, *args):
+    """`loop(x_proj, *args)`, under autocast by the rule of the ops."""
+    device = x_proj.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return under_autocast(loop, device, x_proj, *args)
+    return loop(x_proj, *args)
+
+
+def refuse_forward_mode(function: str, *cotangents: Tensor | None) -> None:
+    """Raise where an op would drop tangents: that of a result in a forward pass (no cotangents are
+    given), or those of its cotangents in a backward pass."""
+    duals = (forward_ad.unpack_dual(d).tangent for d in cotangents if d is not None)
+    if forward_ad._current_level >= 0 and (not cotangents or any(t is not None for t in duals)):
+        raise RuntimeError(
+            f"{function}: forward-mode differentiation does not go through its op; call {function} "
+            "itself inside of torch.func.jvp or forward_ad.dual_level(), where it is a loop of "
+            "plain operations"
+        )
+
+
+def refuse_second_derivatives(function: str, backward_op) -> None:
+    """Let a backward pass through `backward_op` raise in words."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{function}: its op is differentiable once; for second derivatives use torch.func "
+            "(hessian, or jvp, jacfwd or jacrev of grad), under which it is a loop of plain "
+            "operations, or call its loop in kru_triton.reference"
+        )
+
+    backward_op.register_autograd(refuse)
 
 
 # The ops. Time-first results: (T, B, F) is what the loop writes and what costs no copy.
@@ -366,11 +428,18 @@ def _scan(
     backend: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode("kru_scan")
+    return run_scan(
+        *(x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision)
+    )
+
+
+def run_scan(
+    x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision
+) -> tuple[Tensor, Tensor]:
+    """What the op computes, on the backend that it takes."""
+    _check_places(x_proj, lengths, tokens)
     batch, time = (x_proj if tokens is None else tokens).shape[:2]
-    if lengths is not None:
-        _check_values("lengths", lengths, 0, time, "the steps of a row")
-    if tokens is not None:
-        _check_values("tokens", tokens, 0, x_proj.shape[0] - 1, "rows of the table")
     like_x = x_proj if tokens is None else x_proj.new_empty(1).expand(batch, time, x_proj.shape[1])
     args = (x_proj, a, b, beta, h_0, reset)
     if not _on_triton(like_x, *args[1:], lengths, nonlinearity, backend, precision):
@@ -380,19 +449,7 @@ def _scan(
     options = {"nonlinearity": nonlinearity, "precision": _kernel_precision(x_proj, precision)}
     with _way_out():
         h = scan_forward(*args, lengths, tokens=tokens, **options)
-    return h, last_state(h, h_0, lengths)
-
-
-def last_state(h: Tensor, h_0: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """The last of each row's states `h (T, B, F)`, in float32; h_0 for a row without a step."""
-    time, batch, features = h.shape
-    start = h.new_zeros(batch, features, dtype=torch.float32) if h_0 is None else h_0
-    if time == 0:
-        return start.clone()
-    if lengths is None:
-        return h[-1].to(torch.float32, copy=True)
-    ends = h[(lengths - 1).clamp(min=0), torch.arange(batch, device=h.device)].float()
-    return torch.where(lengths[:, None] > 0, ends, start)
+    return h, reference.last_state(h, a.dtype, h_0, lengths)
 
 
 def _on_triton(x_proj, a, b, beta, h_0, reset, lengths, nonlinearity, backend, precision) -> bool:
@@ -429,8 +486,20 @@ def _way_out():
         raise
 
 
-def _check_values(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:
+def _check_places(x_proj: Tensor, lengths: Tensor | None, tokens: Tensor | None) -> None:
+    if lengths is not None:
+        time = (x_proj if tokens is None else tokens).shape[1]
+        check_values("lengths", lengths, 0, time, "the steps of a row")
+    if tokens is not None:
+        check_values("tokens", tokens, 0, x_proj.shape[0] - 1, "rows of the table")
+
+
+def check_values(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:
     """low <= x <= high: at once on a CPU; elsewhere the device asserts it and nothing waits."""
+    if torch.compiler.is_compiling():  # a loop of plain operations: there are no values yet
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # of all samples at once
+        x = torch._C._functorch.get_unwrapped(x)
     rule = f"{name}: must be from {low} to {high} ({meaning})"
     if x.device.type != "cpu":
         torch._assert_async(((x >= low) & (x <= high)).all(), rule)
@@ -461,6 +530,16 @@ def _scan_backward(
     nonlinearity: str,
     backend: str,
     precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    refuse_forward_mode("kru_scan", dh, dh_n)
+    return run_scan_backward(
+        *(dh, dh_n, h, x_proj, a, b, beta, h_0, reset, lengths, tokens),
+        *(nonlinearity, backend, precision),
+    )
+
+
+def run_scan_backward(
+    dh, dh_n, h, x_proj, a, b, beta, h_0, reset, lengths, tokens, nonlinearity, backend, precision
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = (a, b, beta, h_0, reset)
     source = x_proj if nonlinearity == "modtanh" else None
@@ -513,6 +592,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dh, dh_n):
     if dh is None and dh_n is None:
         return (None,) * 11
+    refuse_forward_mode("kru_scan", dh, dh_n)
     h, x_proj, a, b, beta, h_0, reset, lengths, tokens = ctx.saved_tensors
     dx, da, db, d_beta, dh_0 = _scan_backward(
         dh, dh_n, h, x_proj, a, b, beta, h_0, reset, lengths, tokens, *ctx.options
@@ -524,17 +604,21 @@ def _backward(ctx, dh, dh_n):
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
+refuse_second_derivatives("kru_scan", _scan_backward)
+
+
+def under_autocast(op, device_type: str, x_proj: Tensor, *args):
+    """`op` of x_proj in the autocast dtype; weights and state keep their precision."""
+    with torch.autocast(device_type, enabled=False):
+        if x_proj.dtype != torch.float64:
+            x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
+        return op(x_proj, *args)
 
 
 def register_autocast(name: str, op, backward) -> None:
-    """Under autocast x_proj becomes the autocast dtype; weights and state keep their precision."""
-
     def register(device_type: str) -> None:
-        def forward_rule(x_proj, *args):
-            with torch.autocast(device_type, enabled=False):
-                if x_proj.dtype != torch.float64:
-                    x_proj = x_proj.to(torch.get_autocast_dtype(device_type))
-                return op(x_proj, *args)
+        def forward_rule(*args):
+            return under_autocast(op, device_type, *args)
 
         def backward_rule(*args):  # where backward() is called under autocast
             with torch.autocast(device_type, enabled=False):

@@ -73,6 +73,26 @@ def test_a_dense_matrix_comes_over_as_its_nearest_product():
     assert rnn.weight_hh_l0.grad is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_stay_frozen(kind):
+    rnn = kind(5, 12, 2, bidirectional=True).requires_grad_(False)
+    assert not any(p.requires_grad for p in from_torch(rnn).parameters())
+    for name in ("weight_ih_l0", "weight_hh_l1", "bias_ih_l0_reverse", "bias_hh_l1_reverse"):
+        getattr(rnn, name).requires_grad_()
+    trainable = [n for n, p in from_torch(rnn).named_parameters() if p.requires_grad]
+    assert sorted(trainable) == sorted(
+        ["weight_ih_l0", "factor0_l1", "factor1_l1", "bias_l0_reverse", "bias_l1_reverse"]
+    )
+
+
+def test_a_parametrized_weight_is_as_trainable_as_what_makes_it():
+    rnn = nn.utils.parametrizations.weight_norm(nn.RNN(5, 12), "weight_hh_l0")
+    assert all(p.requires_grad for p in from_torch(rnn).parameters())
+    rnn.parametrizations.weight_hh_l0.requires_grad_(False)
+    frozen = [n for n, p in from_torch(rnn).named_parameters() if not p.requires_grad]
+    assert frozen == ["factor0_l0", "factor1_l0"]
+
+
 @pytest.mark.parametrize(
     ("rnn", "options", "error", "message"),
     [

@@ -237,6 +237,14 @@ def test_a_language_model_in_parallel_over_time_is_the_same_model():
         torch.testing.assert_close(got, want)
 
 
+def test_second_derivatives_raise():
+    x, *w = (torch.randn(s).double() for s in ((2, 6, 12), (2, 1, 2, 2), (2, 1, 3, 3)))
+    h, _ = kru_linear_scan(x.requires_grad_(), w)
+    (first,) = torch.autograd.grad(h.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"kru_linear_scan: .* once; .* use torch\.func"):
+        first.sum().backward()
+
+
 def test_only_a_linear_recurrence_runs_in_parallel_over_time():
     with pytest.raises(ValueError, match=r"time_parallel: only .* got 'modrelu'"):
         KRU(4, 4, time_parallel=True)

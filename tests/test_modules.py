@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from kru_triton import KRU, KRUCell, modules, unitarity_penalty
+from kru_triton import KRU, KRULSTM, KRUCell, modules, unitarity_penalty
 from kru_triton.nonlinearity import NONLINEARITIES
 
 EXACT = 1e-12  # float64, a few steps, relative to entries of order one
@@ -455,6 +455,46 @@ def test_cell_is_a_layer_of_one_step(kwargs):
 
 
 # Attributes
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "mode"),
+    [
+        (KRU, dict(num_layers=2, bidirectional=True, batch_first=True), "RNN_MODRELU"),
+        (KRU, dict(bias=False, nonlinearity="relu", factors=(2, 3, 1)), "RNN_RELU"),
+        (KRU, dict(nonlinearity="tanh", field="real", num_heads=2), "RNN_TANH"),
+        (KRULSTM, dict(num_layers=2, bidirectional=True), "LSTM"),
+    ],
+    ids=str,
+)
+def test_code_for_nn_rnn_finds_what_it_reads(cls, options, mode):
+    """Attributes that such code asks for: how to start and initialize, what the state is."""
+    layers = cls(5, 6, **options)
+    rnn = {"LSTM": nn.LSTM}.get(mode, nn.RNN)(
+        5, layers.output_size, **{k: v for k, v in options.items() if hasattr(nn.RNN(1, 1), k)}
+    )
+    for name in ("input_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size"):
+        assert getattr(layers, name) == getattr(rnn, name), name
+    assert layers.mode == mode
+    assert layers.has_bias == layers.bias
+    assert layers.flatten_parameters() is None
+    x = torch.randn(3, 4, 5)
+    shape = layers.get_expected_hidden_size(x, None)
+    assert shape == rnn.get_expected_hidden_size(x, None)
+    h = torch.zeros(shape)
+    layers(x, (h, h) if layers.mode == "LSTM" else h)
+    packed = pack_sequence([torch.randn(n, 5) for n in (3, 1)])
+    assert layers.get_expected_hidden_size(packed.data, packed.batch_sizes)[1] == 2
+
+    assert len(layers.all_weights) == len(rnn.all_weights)
+    everything = [p for weights in layers.all_weights for p in weights]
+    assert {id(p) for p in everything} == {id(p) for p in layers.parameters()}
+    assert len(everything) == len(list(layers.parameters()))
+    factors = len(layers.factor_shapes)
+    for names, weights in zip(layers._all_weights, layers.all_weights):
+        assert all(getattr(layers, n) is w for n, w in zip(names, weights, strict=True))
+        kinds = ["weight_ih", *["factor"] * factors, "bias"][: 1 + factors + layers.bias]
+        assert [n[: len(k)] for n, k in zip(names, kinds)] == kinds
 
 
 def test_recurrent_parameters_are_counted_as_in_the_paper():
