@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import operator
 import os
 import re
 import signal
@@ -88,6 +89,44 @@ def test_no_good_checkpoint_is_none(tmp_path):
     good, corrupt = checkpoints.load_latest(tmp_path)
     assert good is None
     assert len(corrupt) == 1
+
+
+@pytest.mark.parametrize(
+    "during", ["list_steps", "safetensors.torch.load", "hashlib.file_digest", "compare"]
+)
+def test_a_run_that_goes_on_may_delete_what_is_read(tmp_path, monkeypatch, during):
+    """Between listing and opening, between two files, in the middle of one."""
+    for step, read in enumerate((checkpoints.load_latest, checkpoints.latest)):
+        run_dir = tmp_path / str(step)
+        save(run_dir, 1)
+        real, calls = operator.attrgetter(during)(checkpoints), []
+
+        def late(*arguments, real=real, calls=calls, run_dir=run_dir):
+            found = real(*arguments)
+            if not calls:
+                calls.append(1)
+                save(run_dir, 2, keep=1)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kru_triton.train.checkpoints.{during}", late)
+            found, corrupt = read(run_dir)
+        assert corrupt == []
+        assert (getattr(found, "path", found).name, bool(calls)) in (
+            ("step-2", True),
+            ("step-1", True),  # its files were open
+            ("step-1", False),  # `latest` reads no tensors
+        )
+        if isinstance(found, checkpoints.Checkpoint):
+            assert found.trainer["step"] == found.tensors["model"]["w"][0]
+
+
+def test_a_dangling_link_is_corrupt_and_not_looked_for_for_ever(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-2").symlink_to(tmp_path / "nowhere")
+    good, corrupt = checkpoints.load_latest(tmp_path)
+    assert good.trainer["step"] == 1
+    assert [path.name for path, _ in corrupt] == ["step-2"]
 
 
 def test_a_file_of_another_format_is_refused(tmp_path):

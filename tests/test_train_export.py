@@ -1,24 +1,42 @@
 """train/export.py, and what reads its folders: transformers, train/sample.py, train/evaluate.py."""
 
 import dataclasses
+import itertools
 import json
 import math
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers")
 
 from kru_triton.hf import KRUForCausalLM  # noqa: E402
 from kru_triton.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
-from kru_triton.train import checkpoints, evaluate, export, sample  # noqa: E402
+from kru_triton.train import (  # noqa: E402
+    checkpoints,
+    evaluate,
+    export,
+    lm,
+    replay_wandb,
+    reproduce,
+    sample,
+    task_loop,
+)
 from kru_triton.train.config import UserError  # noqa: E402
 from kru_triton.train.evaluate import EvaluateConfig  # noqa: E402
 from kru_triton.train.export import ExportConfig  # noqa: E402
+from kru_triton.train.run_directory import find_checkpoint  # noqa: E402
 from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, train_bpe  # noqa: E402
 
 TRAIN = Path(__file__).parents[1] / "train"
@@ -145,6 +163,53 @@ def test_the_card_states_what_the_run_measured(folder, bpe):
     assert "bits per byte" not in (bpe[2] / "README.md").read_text()  # that run has no summary
 
 
+@pytest.fixture
+def growing(tmp_path, monkeypatch):
+    """A run that writes a checkpoint after every step, to a quick disk, and keeps one."""
+    monkeypatch.setattr(checkpoints, "write_synced", Path.write_bytes)
+    monkeypatch.setattr(checkpoints, "sync_folder", lambda path: None)
+    run_dir, stop = tmp_path / "run", threading.Event()
+    model = write_run(run_dir)
+    trainer = {"model_config": dataclasses.asdict(model.config)}
+    tensors = {"model": model.state_dict(), "rank-0": {"rng": torch.arange(9)}}
+
+    def write():
+        for step in itertools.count(8):
+            checkpoints.save(run_dir, step, tensors, {"trainer": {"step": step, **trainer}}, keep=1)
+            if stop.wait(0.004):
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # the two take turns often
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield run_dir
+    stop.set()
+    thread.join()
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("reader", ["sample", "evaluate", "export", "resume"])
+def test_a_run_is_read_while_it_writes_and_deletes(growing, text, tmp_path, monkeypatch, reader):
+    monkeypatch.setattr(export, "KRUForCausalLM", unittest.mock.MagicMock())  # writes nothing
+    monkeypatch.setattr(export, "pretrained_tokenizer", unittest.mock.MagicMock())
+    monkeypatch.setattr(export, "model_card", lambda *_: "")
+    monkeypatch.setattr(evaluate, "commit", lambda: None)
+    monkeypatch.setattr(evaluate, "versions", dict)
+    measured = EvaluateConfig(str(growing), text[0], contexts=(), max_bytes=20)
+    read = {
+        "sample": lambda _: sample.load_model(str(growing), "cpu", "auto"),
+        "evaluate": lambda _: evaluate.evaluate(measured),
+        "export": lambda index: export.export(ExportConfig(str(growing), f"{tmp_path}/{index}")),
+        "resume": lambda _: find_checkpoint(growing).name,
+    }[reader]
+    index, enough = 0, checkpoints.list_steps(growing)[-1] + 100
+    while index < 200 or checkpoints.list_steps(growing)[-1] < enough:
+        read(index)
+        index += 1
+    assert not list((growing / "checkpoints").glob("corrupt-*"))
+
+
 def test_what_cannot_be_exported(run_dir, folder, tmp_path, monkeypatch, capsys):
     cases = [
         ((run_dir, folder), "exists and is not an empty folder"),
@@ -209,6 +274,217 @@ def test_folders_that_cannot_be_sampled(folder, tmp_path):
     untied.save_pretrained(tmp_path / "untied")
     with pytest.raises(UserError, match="head of its own"):
         sample.load_model(str(tmp_path / "untied"), "cpu", "auto")
+
+
+def test_chances_are_those_of_transformers_processors():
+    torch.manual_seed(0)
+    prompt, vocabulary = torch.randint(50, (1, 20)), 50
+    seen = torch.zeros(vocabulary, dtype=torch.bool)
+    seen[prompt[0]] = True
+    cases = itertools.product((1.0, 1.3, 0.7), (0.5, 1.0, 3.0), (0, 1, 7, 99), (0.2, 0.9, 1.0))
+    for penalty, temperature, top_k, top_p in cases:
+        logits = 3 * torch.randn(1, vocabulary)
+        steps = [transformers.RepetitionPenaltyLogitsProcessor(penalty)]
+        steps += [transformers.TemperatureLogitsWarper(temperature)]
+        steps += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+        steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+        scores = transformers.LogitsProcessorList(steps)(prompt, logits.clone())
+        ours = sample.penalize(logits[0], seen, penalty)
+        assert torch.equal(ours, steps[0](prompt, logits.clone())[0])
+        ours = sample.probabilities(ours, temperature, top_p, top_k)
+        expected = torch.softmax(scores[0], -1)
+        assert torch.equal(ours > 0, expected > 0), (penalty, temperature, top_k, top_p)
+        torch.testing.assert_close(ours / ours.sum(), expected, rtol=1e-5, atol=0)  # float32
+    tied = torch.tensor([1.0, 2.0, 2.0, 0.0])
+    assert (sample.probabilities(tied, 1.0, 1.0, 1) > 0).tolist() == [False, True, True, False]
+
+
+def test_generate_with_a_penalty_equals_the_sampler(run_dir, folder):
+    network, tokenizer, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    options = {"temperature": 0, "top_p": 1.0, "generator": torch.Generator()}
+    ours = [
+        list(sample.generate(network, tokenizer, b"the ", 40, repetition_penalty=p, **options))
+        for p in (1.0, 1.5)
+    ]
+    model = KRUForCausalLM.from_pretrained(folder)
+    written = model.generate(
+        torch.tensor([[256, *b"the "]]),
+        max_new_tokens=40,
+        suppress_tokens=[256],
+        repetition_penalty=1.5,
+    )
+    assert written[0, 5:].tolist() == ours[1] != ours[0]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-60, 1e60, 1e300])
+def test_extreme_temperatures_still_draw(temperature):
+    logits, draws = torch.tensor([0.0, -math.inf, 2.0, 1.0]), torch.Generator().manual_seed(0)
+    found = {sample.draw(logits, temperature, 1.0, draws) for _ in range(60)}
+    assert found == ({2} if temperature < 1 else {0, 2, 3})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+def test_what_is_written_ends_before_a_stop_however_it_is_cut(size):
+    cases = [
+        ("eins zwei drei", ["zwei"], "eins "),
+        ("aaab", ["aab"], "a"),
+        ("größer", ["öß"], "gr"),
+        ("abcd", ["abcd", "bc"], "a"),  # "bc" is complete first
+        ("abc", ["bc", "abc"], ""),
+        ("ende", ["enden", "x"], "ende"),  # held back to the end
+        ("stop", ["stop"], ""),
+        ("any", [], "any"),
+    ]
+    for text, stops, expected in cases:
+        text = text.encode()
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        written = list(sample.until(pieces, [stop.encode() for stop in stops]))
+        assert b"".join(written) == expected.encode(), (text, stops)
+    live = sample.until(iter([b"ab", b"x", b"y"]), [b"abc"])
+    assert [next(live), next(live)] == [b"", b"abx"]  # as soon as no stop can begin there
+
+
+def test_stops_end_a_sample_of_a_bpe_model(bpe, capsys):
+    config = sample.SampleConfig(str(bpe[0]), prompt="the ", tokens=60)
+    sample.run(config)
+    whole = capsys.readouterr().out
+    body = whole.removeprefix("the ").removesuffix("\n")
+    stop = next(body[at : at + 3] for at in range(9, 60) if "\ufffd" not in body[at : at + 3])
+    sample.run(dataclasses.replace(config, stop=("never there", stop)))
+    assert capsys.readouterr().out == "the " + body[: body.index(stop)] + "\n"
+
+
+# How scripts end
+
+
+def test_what_cannot_run_or_is_no_run_is_one_line(run_dir, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it the kernels run on a CPU
+    for name, content in {"list": "[1", "number": "5"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"half")
+    checkpoints.save(tmp_path / "task", 3, {"model": {}}, {"trainer": {"step": 3}}, keep=1)
+    cases = [
+        (["--backend", "triton"], 'backend="triton" cannot run here'),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "meta"], "--device meta"),
+        (["--device", "hpu"], "--device hpu"),
+    ]
+    places = {tmp_path / "list": "is no configuration", tmp_path / "number": "is no configuration"}
+    places |= {
+        tmp_path / "task": "holds no language model of this version",
+        broken: "deserializing header",
+    }
+    places |= {tmp_path / "missing": "no checkpoint under"}
+    for script in (sample, evaluate):
+        for flags, message in cases:
+            error = error_of(script, monkeypatch, capsys, run_dir, *flags)
+            assert message in error
+            assert error.startswith("error: ")
+        for place, message in places.items():
+            error = error_of(script, monkeypatch, capsys, place)
+            assert message in error
+            assert error.startswith("error: ")
+    flags = {
+        "--temperature": ["inf", "nan", "-1"],
+        "--seed": ["-1", str(2**64), "9" * 400],
+        "--top-k": ["-1"],
+        "--repetition-penalty": ["0", "-1", "inf", "nan"],
+        "--stop": [""],
+    }
+    for flag, values in flags.items():
+        for value in values:
+            error = error_of(sample, monkeypatch, capsys, run_dir, flag, value)
+            assert error.startswith(f"error: {flag} must be "), error
+    sample.run(sample.SampleConfig(str(run_dir), tokens=1, seed=2**64 - 1))
+
+
+def test_a_failed_export_leaves_nothing(run_dir, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(KRUForCausalLM, "save_pretrained", full)
+    error = error_of(export, monkeypatch, capsys, run_dir, tmp_path / "out")
+    assert re.match(r"error: .*out cannot be written: .*No space left", error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_no_numbers_end_a_sample_in_words(run_dir):
+    network, tokenizer, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    next(network.parameters()).data.fill_(math.nan)
+    options = {"temperature": 1.0, "top_p": 1.0, "generator": torch.Generator()}
+    with pytest.raises(UserError, match="logits are not finite after 0 tokens"):
+        list(sample.generate(network, tokenizer, b"the ", 9, **options))
+
+
+@pytest.mark.parametrize(
+    ("script", "inner", "arguments"),
+    [
+        (sample, "run", ["runs"]),
+        (evaluate, "evaluate", ["runs"]),
+        (export, "export", ["runs", "out"]),
+        (replay_wandb, "replay", ["runs"]),
+        (reproduce, "reproduce", ["draw"]),
+        (checkpoints, "list_all", ["runs"]),
+        (lm, "prepare", []),
+        (task_loop, "train", []),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_ctrl_c_is_one_line_and_130(script, inner, arguments, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, inner, interrupted)
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    handler = signal.getsignal(signal.SIGINT)
+    terminate = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            task_loop.run(lambda: (None, None)) if script is task_loop else script.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for number, before in zip((signal.SIGTERM, signal.SIGHUP), terminate):
+            signal.signal(number, before)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate", "export", "replay_wandb", "lm", "adding"])
+def test_ctrl_c_while_the_libraries_load_ends_without_a_traceback(name):
+    process = subprocess.Popen(
+        [sys.executable, TRAIN / f"{name}.py", "--help"], stdout=-1, stderr=-1
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
+
+
+def test_a_reader_that_goes_costs_no_traceback_and_no_steps(run_dir, text, tmp_path):
+    def read_a_little(script, *arguments):
+        command = [sys.executable, TRAIN / script, *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        process.stderr.close()
+        assert "Traceback" not in err
+        assert "Exception ignored" not in err
+        return process.wait(60), err
+
+    assert read_a_little("sample.py", run_dir, "--tokens", 3000)[0] == 0
+    flags = "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --steps 400"
+    flags += " --device cpu --batch-size 2 --segment-length 16 --log-every 1 --wandb disabled"
+    flags = [*flags.split(), "--data", text[0], "--valid", text[0], "--run-dir", tmp_path]
+    code, err = read_a_little("lm.py", *flags)
+    assert code == 1
+    assert err.startswith("error: [Errno 32] Broken pipe")
 
 
 # Evaluation

@@ -16,12 +16,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+import tokenizers
 import torch
 from pyarrow import parquet
 from torch.nn import functional as F
 
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
-from kru_triton.train import checkpoints, data, evaluate, lm, run_directory, sample, streams
+from kru_triton.train import (
+    checkpoints,
+    data,
+    evaluate,
+    lm,
+    run_directory,
+    sample,
+    streams,
+    tokenizer,
+)
 from kru_triton.train.config import Config, UserError
 from kru_triton.train.evaluate import EvaluateConfig
 
@@ -379,28 +389,131 @@ def test_what_a_run_remembers_of_its_data_is_set_aside_with_it(tmp_path, corpus,
     assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
 
 
-def test_data_that_ends_stops_with_a_checkpoint_that_loses_nothing(
-    tmp_path, corpus, monkeypatch, capsys
-):
-    flags = [*TINY, *corpus, "--steps", 20]
-    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "whole") == 0
-    real, calls = data.Lanes.next, []
+def fail_at(monkeypatch, owner, name, number, error):
+    """Let call `number` of a function raise."""
+    real, calls = getattr(owner, name), []
 
-    def broken(self):
+    def failing(*arguments, **options):
         calls.append(1)
-        if len(calls) == 12:
-            raise data.DataError("shard-7", "the server is gone")
-        return real(self)
+        if len(calls) == number:
+            raise error
+        return real(*arguments, **options)
 
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.fixture(scope="module")
+def twelve_steps(tmp_path_factory, corpus):
+    """An undisturbed run of twelve steps, and its flags."""
+    run_dir = tmp_path_factory.mktemp("runs") / "twelve"
+    flags = [*TINY, *corpus, "--steps", 12, "--eval-every", 5]
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_in_process(patch, *flags, "--run-dir", run_dir) == 0
+    return flags, run_dir
+
+
+FAULTS = {  # what raises in which call, exit code (None: the error itself), steps that are done
+    "shard": (data.Lanes, "next", 8, data.DataError("shard-7", "the server is gone"), 2, 7),
+    "tokenizer": (data.Lanes, "next", 8, UserError("the tokenizer has no tokens for b'x'"), 2, 7),
+    "reader": (data.Lanes, "next", 8, ZeroDivisionError("in a worker"), None, 7),
+    "evaluation": (lm, "evaluate", 1, UserError("cannot evaluate"), 2, 5),
+    "memory": (lm, "evaluate", 1, MemoryError(), 1, 5),
+    "result": (lm, "evaluate", 3, RuntimeError("of the last step"), None, 12),
+    "sample": (lm, "write_sample", 2, RuntimeError("cannot sample"), None, 10),
+    "output": (lm, "describe", 1, BrokenPipeError(32, "Broken pipe"), 1, 5),
+    "backward": (lm, "backward", 7, torch.OutOfMemoryError("of a GPU"), 1, 6),
+    "gradient": (torch.nn.utils, "clip_grad_norm_", 9, RuntimeError("a kernel failed"), None, 8),
+    "checkpoint": (lm, "pack", 1, MemoryError(), 1, 4),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_leaves_a_checkpoint_of_the_last_completed_step(
+    tmp_path, twelve_steps, monkeypatch, capsys, fault
+):
+    owner, name, number, error, code, step = FAULTS[fault]
+    flags, whole = twelve_steps
+    flags = [*flags, "--run-dir", tmp_path, "--checkpoint-every", 4 if name == "pack" else 0]
     with monkeypatch.context() as patch:
-        patch.setattr(data.Lanes, "next", broken)
-        capsys.readouterr()
-        assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run") == 2
+        fail_at(patch, owner, name, number, error)
+        patch.setattr(lm, "drop_output", lambda: None)
+        if code is None:
+            with pytest.raises(type(error), match=str(error)):
+                run_in_process(patch, *flags)
+        else:
+            assert run_in_process(patch, *flags) == code
     err = capsys.readouterr().err
-    step = tmp_path / "run" / "checkpoints" / "step-11"
-    assert re.search(rf"error: .*shard-7.*the server is gone.* after step 11, .* is {step}", err)
-    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run") == 0
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    good = tmp_path / "checkpoints" / f"step-{step}"
+    assert f"stopped after step {step}, the last good checkpoint is {good}" in err
+    assert ("error: " in err) == (code is not None)
+    assert checkpoints.list_steps(tmp_path) == [step]
+
+    assert run_in_process(monkeypatch, *flags) == 0
+    results = [json.loads((d / "summary.json").read_text()) for d in (tmp_path, whole)]
+    assert results[0]["val/bpb"] == results[1]["val/bpb"]
+    for file in ("model.safetensors", "optimizer.safetensors", "rank-0.json"):
+        path = Path("checkpoints", "step-12", file)
+        assert (tmp_path / path).read_bytes() == (whole / path).read_bytes()
+    if owner is not lm:  # no row was lost
+        assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_half_done_update_is_not_saved(tmp_path, twelve_steps, monkeypatch, capsys):
+    flags, whole = twelve_steps
+    flags = [*flags, "--run-dir", tmp_path, "--checkpoint-every", 3]
+    with monkeypatch.context() as patch:
+        fail_at(patch, torch.optim.AdamW, "step", 9, RuntimeError("some weights are new"))
+        with pytest.raises(RuntimeError, match="some weights are new"):
+            run_in_process(patch, *flags)
+    assert re.search(r"after step 8, the last good checkpoint is .*step-6", capsys.readouterr().err)
+    assert checkpoints.list_steps(tmp_path) == [3, 6]
+    assert run_in_process(monkeypatch, *flags) == 0
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_character_without_token_far_into_a_stream(tmp_path, monkeypatch, capsys):
+    texts = ["the state of a unit "] * 400
+    texts[350] = "the state of a n\u00eft"
+    shard = tmp_path / "shard.jsonl"
+    shard.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "valid.txt").write_text(" ".join(texts[:100]))
+    for module in (tokenizer, data):
+        monkeypatch.setattr(module, "TRAINING_BYTES", 2000)
+    monkeypatch.setattr(streams, "PANEL", 64)
+    flags = [*TINY, "--data", f"json:{shard}", "--valid", f"text:{tmp_path}/valid.txt"]
+    flags += ["--tokenizer", "characters", "--shuffle-buffer", 20, "--batch-size", 2]
+    assert run_in_process(monkeypatch, *flags, "--run-dir", tmp_path / "run", "--steps", 500) == 2
+    err = capsys.readouterr().err
+    assert (
+        "error: the tokenizer has no tokens for b'\\xaf\\xc3', as in 'the state of a n\u00eft'"
+        in err
+    )
+    assert "--tokenizer bytes takes any text; stopped after step " in err
+    (saved,) = checkpoints.list_steps(tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["step"] > saved - 7 > 20
+
+
+@pytest.mark.parametrize("kind", ["characters", "words"])
+def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused_at_once(
+    tmp_path, corpus, monkeypatch, capsys, kind
+):
+    if kind == "words":  # without a token for what is unknown
+        vocabulary = {word: i for i, word in enumerate(Path(corpus[3][5:]).read_text().split())}
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.save(str(tmp_path / "words.json"))
+        kind = tmp_path / "words.json"
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--steps", 2, "--tokenizer", kind]
+    assert run_in_process(monkeypatch, *flags, "--prompt", "the Ünit") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --prompt 'the Ünit': the tokenizer ")
+    assert "--tokenizer bytes" in err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert run_in_process(monkeypatch, *flags, "--prompt", "the Ünit", "--sample-tokens", 0) == 0
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--prompt 'Ünit'"):
+        sample.run(sample.SampleConfig(str(tmp_path / "run"), prompt="Ünit"))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_clock_that_is_set_back_changes_no_budget(tmp_path, corpus, monkeypatch):

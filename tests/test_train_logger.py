@@ -7,8 +7,10 @@ import types
 
 import pytest
 
-from kru_triton.train import logger
+from kru_triton.train import logger, replay_wandb
+from kru_triton.train.config import UserError
 from kru_triton.train.logger import Metrics, Wandb
+from kru_triton.train.replay_wandb import ReplayConfig
 
 
 def rows_in(path):
@@ -138,6 +140,93 @@ def test_wandb_missing_is_one_line(tmp_path, monkeypatch, capsys):
     wandb.log({"step": 1})
     assert not wandb.finish()
     assert "wandb: not installed, off" in capsys.readouterr().out
+
+
+def stub(monkeypatch):
+    """A stand-in for the wandb module; the arguments of its `init` will be in what is returned."""
+    module, _ = broken_wandb("nothing")
+    seen, init = {}, module.init
+    module.init = lambda **arguments: seen.update(arguments) or init()
+    module.Settings = lambda **settings: settings
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "expected"),
+    [
+        ({}, {}, {"project": "kru_triton", "name": "run", "mode": "offline", "resume": None}),
+        ({"PROJECT": "p", "NAME": "n"}, {}, {"project": "p", "name": "n"}),
+        ({"PROJECT": "p", "NAME": "n"}, {"project": "q", "name": "m"}, {"project": "q"}),
+        ({"PROJECT": "p", "NAME": "n"}, {"name": "m"}, {"project": "p", "name": "m"}),
+        ({"PROJECT": "", "NAME": ""}, {}, {"project": "kru_triton", "name": "run"}),
+        ({"MODE": "dryrun"}, {"mode": "auto"}, {"mode": "offline"}),
+        ({"MODE": "run"}, {"mode": "auto"}, {"mode": "online", "resume": "allow"}),
+        ({"MODE": "run", "RESUME": "must"}, {"mode": "auto"}, {"resume": None}),  # W&B reads it
+        ({"MODE": "online"}, {"mode": "offline"}, {"mode": "offline"}),
+        ({"DISABLED": "true"}, {"mode": "offline"}, {"mode": "offline"}),  # a flag wins
+        ({"DISABLED": "false", "MODE": "offline"}, {"mode": "auto"}, {"mode": "offline"}),
+        ({"DIR": "elsewhere"}, {}, {"dir": "elsewhere"}),
+    ],
+)
+def test_flags_win_over_wandbs_variables_and_those_over_ours(
+    variables, flags, expected, tmp_path, monkeypatch
+):
+    seen = stub(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert Wandb(flags.pop("mode", "offline"), tmp_path / "run", "id", {}, **flags).finish()
+    assert seen["id"] == "id"
+    assert {name: seen[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("value", ["true", "TRUE", "1", "yes", "on"])
+def test_wandb_disabled_is_off_and_silent(value, tmp_path, monkeypatch, capsys):
+    seen = stub(monkeypatch)
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    wandb = Wandb("auto", tmp_path, "id", {})
+    wandb.log({"step": 1})
+    assert not wandb.finish()
+    assert (seen, capsys.readouterr().out) == ({}, "")
+
+
+def test_what_the_environment_says_is_not_overridden_by_our_settings(tmp_path, monkeypatch, capsys):
+    seen = stub(monkeypatch)
+    assert Wandb("offline", tmp_path, "id", {}).finish()
+    ours = seen["settings"]
+    assert set(ours) == {"console", "silent", "init_timeout", "disable_git"}
+    assert "files in" in capsys.readouterr().out
+    for name in ours:
+        monkeypatch.setenv(f"WANDB_{name.upper()}", "true")
+    assert Wandb("offline", tmp_path, "id", {}).finish()
+    assert seen["settings"] == {}
+    assert capsys.readouterr().out == ""  # WANDB_SILENT
+
+
+def test_the_id_of_the_environment_is_that_of_a_new_run(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    assert logger.new_run_id() == "chosen"
+    for not_one in ("", " ", "a/b", "a:b"):
+        monkeypatch.setenv("WANDB_RUN_ID", not_one)
+        assert logger.new_run_id().startswith("20")
+
+
+def test_replay_goes_where_the_run_went_and_says_when_it_is_switched_off(tmp_path, monkeypatch):
+    seen = stub(monkeypatch)
+    settings = {"wandb_id": "some-id", "wandb_project": "q", "wandb_name": "m"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for variable in ("PROJECT", "NAME", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{variable}", "other")
+    monkeypatch.setenv("WANDB_RESUME", "must")  # the run is replaced whatever that says
+    assert replay_wandb.replay(ReplayConfig(str(tmp_path), "offline", wandb_name="mine"))
+    assert (seen["project"], seen["name"], seen["id"]) == ("q", "mine", "some-id")
+    assert "WANDB_RESUME" not in os.environ
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    with pytest.raises(UserError, match="WANDB_DISABLED switches W&B off: give --wandb"):
+        replay_wandb.replay(ReplayConfig(str(tmp_path)))
 
 
 def test_auto_is_offline_without_a_key_or_without_the_host(monkeypatch, tmp_path):

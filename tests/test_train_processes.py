@@ -14,6 +14,7 @@ import pytest
 from kill_harness import TINY, Leg, differences, kill_and_compare, write_corpus, write_stream
 
 from kru_triton.train import checkpoints
+from kru_triton.train.tokenizer import character_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "train" / "lm.py"
 EXACT = [*shlex.split(TINY), "--dropout", "0", "--log-every", "1", "--eval-every", "10"]
@@ -212,6 +213,24 @@ def test_a_disk_that_is_full_for_one_process_costs_the_checkpoints(tmp_path, fla
     assert warning in leg.output()
     assert "done: val/bpb" in leg.output()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_what_one_process_cannot_encode_stops_both_with_a_checkpoint(tmp_path, corpus):
+    stream = write_stream(corpus, tmp_path, "json", 2)
+    known = character_tokenizer(path.read_bytes() for path in corpus.glob("*.txt"))
+    (tmp_path / "tokenizer").write_text(known.json)
+    with open(tmp_path / "1.json", "a") as shard:
+        shard.write(json.dumps({"text": "a § of time"}) + "\n")
+    settings = [*EXACT, *stream, "--tokenizer", tmp_path / "tokenizer", "--batch-size", 1]
+    settings += ["--segment-length", 1024, "--steps", 99, "--checkpoint-every", 0]
+    settings += ["--shuffle-buffer", 5]  # the line is read later
+    leg = Leg(settings, tmp_path / "run", 2)
+    assert leg.wait() == [2, 2], leg.output()
+    step = checkpoints.list_steps(tmp_path / "run")[-1]
+    assert step > 0
+    (error,) = [line for line in leg.output().splitlines() if line.startswith("error: ")]
+    assert "no tokens for b'\\xa7\\xc2', as in 'a § of time'" in error
+    assert f"stopped after step {step}, the last good checkpoint is" in error
 
 
 def test_a_non_finite_loss_ends_all(tmp_path, flags):

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
 from kru_triton.train import (
     adding,
+    checkpoints,
     copy_memory,
     music,
     pixel_mnist,
@@ -669,6 +671,53 @@ def test_stopped_and_resumed_is_as_never_stopped(whole, tmp_path, monkeypatch):
     assert {key: resumed[key] for key in same} == {key: summary[key] for key in same}
 
 
+@pytest.mark.parametrize(
+    ("part", "number", "error", "step"),
+    [
+        ("batch", 39, UserError("a broken file"), 37),  # one call before the first step
+        ("loss", 45, ZeroDivisionError("in a step"), 44),
+        ("evaluate", 2, OSError(28, "No space left on device"), 60),
+        ("evaluate", 4, RuntimeError("of the last step"), 120),
+    ],
+    ids=["batch", "loss", "evaluation", "last"],
+)
+def test_an_error_leaves_a_checkpoint_of_the_last_completed_step(
+    whole, tmp_path, capsys, part, number, error, step
+):
+    flags, run_dir, summary = whole
+    setup, calls = copy_memory.setup, []
+
+    def broken(argv):
+        config, task = setup(argv)
+
+        def failing(*arguments):
+            calls.append(1)
+            if len(calls) == number:
+                raise error
+            return getattr(task, part)(*arguments)
+
+        return config, dataclasses.replace(task, **{part: failing})
+
+    code = {UserError: 2, OSError: 1}.get(type(error))
+    script = types.SimpleNamespace(setup=broken)
+    if code is None:
+        with pytest.raises(type(error), match=str(error)):
+            train(script, flags, tmp_path)
+    else:
+        assert train(script, flags, tmp_path) == (code, None)
+    good = checkpoints.folder(tmp_path, step)
+    err = capsys.readouterr().err
+    assert f"stopped after step {step}, the last good checkpoint is {good}" in err
+    assert ("error: " in err) == (code is not None)
+    code, resumed = train(copy_memory, flags, tmp_path)
+    assert code == 0
+    weights = [checkpoints.load_latest(d)[0].tensors["model"] for d in (tmp_path, run_dir)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    if part != "evaluate":
+        assert rows(tmp_path) == rows(run_dir)
+    assert resumed["best/loss_nats"] == pytest.approx(summary["best/loss_nats"], rel=0.05)
+
+
 def test_summary_and_files(whole):
     _, run_dir, summary = whole
     assert summary["steps"] == 120
@@ -763,6 +812,8 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--num-layers 3 --init-spread 0 1", r"must be 1 or 3 numbers in .*, got \(0.0, 1.0\)"),
         ("--dropout 1", "--dropout must be below 1"),
         ("--decay-share 2", "--decay-share must be at most 1, got 2"),
+        (f"--seed {2**64}", r"--seed must be at least 0 and below 2\^64, got 1844"),
+        ("--seed -1", "--seed must be at least 0 and below"),
         ("--steps 0", "one of --steps, --minutes and --patience"),
         ("--patience 2 --eval-every 0", "give --eval-every too"),
         ("--model lstm --frozen-factors", "for kru and krulstm, not for lstm"),
@@ -1020,6 +1071,8 @@ def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):
         reproduce.reproduce(dataclasses.replace(config, table="draw"))
     with pytest.raises(UserError, match="--seeds must be at least 1"):
         reproduce.reproduce(dataclasses.replace(config, table="copy", seeds=0))
+    with pytest.raises(UserError, match="--seeds must be at least 1 and at most 1000, got 1844"):
+        reproduce.reproduce(dataclasses.replace(config, table="copy", seeds=2**64))
     bad = [reproduce.cell("copy", "kru", "copy_memory.py", f"{FAST} --T 0")]
     monkeypatch.setattr(reproduce, "copy_cells", lambda config: bad)
     assert reproduce.reproduce(dataclasses.replace(config, table="copy")) == 1

@@ -83,6 +83,35 @@ def test_replay_makes_the_whole_run_of_metrics_jsonl(tmp_path, monkeypatch, caps
     assert "summary" in kinds
 
 
+def test_every_variable_of_wandb_reaches_the_run_and_a_resumed_run_keeps_its_id(tmp_path):
+    variables = "PROJECT=p NAME=n RUN_ID=rid TAGS=a,b RUN_GROUP=g NOTES=hi ENTITY=e JOB_TYPE=j"
+    variables = dict(f"WANDB_{pair}".split("=") for pair in variables.split())
+    variables |= {"WANDB_DIR": str(tmp_path / "elsewhere"), "WANDB_MODE": "dryrun"}
+    (tmp_path / "text.txt").write_text("some words to learn from\n" * 400)
+    flags = "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --steps 1"
+    command = [sys.executable, str(TRAIN / "lm.py"), *flags.split(), "--segment-length", "16"]
+    command += ["--batch-size", "2", "--data", f"text:{tmp_path}/text.txt", "--device", "cpu"]
+    command += ["--backend", "torch", "--run-dir", str(tmp_path / "run")]
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+
+    def start(more, environment):
+        environment = {**plain, **environment, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    start([], variables)
+    found = records(tmp_path / "elsewhere")
+    run = next(r.run for r in found if r.WhichOneof("record_type") == "run")
+    names = (run.project, run.display_name, run.run_id, run.run_group, run.notes, run.entity)
+    assert names == ("p", "n", "rid", "g", "hi", "e")
+    assert (list(run.tags), run.job_type) == (["a", "b"], "j")
+    assert not (tmp_path / "run" / "wandb").exists()
+
+    start(["--steps", "2", "--wandb-project", "q", "--wandb-name", "m"], {"WANDB_RUN_ID": "other"})
+    run = next(r.run for r in records(tmp_path / "run") if r.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name, run.run_id) == ("q", "m", "rid")
+
+
 def test_replay_of_no_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path)])
     with pytest.raises(SystemExit) as end:

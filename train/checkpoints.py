@@ -15,6 +15,11 @@ disk, and renamed. So a folder `step-N` is complete, or it was damaged later; th
     python train/checkpoints.py RUN_DIR     lists and verifies; exit code 1 where one is corrupt
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import argparse
 import hashlib
 import json
@@ -24,9 +29,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -34,9 +40,11 @@ import torch
 
 from kru_triton.train.config import UserError
 from kru_triton.train.processes import Processes
+from kru_triton.train.script import one_line
 
 FORMAT = 2
 Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 class CorruptError(Exception):
@@ -187,14 +195,19 @@ class Writer:
             last = "there is none yet"
             if self.saved_step is not None:
                 last = f"step-{self.saved_step} stays"
-            self.say(f"warning: checkpoint of step {step} not written: {error.strerror}; {last}")
+            line = f"warning: checkpoint of step {step} not written: {error.strerror}; {last}"
         except BaseException as error:  # for `wait`, in the thread that trains
             self.error = error
+            return
         else:
             self.saved_step = step
             seconds = time.perf_counter() - began
             self.seconds += seconds
-            self.say(f"checkpoint step-{step}: {self.bytes:,} bytes, {seconds:.2f} s")
+            line = f"checkpoint step-{step}: {self.bytes:,} bytes, {seconds:.2f} s"
+        try:
+            self.say(line)
+        except OSError as error:  # nobody reads it any more
+            self.error = error
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -218,62 +231,98 @@ def verify(path: Path) -> dict:
     """
     with reading(path):
         manifest = json.loads((path / "manifest.json").read_bytes())
-        for name, expected in manifest.items():
-            with open(path / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                compare(name, expected, file.tell(), digest)
+        for name in manifest:
+            verify_file(path, name, manifest)
         if "trainer.json" not in manifest:
             raise CorruptError("manifest.json does not list trainer.json")
-        found = json.loads((path / "trainer.json").read_bytes())["format"]
-    if found != FORMAT:
-        raise UserError(
-            f"{path} has format {found}, this version reads format {FORMAT}: go on with the "
-            "version that wrote it, choose another --run-dir, or set it aside with --resume never"
-        )
+        check_format(path, json.loads((path / "trainer.json").read_bytes()))
     return manifest
 
 
-def load(path: Path, ranks: Collection[int] | None = None) -> Checkpoint:
+def verify_file(path: Path, name: str, manifest: dict) -> None:
+    with open(path / name, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        compare(name, manifest[name], file.tell(), digest)
+
+
+def check_format(path: Path, trainer: dict) -> None:
+    if trainer["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {trainer['format']}, this version reads format {FORMAT}: go on "
+            "with the version that wrote it, choose another --run-dir, or set it aside with "
+            "--resume never"
+        )
+
+
+def load(path: Path, ranks: Collection[int] | None = None, whole: bool = False) -> Checkpoint:
     """Read a checkpoint, verifying what is read.
+
+    All that is wanted is open before any of it is read, so that a run that goes on may delete the
+    checkpoint in the meantime.
 
     Args:
         ranks: the processes whose files are wanted; None: all.
+        whole: verify the files that are not wanted, too.
 
     Raises:
         CorruptError: naming the file that is wrong.
+        UserError: it is good, and of another version of this program.
     """
     checkpoint = Checkpoint(path, {}, {})
-    with reading(path):
+    with reading(path), ExitStack() as stack:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        for name, expected in manifest.items():
+        wanted = [
+            name
+            for name in manifest
+            if ranks is None or not name.startswith("rank-") or int(Path(name).stem[5:]) in ranks
+        ]
+        files = {name: stack.enter_context(open(path / name, "rb")) for name in wanted}
+        for name in manifest.keys() - files.keys() if whole else ():
+            verify_file(path, name, manifest)
+        for name, file in files.items():
+            content = file.read()
+            compare(name, manifest[name], len(content), hashlib.sha256(content).hexdigest())
             stem, kind = name.rsplit(".", 1)
-            if ranks is not None and stem.startswith("rank-") and int(stem[5:]) not in ranks:
-                continue
-            content = (path / name).read_bytes()
-            compare(name, expected, len(content), hashlib.sha256(content).hexdigest())
             if kind == "safetensors":
                 checkpoint.tensors[stem] = safetensors.torch.load(content)
             else:
                 checkpoint.documents[stem] = json.loads(content)
+        check_format(path, checkpoint.trainer)
     return checkpoint
+
+
+def newest(run_dir: Path, read: Callable[[Path], T]) -> tuple[T | None, list[tuple[Path, str]]]:
+    """What `read` makes of the newest good checkpoint, and the newer ones, each with its reason.
+
+    One that a run which goes on has deleted since it was listed is no bad one: the choice is made
+    anew, for a newer one is there.
+    """
+    corrupt, steps = [], list_steps(run_dir)
+    while steps:
+        path = folder(run_dir, steps.pop())
+        try:
+            return read(path), corrupt
+        except CorruptError as error:
+            if os.path.lexists(path):
+                corrupt.append((path, str(error)))
+            else:
+                corrupt, steps = [], list_steps(run_dir)
+    return None, corrupt
 
 
 def latest(run_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest good checkpoint, and the newer ones that are not good, each with its reason."""
-    corrupt = []
-    for step in reversed(list_steps(run_dir)):
-        try:
-            verify(folder(run_dir, step))
-            return folder(run_dir, step), corrupt
-        except CorruptError as error:
-            corrupt.append((folder(run_dir, step), str(error)))
-    return None, corrupt
+
+    def good(path: Path) -> Path:
+        verify(path)
+        return path
+
+    return newest(run_dir, good)
 
 
 def load_latest(run_dir: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """`latest`, with the checkpoint loaded: what all processes share."""
-    path, corrupt = latest(run_dir)
-    return path and load(path, ranks=()), corrupt
+    return newest(run_dir, lambda path: load(path, ranks=(), whole=True))
 
 
 def compare(name: str, expected: dict, count: int, digest: str) -> None:
@@ -336,22 +385,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="List and verify the checkpoints of a run.")
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args().run_dir
+    with one_line():
+        failed = list_all(run_dir)
+    sys.exit(failed)
+
+
+def list_all(run_dir: Path) -> bool:
+    """Print what is known of every checkpoint; whether one is not good."""
     steps = list_steps(run_dir)
     if not steps:
-        print(f"error: no checkpoint under {run_dir / 'checkpoints'}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"no checkpoint under {run_dir / 'checkpoints'}")
     failed = False
     for step in steps:
         path = folder(run_dir, step)
         try:
             manifest = verify(path)
         except (CorruptError, UserError) as error:
+            if not os.path.lexists(path):  # deleted by a run that goes on
+                continue
             failed = True
             print(f"{path.name}: CORRUPT: {error}" if isinstance(error, CorruptError) else error)
         else:
             count = sum(entry["bytes"] for entry in manifest.values())
             print(f"{path.name}: good, {len(manifest)} files, {count:,} bytes")
-    sys.exit(failed)
+    return failed
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ TRAINING = {
     "ptb":   (       32,            100,  1e-2,         2e-3,     50,   8000),
 }
 # fmt: on
+SEEDS = 1 << 64  # there are so many; a seed and an offset are taken modulo this
 TRAINING_COLUMNS = ("batch_size", "segment_length", "lr", "recurrent_lr", "warmup", "steps")
 
 
@@ -173,7 +174,12 @@ class Config:
     keep: int = 3
     """Checkpoints kept."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases. auto: online with a key and a reachable host, else offline."""
+    """Weights & Biases. auto: as WANDB_MODE or WANDB_DISABLED says; else online with a key and a
+    reachable host, else offline. W&B's other variables hold, too."""
+    wandb_project: str = ""
+    """Project there. Empty: WANDB_PROJECT, or kru_triton."""
+    wandb_name: str = ""
+    """Name of the run there. Empty: WANDB_NAME, or that of --run-dir."""
 
     prompt: str = ""
     """The sample at each evaluation goes on from this text. Empty: from the start of a document."""
@@ -187,7 +193,8 @@ class Config:
 
 # What may differ between the legs of one run: budget, logging, where and how it is computed.
 IDENTITY_FREE = {
-    *("steps", "minutes", "decay_share", "preset", "config", "run_dir", "resume", "keep", "wandb"),
+    *("steps", "minutes", "decay_share", "preset", "config", "run_dir", "resume", "keep"),
+    *("wandb", "wandb_project", "wandb_name"),
     *("checkpoint_every", "eval_every", "log_every"),
     *("prompt", "sample_tokens", "temperature", "top_p"),
     *("backend", "precision", "device", "compile", "recompute", "workers"),
@@ -242,6 +249,12 @@ def penn_treebank(config: Config) -> Config:
     train, valid, test = (f"text:{glob.escape(str(path))}" for path in paths)
     held_out = {"valid": config.valid or valid, "test": config.test or test}
     return dataclasses.replace(config, data=(train,), **held_out)
+
+
+def check_seed(seed: int) -> None:
+    """The range of torch's generators."""
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"--seed must be at least 0 and below 2^64, got {seed}")
 
 
 def model_settings(model_config: LanguageModelConfig) -> dict:
@@ -307,14 +320,15 @@ def validate(config: Config) -> None:
         1: "d_model num_layers hidden_size num_heads context_length batch_size segment_length "
         "log_every keep valid_bytes shuffle_buffer grad_accumulation",
         0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
-        "recompute checkpoint_every eval_every sample_tokens temperature dropout lr_floor seed "
+        "recompute checkpoint_every eval_every sample_tokens temperature dropout lr_floor "
         "decay_share workers",
     }
     for least, names in at_least.items():
         for name in names.split():
             value = getattr(config, name)
-            if not (math.isfinite(value) and value >= least):
+            if not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_seed(config.seed)
     if not config.data:
         raise UserError("--data must name at least one source")
     if config.batch_size % config.grad_accumulation:

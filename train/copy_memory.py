@@ -14,6 +14,11 @@ targets of 10 symbols. Losses are in nats per step. A predictor without memory r
 too, so look at `--frozen-factors` beside every result.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import math
 from dataclasses import dataclass
 

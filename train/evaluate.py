@@ -11,7 +11,14 @@ is cut more often is what context beyond that length is worth.
     python train/evaluate.py runs/lm
     python train/evaluate.py exported --data 'text:books/*.txt' --contexts 100 1000 10000
     python train/evaluate.py runs/lm --data 'text:books/*.txt' --max-bytes 1000000 --json books.json
+
+Exit codes: 0; 2 bad arguments or data; 130 Ctrl-C.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
 
 import json
 import math
@@ -33,6 +40,7 @@ from kru_triton.train.checkpoints import write_atomic
 from kru_triton.train.config import UserError
 from kru_triton.train.run_directory import commit, versions
 from kru_triton.train.sample import load_model, pick_dtype
+from kru_triton.train.script import one_line
 
 
 @dataclass
@@ -194,14 +202,11 @@ def main() -> None:
     description, _, examples = __doc__.partition("\n\n    python")
     config = tyro.cli(EvaluateConfig, description=description + "\n\n    python" + examples)
     sys.stdout.reconfigure(errors="backslashreplace")  # names may be no UTF-8
-    try:
+    with one_line():
         report = evaluate(config)
-        print(table(report))
         if config.json:
             write_atomic(Path(config.json), json.dumps(report, indent=1) + "\n")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(table(report))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,22 @@ puts it before each text, and generation ends with it.
     python train/export.py runs/lm exported
     python -c "import kru_triton.hf; from transformers import pipeline; \\
         print(pipeline('text-generation', 'exported')('def ', max_new_tokens=50))"
+
+Exit codes: 0; 2 bad arguments, or nothing there to export; 130 Ctrl-C.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import json
-import sys
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -23,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from kru_triton.hf import KRUForCausalLM, model_card
 from kru_triton.train.config import UserError
 from kru_triton.train.sample import BOS, is_exported, load_model
+from kru_triton.train.script import one_line
 from kru_triton.train.tokenizer import byte_values
 
 
@@ -99,11 +108,17 @@ def export(config: ExportConfig) -> Path:
     model, tokenizer, _ = load_model(config.run_dir, "cpu", "auto")
     causal_lm = KRUForCausalLM.from_language_model(model, bos_token_id=tokenizer.bos)
     tokens = pretrained_tokenizer(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
     card = model_card(causal_lm, training_facts(Path(config.run_dir)))
-    (out / "README.md").write_text(card, encoding="utf-8")
-    causal_lm.save_pretrained(out)
-    tokens.save_pretrained(out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "README.md").write_text(card, encoding="utf-8")
+        causal_lm.save_pretrained(out)
+        tokens.save_pretrained(out)
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)  # half a folder is none
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{out} cannot be written: {error}") from error
+        raise
     return out
 
 
@@ -111,12 +126,9 @@ def main() -> None:
     description, _, examples = __doc__.partition("\n\n    python")
     config = tyro.cli(ExportConfig, description=description + "\n\n    python" + examples)
     disable_progress_bar()
-    try:
+    with one_line():
         out = export(config)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+        print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,16 @@
     python train/lm.py --model lstm --match-params 300000 --steps 2000 --run-dir runs/lstm
     torchrun --standalone --nproc_per_node 8 train/lm.py --preset base
 
-The same command again goes on from the last checkpoint. Exit codes: 0 done, or stopped by SIGTERM
-or SIGINT with a checkpoint written; 1 that checkpoint, or the summary, could not be written, or
-another process of the run has died; 2 bad arguments or data; 3 non-finite loss.
+The same command again goes on from the last checkpoint. An error leaves one of the last completed
+step. Exit codes: 0 done, or stopped by SIGTERM or SIGINT with a checkpoint written; 1 that
+checkpoint, or another file, could not be written, there is too little memory, or another process of
+the run has died; 2 bad arguments or data; 3 non-finite loss; 130 Ctrl-C before it has begun.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
 
 import contextlib
 import ctypes
@@ -25,6 +31,7 @@ import shlex
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +45,7 @@ from tqdm import tqdm
 from kru_triton import KRU
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
 from kru_triton.train import checkpoints, data
-from kru_triton.train.config import Config, UserError, model_config, parse
+from kru_triton.train.config import SEEDS, Config, UserError, model_config, parse
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
 from kru_triton.train.processes import Processes, Stop, join, leave
 from kru_triton.train.run_directory import (
@@ -49,7 +56,8 @@ from kru_triton.train.run_directory import (
     versions,
     write_settings,
 )
-from kru_triton.train.sample import generate, pick_device, pick_dtype
+from kru_triton.train.sample import encode_prompt, generate, pick_device, pick_dtype, ready
+from kru_triton.train.script import drop_output, one_line
 
 EVALUATION_LANES = 32
 
@@ -108,10 +116,7 @@ def pack(at: Position, model, optimizers, processes: Processes) -> tuple[dict, d
     """Tensors and JSON documents by file, those of this process, for `checkpoints.Writer`."""
     own = {f"state.{index}": tensor for index, tensor in enumerate(at.state)}
     own["losses"] = torch.tensor(list(map(float, at.losses)), dtype=torch.float64)
-    own["rng.cpu"] = torch.get_rng_state()
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        own["rng.cuda"] = torch.cuda.get_rng_state(device)
+    own |= rng_state(next(model.parameters()).device)
     name = f"rank-{processes.rank}"
     tensors, documents = {name: own}, {name: {"data": at.data}}
     if processes.rank == 0:
@@ -154,10 +159,21 @@ def unpack(path: Path, model, optimizers, batches, processes: Processes) -> Posi
         at.losses = [torch.zeros(())] * len(at.norms)
     batches.load_state(checkpoint.documents[f"rank-{ranks[0]}"]["data"])
     if same:
-        torch.set_rng_state(own[0]["rng.cpu"])
-        if device.type == "cuda" and "rng.cuda" in own[0]:
-            torch.cuda.set_rng_state(own[0]["rng.cuda"], device)
+        set_rng_state(own[0], device)
     return at
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -296,16 +312,18 @@ def evaluate(
     device = next(model.parameters()).device
     nats, count, state = torch.zeros((), dtype=torch.float64, device=device), 0, None
     model.eval()
-    for batch in data.validation_segments(stream, EVALUATION_LANES, length):
-        batch = [tensor.tensor_split(processes.count)[processes.rank] for tensor in batch]
-        if not len(batch[0]):  # more processes than lanes
-            break
-        inputs, targets, reset, counted = (tensor.to(device) for tensor in batch)
-        with autocast:
-            logits, state = model(inputs, state, reset)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        nats += (losses * counted.flatten()).sum(dtype=torch.float64)
-        count += int(batch[3].sum())
+    with processes.together():
+        for batch in data.validation_segments(stream, EVALUATION_LANES, length):
+            batch = [tensor.tensor_split(processes.count)[processes.rank] for tensor in batch]
+            if not len(batch[0]):  # more processes than lanes
+                break
+            inputs, targets, reset, counted = (tensor.to(device) for tensor in batch)
+            with autocast:
+                logits, state = model(inputs, state, reset)
+            targets = targets.flatten()
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+            nats += (losses * counted.flatten()).sum(dtype=torch.float64)
+            count += int(batch[3].sum())
     model.train()
     nats, count = processes.sum(nats.item(), count)
     bits_per_byte = nats / math.log(2) / stream.num_bytes
@@ -325,7 +343,7 @@ def write_sample(model: LanguageModel, tokenizer, config: Config, step: int) -> 
         config.sample_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        generator=torch.Generator().manual_seed(config.seed + step),
+        generator=torch.Generator().manual_seed((config.seed + step) % SEEDS),
     )
     text = prompt + tokenizer.decode(list(tokens))
     model.train()
@@ -395,13 +413,17 @@ def train(
             torch.cuda.set_device(device)
         config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
         architecture = model_config(config, text.tokenizer.vocab_size)
+        if config.sample_tokens:
+            encode_prompt(
+                config.prompt, text.tokenizer
+            )  # or the first evaluation would end the run
         torch.manual_seed(config.seed)
         model = build_model(architecture, device)
     if config.frozen_factors:
         for name, p in model.named_parameters():
             p.requires_grad_(".factor" not in name)
     if not first:
-        torch.manual_seed(config.seed + processes.rank)  # dropout draws of its own
+        torch.manual_seed((config.seed + processes.rank) % SEEDS)  # dropout draws of its own
     with processes.together():
         optimizers = build_optimizers(model, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -452,24 +474,40 @@ def train(
             print(f"resumed from {path}: step {at.step}, {at.seconds:.0f} s")
     forward = processes.wrap(torch.compile(model) if config.compile else model, device)
     metrics = Metrics(run_dir / "metrics.jsonl", at.step) if first else None
-    wandb = Wandb(config.wandb if first else "disabled", run_dir, settings["wandb_id"], settings)
+    wandb = Wandb(
+        config.wandb if first else "disabled",
+        run_dir,
+        settings["wandb_id"],
+        settings,
+        project=config.wandb_project,
+        name=config.wandb_name,
+    )
 
     # Loop
     began = time.perf_counter() - at.seconds
     waited, failure = 0.0, None
+    rng = {}  # before the step that is under way; None: the optimizer is changing the weights
+
+    @contextlib.contextmanager
+    def noting() -> Iterator[None]:
+        """An error in the block ends the run once `agree` has told all processes of it."""
+        nonlocal failure
+        try:
+            yield
+        except NonFiniteError:  # all processes have this one
+            raise
+        except Exception as error:
+            failure = failure or error
 
     def fetch() -> tuple[Tensor, ...] | None:
-        """The next batch, the position before it noted; None where the source has given up."""
-        nonlocal waited, failure
-        start = time.perf_counter()
-        at.data, at.epochs = text.train.state(), text.train.epochs_read()
-        try:
-            return text.train.next()
-        except data.DataError as error:
-            failure = str(error)
-            return None
-        finally:
-            waited += time.perf_counter() - start
+        """The next batch, with `following` the position before it; None where that has failed."""
+        nonlocal waited, following
+        start, batch = time.perf_counter(), None
+        following = text.train.state(), text.train.epochs_read()
+        with noting():
+            batch = text.train.next()
+        waited += time.perf_counter() - start
+        return batch
 
     def clock() -> float:
         return time.perf_counter() - began if first else 0.0
@@ -501,8 +539,39 @@ def train(
         parts = pack(at, model, optimizers, processes)
         writer.save(at.step, *parts, *([metrics.sync] if first else []))
 
+    def report(rate: float, evaluating: bool) -> None:
+        """A row of the steps since the last one."""
+        nonlocal marked, marked_tokens, waited
+        losses, norms = at.mean_losses(processes), list(map(float, at.norms))
+        seconds, sample = time.perf_counter() - marked, ""
+        row = {
+            "step": at.step,
+            "tokens": at.tokens,
+            "train/loss_nats": sum(losses) / len(losses),
+            "tok_s": round((at.tokens - marked_tokens) / seconds, 1),
+            "data_wait": round(waited / seconds, 4),
+            "grad_norm": sum(norms) / len(norms),
+            "unitarity": unitarity(model),
+            "lr": rate,
+        }
+        if evaluating:
+            row |= evaluate(model, text.valid, config.segment_length, autocast, processes)
+        at.losses, at.counts, at.norms = [], [], []
+        if first:
+            metrics.write(row)
+            if evaluating and config.sample_tokens:
+                sample = write_sample(model, text.tokenizer, config, at.step)
+            wandb.log(row, sample, (lambda: draw(model)) if evaluating else None)
+        say(describe(row))
+        if sample:
+            say(textwrap.indent(sample, "    | ", lambda line: True))
+        bar.set_postfix_str(f"step {at.step}", refresh=False)
+        marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0
+
     parameters = [p for p in model.parameters() if p.requires_grad]
-    stopping, batch = False, fetch()
+    stopping, following = False, None
+    batch = fetch()
+    at.data, at.epochs = following
     agree(0)
     done = progress()
     bar = tqdm(
@@ -518,6 +587,7 @@ def train(
     marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0  # of the last row
     try:
         while done < 1.0 and not stopping:
+            rng = rng_state(device)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             total, state = backward(model, forward, batch, at.state, config, autocast)
@@ -529,45 +599,28 @@ def train(
                 for parameter in parameters:
                     parameter.grad *= capacity / count
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
+            rng = None
             for optimizer in optimizers:
                 optimizer.step()
 
             at.step += 1
             at.tokens += int(count)
             at.state = state
+            at.data, at.epochs = following
             at.losses.append(total)
             at.counts.append(count)
             at.norms.append(norm)
+            rng = {}
             rate, done = config.lr * factor, progress()
             factor = schedule()
+            if done >= 1.0:
+                failure = None  # of a batch that is not needed
 
             evaluating = done >= 1.0 or (config.eval_every > 0 and at.step % config.eval_every == 0)
             if evaluating or at.step % config.log_every == 0:
-                losses, norms = at.mean_losses(processes), list(map(float, at.norms))
-                at.losses, at.counts, at.norms, sample = [], [], [], ""
-                seconds = time.perf_counter() - marked
-                row = {
-                    "step": at.step,
-                    "tokens": at.tokens,
-                    "train/loss_nats": sum(losses) / len(losses),
-                    "tok_s": round((at.tokens - marked_tokens) / seconds, 1),
-                    "data_wait": round(waited / seconds, 4),
-                    "grad_norm": sum(norms) / len(norms),
-                    "unitarity": unitarity(model),
-                    "lr": rate,
-                }
-                if evaluating:
-                    row |= evaluate(model, text.valid, config.segment_length, autocast, processes)
-                    if first and config.sample_tokens:
-                        sample = write_sample(model, text.tokenizer, config, at.step)
-                if first:
-                    metrics.write(row)
-                    wandb.log(row, sample, (lambda: draw(model)) if evaluating else None)
-                say(describe(row))
-                if sample:
-                    say(textwrap.indent(sample, "    | ", lambda line: True))
-                bar.set_postfix_str(f"step {at.step}", refresh=False)
-                marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0
+                with noting():
+                    report(rate, evaluating)
+                agree(0)
             if config.checkpoint_every and at.step % config.checkpoint_every == 0 and done < 1.0:
                 pause = time.perf_counter()
                 save()
@@ -579,9 +632,9 @@ def train(
             save()
             writer.wait()
         code = 0 if writer.saved_step == at.step else 1
-        failures = [message for message in processes.gather(failure) if message]
-        if failures and done < 1.0:
-            raise UserError(f"{failures[0]}; stopped after step {at.step}, {last_good(writer)}")
+        failures = list(filter(None, processes.gather(failure and (str(failure) or repr(failure)))))
+        if failures:
+            raise failure or UserError(failures[0])
         again = f"{processes.launcher()} {shlex.join(sys.argv)}"
         if done < 1.0:
             reason = stop.requested or "a signal to another process"
@@ -643,6 +696,14 @@ def train(
             hint = "a lower --recurrent-lr, --lr or --clip may help"
             print(f"error: {error}; {where}; {hint}", file=sys.stderr)
         return 3
+    except Exception as error:
+        if processes.have_gone(error):
+            raise
+        bar.close()
+        if rng:
+            set_rng_state(rng, device)
+        alone = processes.count == 1 and rng is not None
+        return end_with(error, at.step, writer, save if alone else None, first)
     finally:
         bar.close()
         wandb.finish()
@@ -650,12 +711,46 @@ def train(
 
 def build_model(architecture: LanguageModelConfig, device: torch.device) -> LanguageModel:
     try:
-        model = LanguageModel(architecture).to(device)
-        with torch.no_grad():  # one token, so that what cannot run says so now
-            model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        model = LanguageModel(architecture)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model: {error}") from error
-    return model
+    return ready(model, device)
+
+
+def end_with(
+    error: Exception,
+    step: int,
+    writer: checkpoints.Writer,
+    save: Callable[[], None] | None,
+    speaks: bool = True,
+) -> int:
+    """Write a checkpoint of the last completed step after an error, and say what happened.
+
+    Args:
+        step: the last one that is complete.
+        save: hands that step's checkpoint to the writer; None where it cannot be told: an optimizer
+            that fails has changed some of the weights, and other processes are somewhere else.
+        speaks: this process says the errors that all of them have.
+
+    Returns:
+        The exit code, for errors of the user's and of the system; others are raised again.
+    """
+    if isinstance(error, BrokenPipeError):
+        drop_output()
+    try:
+        writer.wait()
+        if save and step and writer.saved_step != step:
+            save()
+            writer.wait()
+    except Exception as second:  # the first one is to be told
+        print(f"warning: checkpoint of step {step} not written: {second}", file=sys.stderr)
+    where = f"stopped after step {step}, {last_good(writer)}"
+    if not isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError)):
+        print(where, file=sys.stderr)
+        raise error
+    if speaks or not isinstance(error, UserError):
+        print(f"error: {str(error) or 'out of memory'}; {where}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def last_good(writer: checkpoints.Writer) -> str:
@@ -666,24 +761,15 @@ def last_good(writer: checkpoints.Writer) -> str:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # names may be no UTF-8
-    try:
+    with one_line(training=True):
         config = parse(description=__doc__)
         processes = join(config.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if processes.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
     try:
-        code = prepare(config, processes)
-        leave()
-    except UserError as error:  # all processes have this one
-        if processes.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except OSError as error:  # a full disk, where it is not a checkpoint or a row that is refused
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
+        with one_line(training=True, silent=processes.rank > 0):
+            code = prepare(config, processes)
+            leave()
     except RuntimeError as error:
         if not processes.have_gone(error):
             raise

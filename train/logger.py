@@ -71,23 +71,37 @@ class Wandb:
     Everything goes through a queue to a thread, so that no call waits for a network. The first
     failure turns it off, in one line; `replay_wandb.py` makes the whole run of metrics.jsonl.
 
+    W&B's own environment variables hold where an argument here leaves something open.
+
     Args:
-        mode: "auto" (WANDB_MODE; else online with a key and a host that answers, else offline),
-            "online", "offline" or "disabled".
+        mode: "auto" (WANDB_DISABLED, WANDB_MODE; else online with a key and a host that answers,
+            else offline), "online", "offline" or "disabled".
         resume: go on with the run of this id where the server has it, instead of replacing it.
+        project: "" for WANDB_PROJECT, or kru_triton.
+        name: "" for WANDB_NAME, or that of the directory.
     """
 
-    def __init__(self, mode: str, run_dir: Path, run_id: str, config: dict, resume: bool = True):
+    def __init__(
+        self,
+        mode: str,
+        run_dir: Path,
+        run_id: str,
+        config: dict,
+        resume: bool = True,
+        project: str = "",
+        name: str = "",
+    ):
         self.run, self.off, self.draws = None, True, True
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or "auto"
+        mode = mode_of_environment() if mode == "auto" else mode
         if mode == "disabled":
             return
         self.off = False
         self.calls = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
-        self.calls.put((self.start, mode, run_dir, run_id, config, resume))
+        project = project or theirs("project") or "kru_triton"
+        name = name or theirs("name") or run_dir.resolve().name
+        self.calls.put((self.start, mode, run_dir, run_id, config, resume, project, name))
 
     def log(self, row: dict, sample: str = "", draw: Callable | None = None) -> None:
         """A row of metrics.jsonl, a text sample, the matplotlib figures (by name) of `draw`."""
@@ -99,7 +113,7 @@ class Wandb:
                 pictures = {name: as_picture(figure) for name, figure in draw().items()}
             except Exception as error:  # a picture is never worth a run
                 self.draws = False
-                print(f"wandb: no figures: {error}")
+                say(f"wandb: no figures: {error}")
         self.calls.put((self.send, row, sample, pictures))
 
     def summarize(self, summary: dict) -> None:
@@ -115,7 +129,7 @@ class Wandb:
         self.thread.join(seconds)
         if self.thread.is_alive():
             self.off = True
-            print(f"wandb: not done after {seconds:.0f} s, left; replay_wandb.py sends the rest")
+            say(f"wandb: not done after {seconds:.0f} s, left; replay_wandb.py sends the rest")
         return not self.off
 
     # In the thread
@@ -127,15 +141,24 @@ class Wandb:
                 call[0](*call[1:])
             except ImportError:
                 self.off = True
-                print("wandb: not installed, off (metrics.jsonl is the record)")
+                say("wandb: not installed, off (metrics.jsonl is the record)")
             except Exception as error:  # whatever goes wrong in there must not stop the training
                 self.off = True
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                print(f"wandb: off ({reason}); metrics.jsonl goes on")
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                say(f"wandb: off ({reason}); metrics.jsonl goes on")
                 with contextlib.suppress(Exception):  # it may be this that is broken
                     self.wandb.teardown()
 
-    def start(self, mode: str, run_dir: Path, run_id: str, config: dict, resume: bool) -> None:
+    def start(
+        self,
+        mode: str,
+        run_dir: Path,
+        run_id: str,
+        config: dict,
+        resume: bool,
+        project: str,
+        name: str,
+    ) -> None:
         import wandb
 
         self.wandb = wandb
@@ -143,20 +166,23 @@ class Wandb:
         if mode == "auto":
             reason = why_offline(wandb.setup().settings.base_url)
             mode = "offline" if reason else "online"
-        settings = wandb.Settings(console="off", silent=True, init_timeout=10, disable_git=True)
+        ours = {"console": "off", "silent": True, "init_timeout": 10, "disable_git": True}
+        defaults = {key: value for key, value in ours.items() if not theirs(key)}
+        folder = theirs("dir") or str(run_dir)
         self.run = wandb.init(
-            project="kru_triton",
-            name=run_dir.resolve().name,
+            project=project,
+            name=name,
             id=run_id,
-            resume="allow" if resume and mode == "online" else None,
+            resume="allow" if resume and mode == "online" and not theirs("resume") else None,
             mode=mode,
-            dir=str(run_dir),
+            dir=folder,
             config=config,
-            settings=settings,
+            settings=wandb.Settings(**defaults),
         )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        print(f"wandb: {mode}{f' ({reason})' if reason else ''}, files in {run_dir}/wandb")
+        if not is_true(theirs("silent")):
+            say(f"wandb: {mode}{f' ({reason})' if reason else ''}, files in {folder}/wandb")
 
     def send(self, row: dict, sample: str, pictures: dict) -> None:
         media = {name: self.wandb.Image(picture) for name, picture in pictures.items()}
@@ -192,5 +218,29 @@ def as_picture(figure):
     return Image.open(buffer)
 
 
+def say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(line)
+
+
+def theirs(name: str) -> str:
+    """W&B's environment variable of a name; empty where it is not set."""
+    return os.environ.get(f"WANDB_{name.upper()}", "")
+
+
+def is_true(switch: str) -> bool:
+    return switch.lower() in ("true", "1", "yes", "on")
+
+
+def mode_of_environment() -> str:
+    """The mode that W&B's variables ask for; "auto" where they do not."""
+    mode = "disabled" if is_true(theirs("disabled")) else theirs("mode") or "auto"
+    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
+
+
 def new_run_id() -> str:
+    """WANDB_RUN_ID where W&B takes it, else an id of our own."""
+    chosen = theirs("run_id").strip()
+    if chosen and not set(chosen) & set(":;,#?/'"):
+        return chosen
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"

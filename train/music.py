@@ -15,6 +15,11 @@ lists of MIDI note numbers), or `hub:org/name` (splits train, validation, test w
 of the same lists). Validation picks the weights, and ends the run.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import hashlib
 import pickle
 from dataclasses import dataclass

@@ -21,6 +21,11 @@ training part, or the one that is there) all but a tenth are for training. mlxte
 MNIST's training part: with the t10k files alone, train on either and test on the other.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import gzip
 import hashlib
 import importlib.util

@@ -63,14 +63,17 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A UserError in the block, on any process, is raised on all of them, after the block."""
+        """An error in the block, on any process, is raised on all of them, after the block.
+
+        What is a UserError there is one on all; of any other, those that do not have it are told.
+        """
         error = None
         try:
             yield
-        except UserError as caught:
+        except Exception as caught:
             error = caught
-        errors = self.gather(None if error is None else str(error))
-        if error is not None and self.count == 1:
+        errors = self.gather(None if error is None else str(error) or repr(error))
+        if error is not None and (self.count == 1 or not isinstance(error, UserError)):
             raise error
         for rank, message in enumerate(errors):
             if message is not None:

@@ -11,9 +11,15 @@
 
 A cell that has ended is not run again, one that was stopped goes on; a killed table is started with
 the same command. A run whose loss is not finite stays in the table, as diverged. Cells whose data
-were not given (`--jsb`, `--piano`, `--ptb`) are left out, in words. Exit codes: 0; 1 a cell failed
-in another way; 2 bad arguments.
+were not given (`--jsb`, `--piano`, `--ptb`) are left out, in words. At Ctrl-C or SIGTERM the cells
+that run stop with a checkpoint. Exit codes: 0; 1 a cell failed in another way; 2 bad arguments; 130
+interrupted.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
 
 import functools
 import json
@@ -23,23 +29,28 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import tyro
 
 from kru_triton.train.checkpoints import write_atomic
 from kru_triton.train.config import UserError
 from kru_triton.train.logger import read_rows
+from kru_triton.train.script import one_line
 
 TRAIN = Path(__file__).parent
 RESULTS = TRAIN.parent / "bench" / "results"
 STATE_TRACKING = ("parity", "modular", "s3", "s5")
 TABLES = ("copy", "adding", "mnist", "ptb", "music", "frozen", "gradients", *STATE_TRACKING)
 CURVE_POINTS = 200
+MOST = 1000  # seeds, numbered from 0, and jobs
 DIVERGED = 3  # exit code of a script
+running: set[subprocess.Popen] = set()  # cells
+stopping = threading.Event()
 
 
 @dataclass
@@ -266,12 +277,7 @@ def run_cell(cell: Cell, seed: int, config: Config) -> dict:
     if before.get("command") != row["command"]:
         run_dir.mkdir(parents=True, exist_ok=True)
         with open(run_dir / "output.log", "a") as log:
-            code = subprocess.run(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1", **os.environ},
-            ).returncode
+            code = run_command(command, log)
         finished = code == 0 and (run_dir / "summary.json").exists()
         if not finished and code != DIVERGED:
             last = (run_dir / "output.log").read_text().strip().splitlines()[-1:]
@@ -285,6 +291,21 @@ def run_cell(cell: Cell, seed: int, config: Config) -> dict:
         row["summary"].pop("seconds")  # of whatever else ran on the machine, too
     print(describe(row), flush=True)
     return row
+
+
+def run_command(command: list[str], log: TextIO) -> int:
+    """Exit code of a command that `running` knows while it runs."""
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    env.pop("WANDB_RUN_ID", None)  # a cell is a run of its own
+    # A process group of its own: a signal of the terminal comes through us, once
+    with subprocess.Popen(command, stdout=log, stderr=log, env=env, process_group=0) as process:
+        running.add(process)
+        if stopping.is_set():
+            process.send_signal(signal.SIGINT)
+        try:
+            return process.wait()
+        finally:
+            running.remove(process)
 
 
 def without_folder(argument: str) -> str:
@@ -531,8 +552,10 @@ def reproduce(config: Config) -> int:
         known = ", ".join((*TABLES, "all", "draw"))
         raise UserError(f"table must be one of {known}, got {config.table!r}")
     for name in ("seeds", "jobs"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
+        if not 1 <= getattr(config, name) <= MOST:
+            raise UserError(
+                f"--{name} must be at least 1 and at most {MOST}, got {getattr(config, name)}"
+            )
     results = Path(config.results)
     path, failed = results / "reproduction.json", []
     if config.table == "draw":
@@ -549,7 +572,14 @@ def reproduce(config: Config) -> int:
                 )
             todo += [(cell, seed) for seed in range(config.seeds) for cell in own]
         with ThreadPoolExecutor(config.jobs) as pool:
-            rows = list(pool.map(lambda pair: run_cell(*pair, config), todo))
+            try:
+                rows = list(pool.map(lambda pair: run_cell(*pair, config), todo))
+            except KeyboardInterrupt:
+                stopping.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    process.send_signal(signal.SIGINT)
+                raise
         failed = [row for row in rows if row["status"] in ("failed", "stopped")]
         rows = gather(path, [row for row in rows if row not in failed])
     write_atomic(results / "reproduction.md", markdown(rows))
@@ -561,11 +591,12 @@ def reproduce(config: Config) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        sys.exit(reproduce(tyro.cli(Config, args=argv, description=__doc__)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+                signal.signal(number, signal.default_int_handler)
+        code = reproduce(tyro.cli(Config, args=argv, description=__doc__))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

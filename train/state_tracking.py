@@ -25,6 +25,11 @@ falls on an operator), `accuracy_n` the share among all answers up to there. The
 the best ones at `--train-length`.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import itertools
 from dataclasses import dataclass
 from typing import Literal

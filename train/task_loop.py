@@ -5,8 +5,9 @@
     test of the best weights -> summary.json              at the end
 
 A batch is a function of the seed and the step alone, so a checkpoint needs no data position: a
-resumed run sees what a run that never stopped would have seen. Exit codes as in lm.py: 0 done or
-stopped with a checkpoint, 1 that could not be written, 2 bad arguments or data, 3 non-finite loss.
+resumed run sees what a run that never stopped would have seen. An error leaves a checkpoint of the
+last completed step. Exit codes as in lm.py: 0 done or stopped with a checkpoint, 1 that could not
+be written, 2 bad arguments or data, 3 non-finite loss, 130 Ctrl-C before the loop.
 
 B batch, T time, D input features, F features of a state.
 """
@@ -37,14 +38,17 @@ from kru_triton.language_model import LanguageModelConfig, _Block
 from kru_triton.mingru import MinGRU
 from kru_triton.train import checkpoints
 from kru_triton.train.checkpoints import write_atomic
-from kru_triton.train.config import UserError, read_toml
+from kru_triton.train.config import UserError, check_seed, read_toml
 from kru_triton.train.lm import (
     NonFiniteError,
+    end_with,
     keep_freed_memory,
     last_good,
     learning_rate_factor,
     load_optimizers,
     optimizer_tensors,
+    rng_state,
+    set_rng_state,
 )
 from kru_triton.train.logger import Metrics, Wandb, new_run_id
 from kru_triton.train.processes import Processes, Stop
@@ -56,6 +60,7 @@ from kru_triton.train.run_directory import (
     write_settings,
 )
 from kru_triton.train.sample import pick_device
+from kru_triton.train.script import one_line
 
 RECURRENT_RATE_TIMES_LENGTH = 0.005  # of the automatic --recurrent-lr
 
@@ -144,7 +149,12 @@ class TaskConfig:
     keep: int = 2
     """Checkpoints kept."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases. auto: online with a key and a reachable host, else offline."""
+    """Weights & Biases. auto: as WANDB_MODE or WANDB_DISABLED says; else online with a key and a
+    reachable host, else offline. W&B's other variables hold, too."""
+    wandb_project: str = ""
+    """Project there. Empty: WANDB_PROJECT, or kru_triton."""
+    wandb_name: str = ""
+    """Name of the run there. Empty: WANDB_NAME, or that of --run-dir."""
     pictures: bool = True
     """Write the diagnostics' pictures (unitarity, spectrum, gradient against lag) as PNG files."""
 
@@ -200,13 +210,14 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
     at_least = {
         1: "hidden_size num_layers num_heads batch_size log_every keep",
         0: "steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight "
-        "seed input_std dropout checkpoint_every eval_every decay_share",
+        "input_std dropout checkpoint_every eval_every decay_share",
     }
     for least, names in at_least.items():
         for name in names.split():
             value = getattr(config, name)
-            if not (math.isfinite(value) and value >= least):
+            if not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_seed(config.seed)
     if not config.dropout < 1:
         raise UserError(f"--dropout must be below 1, got {config.dropout}")
     if not config.decay_share <= 1:
@@ -486,7 +497,14 @@ def train(config: TaskConfig, task: Task) -> int:
     else:
         at.before = diagnose(model, x_look)
     metrics = Metrics(run_dir / "metrics.jsonl", at.step)
-    wandb = Wandb(config.wandb, run_dir, settings["wandb_id"], settings)
+    wandb = Wandb(
+        config.wandb,
+        run_dir,
+        settings["wandb_id"],
+        settings,
+        project=config.wandb_project,
+        name=config.wandb_name,
+    )
     began = time.perf_counter() - at.seconds
     cpu_began = time.process_time() - at.cpu_seconds
     bar = tqdm(
@@ -545,6 +563,7 @@ def train(config: TaskConfig, task: Task) -> int:
         document = {"position": dataclasses.asdict(at), "versions": versions()}
         writer.save(at.step, tensors, {"trainer": {"step": at.step, **document}}, metrics.sync)
 
+    rng = {}  # before the step that is under way; None: the optimizer is changing the weights
     try:
         if not path:
             picture("before")
@@ -552,6 +571,7 @@ def train(config: TaskConfig, task: Task) -> int:
         done = progress()
         marked, marked_step = time.perf_counter(), at.step
         while done < 1.0 and not stop.requested:
+            rng = rng_state(device)
             factor = learning_rate_factor(config, at.step, done)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
@@ -563,6 +583,7 @@ def train(config: TaskConfig, task: Task) -> int:
                 objective = loss + config.unitarity_weight * unitarity_penalty(model)
             objective.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
+            rng = None
             optimizer.step()
 
             at.step += 1
@@ -571,6 +592,7 @@ def train(config: TaskConfig, task: Task) -> int:
             at.norms.append(norm.item())
             if not (math.isfinite(at.losses[-1]) and math.isfinite(at.norms[-1])):
                 raise NonFiniteError(f"non-finite loss or gradient at step {at.step}")
+            rng = {}
             done = progress()
             evaluating = done >= 1.0 or (config.eval_every and at.step % config.eval_every == 0)
             if evaluating or at.step % config.log_every == 0:
@@ -584,12 +606,12 @@ def train(config: TaskConfig, task: Task) -> int:
                     "unitarity": unitarity_penalty(model).item(),
                     "lr": config.lr * factor,
                 }
-                at.losses, at.norms = [], []
                 if evaluating:
                     row |= evaluate("val")
                     note_best(row[f"val/{task.best}"])
                     done = progress()
                 metrics.write(row)
+                at.losses, at.norms = [], []
                 wandb.log(row)
                 say(
                     "  ".join(
@@ -614,7 +636,11 @@ def train(config: TaskConfig, task: Task) -> int:
         # Result
         picture("after")
         after = diagnose(model, x_look)
-        last = {key: value for key, value in metrics.rows[-1].items() if key.startswith("val/")}
+        last = metrics.rows[-1] if metrics.rows else {}
+        if last.get("step") != at.step or f"val/{task.best}" not in last:  # a lower budget
+            last = evaluate("val")
+            note_best(last[f"val/{task.best}"])
+        last = {key: value for key, value in last.items() if key.startswith("val/")}
         model.load_state_dict(best_weights)
         test = evaluate("test")
         summary = {
@@ -647,6 +673,10 @@ def train(config: TaskConfig, task: Task) -> int:
         writer.wait()
         print(f"error: {error}; {last_good(writer)}; a lower --lr may help", file=sys.stderr)
         return 3
+    except Exception as error:
+        if rng:
+            set_rng_state(rng, device)
+        return end_with(error, at.step, writer, save if rng is not None else None)
     finally:
         bar.close()
         wandb.finish()
@@ -655,14 +685,8 @@ def train(config: TaskConfig, task: Task) -> int:
 def run(config_and_task: Callable[[], tuple[TaskConfig, Task]]) -> None:
     """The `main` of a script: parse, load, train; errors of the user's end with exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)
-    try:
+    with one_line(training=True):
         code = train(*config_and_task())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except OSError as error:  # a full disk, where it is not a checkpoint or a row that is refused
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
     sys.exit(code)
 
 

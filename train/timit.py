@@ -13,6 +13,11 @@ development speakers, the 24 speakers of the core test set, without the two SA s
 speakers read. The folding is Lee and Hon's (1989); frames in a glottal stop q are not counted.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,6 +15,7 @@ import numpy as np
 from kru_triton.train.config import UserError
 
 KNOWN_BOS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+ANY_TEXT = "a model that is trained with --tokenizer bytes takes any text"
 TRAINING_BYTES = 10_000_000  # of the first documents, for `bpe:N`
 
 
@@ -91,13 +92,23 @@ class FileTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
-        """Token ids of each text, which is UTF-8; on all cores."""
-        if self.alphabet:
-            for text in texts:
-                if unknown := set(text) - self.alphabet:
-                    raise UserError(f"the tokenizer has no tokens for {bytes(sorted(unknown))!r}")
+        """Token ids of each text, which is UTF-8; on all cores.
+
+        Raises:
+            UserError: a text has a character for which there is no token.
+        """
         decoded = [text.decode("utf-8", "replace") for text in texts]
-        encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        for text in decoded if self.alphabet else ():
+            if unknown := set(text.encode()) - self.alphabet:
+                at = next(i for i, char in enumerate(text) if unknown & set(char.encode()))
+                raise UserError(
+                    f"the tokenizer has no tokens for {bytes(sorted(unknown))!r}, as in "
+                    f"{text[max(0, at - 20) : at + 20]!r}; {ANY_TEXT}"
+                )
+        try:
+            encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        except Exception as error:  # `tokenizers` raises plain Exception
+            raise UserError(f"the tokenizer cannot encode a text ({error}); {ANY_TEXT}") from error
         return [np.array(encoding.ids, dtype=token_dtype(self)) for encoding in encodings]
 
     def decode(self, tokens: list[int]) -> bytes:
