@@ -4,47 +4,56 @@
 
 `kru_scan` regroups the factors, checks its arguments and sets up buffers at every call. That is
 little beside a sequence, and most of the time of a single step. A `Step`, or an `LSTMStep` for
-`kru_lstm_scan`, has done it once. On a GPU a `GraphedStep` replays all launches of a model's step.
+`kru_lstm_scan`, has done it once: layers take them in their own forward (`KRU.decoding`), so that
+whatever stands around a layer stays in place. On a GPU a `GraphedStep` replays all launches of a
+model's step, and nothing else; `why_not_graphed` says where that is not enough.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kru_triton.kronecker import group_factors
-from kru_triton.lstm import KRULSTM
-from kru_triton.modules import KRU
 from kru_triton.nonlinearity import tiny
 from kru_triton.scan import _state_dtype
 from kru_triton.torch_backend import left_block, right_block
 
+if TYPE_CHECKING:
+    from kru_triton.lstm import KRULSTM
+    from kru_triton.modules import KRU
+
 
 class Step:
-    """A step of one layer, with the weights that it has now: `h = step(x_proj, h)`.
+    """A step of one layer, with the weights that it has now: `(h,) = step(x_proj, h)`.
 
     Args:
-        kru: with one layer and direction. Later changes of its weights are not seen.
+        kru: holds the weights. Later changes of them are not seen, and none of their memory is
+            kept in use.
+        layer: which one; forwards in time.
 
     Example:
         >>> kru = kru_triton.KRU(8, 6)
         >>> x, h_0 = torch.randn(1, 3, 8), torch.randn(1, 3, 12)
         >>> with torch.no_grad():
         ...     step = Step(kru)
-        ...     h = step(kru.input_projection(x)[:, 0], h_0[0])
+        ...     (h,) = step(kru.input_projection(x)[:, 0], h_0[0])
         ...     torch.allclose(h, kru(x, h_0)[1][0], atol=1e-6)
         True
     """
 
-    def __init__(self, kru: KRU):
-        a, b = group_factors(kru.recurrent_factors(0))
+    def __init__(self, kru: "KRU", layer: int = 0):
+        factors, beta = kru.recurrent_factors(layer), kru.beta(layer)
+        self.weights = _named(factors, beta, layer)
+        a, b = group_factors(factors)
         dtype = _state_dtype(a)
-        self.left, self.right = left_block(a.to(dtype)), right_block(b.to(dtype))
+        self.left, self.right = left_block(a.to(dtype)).clone(), right_block(b.to(dtype))
         self.sizes = a.shape[0], a.shape[1], a.shape[2], b.shape[2]
         self.dtype, self.nonlinearity = dtype, kru.nonlinearity
-        self.beta = None if kru.beta() is None else kru.beta().to(dtype)
+        self.beta = None if beta is None else beta.to(dtype, copy=True)
 
-    def __call__(self, x_proj: Tensor, h: Tensor) -> Tensor:
+    def __call__(self, x_proj: Tensor, h: Tensor) -> tuple[Tensor]:
         """The next state `(B, F)` from `x_proj (B, F)` and the last one; not differentiable."""
         parts, heads, p, q = self.sizes
         batch = h.shape[0]
@@ -54,11 +63,11 @@ class Step:
         x = x.view(heads, batch, p, parts, q).permute(1, 3, 0, 2, 4)
         z = x_proj.to(self.dtype) + x.reshape(batch, -1)
         if self.nonlinearity == "relu":
-            return z.relu_()
+            return (z.relu_(),)
         if self.nonlinearity == "tanh":
-            return z.tanh_()
+            return (z.tanh_(),)
         if self.nonlinearity == "identity":
-            return z
+            return (z,)
         z = z.view(batch, parts, -1)
         squared = z.square().sum(1, keepdim=True).add_(tiny(self.dtype))
         if self.nonlinearity == "modrelu":
@@ -66,14 +75,14 @@ class Step:
         else:
             modulus = squared.sqrt_()
             scale = modulus.tanh().div_(modulus)
-        return z.mul_(scale).view(batch, -1)
+        return (z.mul_(scale).view(batch, -1),)
 
 
 class LSTMStep:
     """A step of one `KRULSTM` layer, with the weights that it has now: `h, c = step(x_proj, h, c)`.
 
     Args:
-        lstm: with one layer and direction. Later changes of its weights are not seen.
+        lstm, layer: as for `Step`.
 
     Example:
         >>> lstm = kru_triton.KRULSTM(8, 6)
@@ -85,12 +94,15 @@ class LSTMStep:
         True
     """
 
-    def __init__(self, lstm: KRULSTM):
-        a, b = (w[0] for w in group_factors(lstm.recurrent_factors(0)))
+    def __init__(self, lstm: "KRULSTM", layer: int = 0):
+        factors = lstm.recurrent_factors(layer)
+        self.weights = _named(factors, None, layer)
+        a, b = (w[0] for w in group_factors(factors))
         dtype = _state_dtype(a)
         p, q = a.shape[-1], b.shape[-1]
-        self.left = a.to(dtype).view(4, lstm.num_heads, 1, p, p)
-        self.right = b.to(dtype).view(4, lstm.num_heads, q, q).transpose(-1, -2).contiguous()
+        self.left = a.to(dtype, copy=True).view(4, lstm.num_heads, 1, p, p)
+        right = b.to(dtype, copy=True).view(4, lstm.num_heads, q, q)
+        self.right = right.transpose(-1, -2).contiguous()
         self.dtype = dtype
 
     def __call__(self, x_proj: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +119,41 @@ class LSTMStep:
         i, f, g, o = z.unbind(1)
         c = f.sigmoid().mul_(c).addcmul_(i.sigmoid(), g.tanh())
         return o.sigmoid().mul_(c.tanh()), c
+
+
+def _named(factors: list[Tensor], beta: Tensor | None, layer: int) -> dict[str, Tensor]:
+    """What a step is made of, by the names that a layer gives its parameters."""
+    named = {f"factor{f}_l{layer}": w for f, w in enumerate(factors)}
+    return named if beta is None else {**named, f"beta_l{layer}": beta}
+
+
+def why_not_graphed(model: nn.Module) -> str | None:
+    """Why a graph cannot stand for a step of `model`, in one sentence; None: it can.
+
+    A replay is the launches alone, on the memory where the weights were. So whatever else a call of
+    a module does has to be known to be nothing, and every weight a plain one on one GPU.
+
+    Example:
+        >>> why_not_graphed(nn.Linear(2, 2))
+        "its weights are on ['cpu'], not on one GPU"
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return "every module has a hook"
+    for name, module in model.named_modules():
+        kind = type(module)
+        if not kind.__module__.startswith(("torch.nn.modules.", "kru_triton.")):
+            return f"{name or 'the model'} is a {kind.__qualname__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has hooks"
+        if "forward" in vars(module) or module._compiled_call_impl is not None:
+            return f"the forward of {name or 'the model'} is replaced by another"
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter:
+            return f"{name} is a {type(p).__qualname__}"
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return f"its weights are on {sorted(map(str, devices))}, not on one GPU"
+    return None
 
 
 def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:

@@ -9,8 +9,9 @@ Inside is the `LanguageModel` that `train/lm.py` trains, not a copy:
       lm_head: Linear                   tied to network.embedding unless told otherwise
 
 The cache holds one state per layer, of constant size however much has been read. A state is cut to
-zero where a document starts: at each `bos_token_id`, as in training, and at the first token behind
-left padding, so that padding changes nothing.
+zero where a document starts: at each `bos_token_id`, as in training, at each 0 of position ids, as
+packed documents have them, and at the first token behind left padding, so that padding changes
+nothing.
 
 B batch, T tokens of this call, V vocab_size, D d_model.
 """
@@ -21,6 +22,7 @@ import os
 from typing import get_type_hints
 
 import torch
+import torch.nn.functional as nnf
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor, nn
 from transformers import (
@@ -43,6 +45,8 @@ from kru_triton.modules import KRU
 
 # What this version of transformers calls the cache of a model; models here take both names.
 CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
+# Other words for where packed documents start, as collators add them to position ids
+PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PROMPT_CHUNK = 8192  # tokens of a prompt that are read at once: bounds memory, not length
 
 SIZES = {field.name: field for field in dataclasses.fields(LanguageModelConfig)}
@@ -335,6 +339,8 @@ class KRUModel(KRUPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
+        **packed: Tensor | int | None,
     ) -> BaseModelOutputWithPast | tuple:
         """Read tokens.
 
@@ -347,11 +353,18 @@ class KRUModel(KRUPreTrainedModel):
             past_key_values, cache: two names of the state to go on from; it is brought up to date.
             use_cache: return the state. None: `config.use_cache`, but not in training, and not with
                 padding on the right, which would be part of it.
-            inputs_embeds: rows of the embedding, `(B, T, D)`, in place of `input_ids`; no document
-                starts are seen in them.
+            inputs_embeds: rows of the embedding, `(B, T, D)`, in place of `input_ids`; no BOS is
+                seen in them.
             output_hidden_states: return what the first block reads and what each block returns, the
                 last one after the final norm. None: `config.output_hidden_states`.
             output_attentions: not True, here or in the configuration: there are none.
+            position_ids: `(B, T)`, or `(1, T)` for all rows: a 0 starts a document, and a document
+                counts up by one. A first id above 0 goes on from the cache. Those of padding are
+                not looked at; compiled or exported, a model trusts the others too.
+            packed: the same in other words, alone or beside position_ids: `seq_idx (B, T)`, another
+                number for each document, and `cu_seq_lens_q`, `cu_seq_lens_k (documents + 1,)`,
+                where they start in the batch as one row, and its length. `max_length_q` and
+                `max_length_k` say nothing more.
 
         Returns:
             `last_hidden_state (B, T, D)`, the cache, under the name transformers gives it, and
@@ -373,6 +386,10 @@ class KRUModel(KRUPreTrainedModel):
         start, padded_right, order = None, False, None
         if attention_mask is not None:
             start, padded_right, started, order = _read_mask(attention_mask, batch, time, cache)
+        documents = _read_documents(position_ids, packed, attention_mask, batch, time, cache)
+        if documents is not None:
+            documents = documents if order is None else _ordered(documents, order)
+            start = documents if start is None else start | documents
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not padded_right
         if padded_right and (use_cache or cache is not None):
@@ -393,10 +410,11 @@ class KRUModel(KRUPreTrainedModel):
             pieces = [slice(t, t + PROMPT_CHUNK) for t in range(0, time, PROMPT_CHUNK)]
         outputs = []
         for piece in pieces:
-            layers = [] if output_hidden_states else None
             cut = None if reset is None else reset[:, piece]
-            x, state = self.network.hidden(tokens[:, piece], state, cut, layers)
-            outputs.append([*layers[:-1], x] if layers else [x])
+            x, state, *layers = self.network(
+                tokens[:, piece], state, cut, head=False, layers=output_hidden_states
+            )
+            outputs.append([*layers[:-1], x])
         layers = outputs[0] if len(outputs) == 1 else [torch.cat(x, 1) for x in zip(*outputs)]
         if order is not None:
             layers = [_ordered(x, order.argsort(1)) for x in layers]
@@ -519,6 +537,91 @@ def _ordered(x: Tensor, order: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], order]
 
 
+def _read_documents(
+    position_ids: Tensor | None,
+    packed: dict[str, Tensor | int | None],
+    mask: Tensor | None,
+    batch: int,
+    time: int,
+    cache: KRUCache | None,
+) -> Tensor | None:
+    """`(B, T)`, True where a document starts; None where no argument says so.
+
+    Compiled, they are trusted: values are not looked at."""
+    found, real = {}, None if mask is None else mask[:, -time:].bool()
+    if position_ids is not None:
+        found["position_ids"] = _read_position_ids(position_ids, real, batch, time)
+    for name, value in packed.items():
+        if name not in PACKED:
+            raise TypeError(f"{name}: no argument of KRUModel.forward")
+        if value is None or name.startswith("max_length"):
+            continue
+        if name == "seq_idx":
+            numbers = _one_per_token(name, value, batch, time)
+            found[name] = nnf.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+        else:
+            found[name] = _read_bounds(name, value, batch, time)
+    if not found:
+        return None
+    (first, start), *others = found.items()
+    if position_ids is None and cache is not None and cache.state is not None:
+        raise ValueError(
+            f"{first}: does not say whether the first token goes on with what the cache has read; "
+            "give position_ids, which start a document with 0"
+        )
+    for name, other in others:
+        differ = (start != other)[:, 1:]
+        differ = differ if real is None else differ & real[:, 1:]
+        if not torch.compiler.is_compiling() and differ.any():
+            row, place = (int(i) for i in differ.nonzero()[0])
+            raise ValueError(
+                f"{name}: disagrees with {first} on whether token {place + 1} of row {row} starts "
+                "a document; give one of them"
+            )
+    return start
+
+
+def _one_per_token(name: str, numbers: Tensor, batch: int, time: int) -> Tensor:
+    if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != time:
+        raise ValueError(
+            f"{name}: must be ({batch}, {time}), one for each token, or (1, {time}) for all rows, "
+            f"got {tuple(numbers.shape)}"
+        )
+    return numbers.expand(batch, time)
+
+
+def _read_position_ids(ids: Tensor, real: Tensor | None, batch: int, time: int) -> Tensor:
+    ids = _one_per_token("position_ids", ids, batch, time)
+    start = ids == 0
+    jumps = ~start[:, 1:] & (ids[:, 1:] != ids[:, :-1] + 1)
+    if real is not None:  # between two tokens: the first one of a row may have any id
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if not torch.compiler.is_compiling() and jumps.any():
+        row, place = (int(i) for i in jumps.nonzero()[0])
+        before, after = ids[row, place : place + 2].tolist()
+        raise ValueError(
+            f"position_ids: row {row} goes from {before} to {after} at token {place + 1}; they "
+            "must count up by one within a document, and start the next one with 0"
+        )
+    return start
+
+
+def _read_bounds(name: str, bounds: Tensor, batch: int, time: int) -> Tensor:
+    """`(B, T)`, True at all bounds but the last, in rows one after the other."""
+    if bounds.dim() != 1:
+        raise ValueError(f"{name}: must be (documents + 1,), got {tuple(bounds.shape)}")
+    start = torch.zeros(batch * time + 1, dtype=torch.bool, device=bounds.device)
+    if not torch.compiler.is_compiling():
+        ends = bounds[:1].tolist() + bounds[-1:].tolist()
+        if ends != [0, batch * time] or (bounds.diff() < 0).any():
+            raise ValueError(
+                f"{name}: must count up from 0 to {batch * time}, the tokens of the batch, got "
+                f"{bounds.tolist()}"
+            )
+    start[bounds.long()] = True
+    return start[:-1].view(batch, time)
+
+
 def _wants_dict(return_dict: bool | None, config: KRUConfig) -> bool:
     return config.return_dict if return_dict is None else return_dict
 
@@ -559,6 +662,9 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict):
+        """None: those of `GenerationMixin` say no more than the attention mask does."""
 
     def generate(self, *args, **kwargs):
         """As `GenerationMixin.generate`; its steps cost the same however long the text is."""
@@ -623,6 +729,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits, and the loss where `labels` are given.
@@ -641,6 +748,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             `hidden_states`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        packed = {name: kwargs.pop(name) for name in PACKED if name in kwargs}
         unknown = [name for name, value in kwargs.items() if value is not None]
         if unknown:
             raise TypeError(f"{', '.join(unknown)}: no argument of KRUForCausalLM.forward")
@@ -662,6 +770,8 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            position_ids=position_ids,
+            **packed,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])

@@ -14,7 +14,6 @@ B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kru_triton.decoding import GraphedStep, LSTMStep, Step
+from kru_triton.decoding import GraphedStep, why_not_graphed
 from kru_triton.lstm import KRULSTM
-from kru_triton.lstm_scan import why_not_triton_lstm
 from kru_triton.mingru import MinGRU
-from kru_triton.modules import KRU, in_chunks
-from kru_triton.scan import why_not_triton
+from kru_triton.modules import KRU, RecurrentLayers, in_chunks
 from kru_triton.unitarity import unitarity_penalty
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
@@ -103,23 +101,41 @@ class LanguageModel(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, bias=False)
 
     def forward(
-        self, tokens: Tensor, state: list[Tensor] | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self,
+        tokens: Tensor,
+        state: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        *,
+        head: bool = True,
+        layers: bool = False,
+    ) -> tuple[Tensor, list[Tensor], *tuple[Tensor, ...]]:
         """Next-token logits, and the state after the last token.
 
         Args:
             tokens: `(B, T)` int64.
             state: what the last call returned (detach it between training steps); None: zeros.
             reset: `(B, T)` bool, True where a document starts.
+            head: False returns what the head reads, as `hidden` does, in place of logits.
+            layers: return what `hidden` adds to its list as well.
 
         Returns:
-            logits `(B, T, V)` and a list of tensors, each with B as its first dimension.
+            logits `(B, T, V)` and a list of tensors, each with B as its first dimension; with
+            `layers` these behind them, each `(B, T, D)`.
         """
-        x, state = self.hidden(tokens, state, reset)
-        if self.config.frame == "plain":  # its only block ends in the head
-            return x, state
-        logits = nnf.linear(x.transpose(0, 1), self.embedding.weight)
-        return logits.transpose(0, 1), state
+        found = [] if layers else None
+        x, state = self.hidden(tokens, state, reset, found)
+        if head and self.config.frame == "residual":  # the only block of a plain one has the head
+            x = nnf.linear(x.transpose(0, 1), self._rows(tokens.device)).transpose(0, 1)
+        return x, state, *(found or ())
+
+    def _rows(self, device: torch.device) -> Tensor:
+        """The embedding `(V, D)`: its weight, or all rows as a call returns them, where something
+        around it adds to its weight or keeps it elsewhere."""
+        if isinstance(self.embedding, nn.Embedding):
+            weight = self.embedding.weight
+            if not weight.is_meta and not is_traceable_wrapper_subclass(weight):  # a DTensor is one
+                return weight
+        return self.embedding(torch.arange(self.config.vocab_size, device=device))
 
     def hidden(
         self,
@@ -214,7 +230,8 @@ class LanguageModel(nn.Module):
         """Inside, single steps are fast, on the promise that no weight changes meanwhile.
 
         On a CPU a Kronecker layer prepares its matrices once; on a GPU all launches of a step of a
-        Kronecker model are one CUDA graph.
+        Kronecker model are one CUDA graph, if a step is nothing but launches: without hooks, and
+        with its weights in place.
 
         Example:
             >>> model = LanguageModel(LanguageModelConfig(d_model=16, hidden_size=16)).eval()
@@ -222,20 +239,13 @@ class LanguageModel(nn.Module):
             ...     _, state = model(torch.tensor([[1, 2, 3]]))  # the prompt
             ...     logits, state = model(torch.tensor([[4]]), state)
         """
-        mixers = [b.mixer for b in self.blocks if isinstance(b.mixer, _KRUMixer | _KRULSTMMixer)]
-        with torch.no_grad():
-            for mixer in mixers:
-                kru = isinstance(mixer, _KRUMixer)
-                mixer.step = Step(mixer.kru) if kru else LSTMStep(mixer.lstm)
-        devices = {p.device for p in self.parameters()}
-        on_one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-        self.graphs = {} if on_one_gpu and self._why_not_triton() is None else None
-        try:
+        graphed = why_not_graphed(self) is None and self._why_not_triton() is None
+        self.graphs = {} if graphed else None
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "graphs", None)
+            for layers in self._recurrences():
+                stack.enter_context(layers.decoding())
             yield
-        finally:
-            self.graphs = None
-            for mixer in mixers:
-                mixer.step = None
 
     @property
     def num_parameters(self) -> int:
@@ -289,21 +299,15 @@ class LanguageModel(nn.Module):
             return f"{self.config.model}: torch.nn"
         return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
 
+    def _recurrences(self) -> list[RecurrentLayers]:
+        """The Kronecker layers themselves, whatever stands around them."""
+        return [module for module in self.modules() if isinstance(module, RecurrentLayers)]
+
     def _why_not_triton(self) -> str | None:
         """Why no kernel runs the time loop on the model's device; None: one does."""
-        mixer = self.blocks[0].mixer
-        if self.config.model == "kru":
-            layers = mixer.kru
-            options = {"beta": layers.beta(), "nonlinearity": layers.nonlinearity}
-            why_not = functools.partial(why_not_triton, **options)
-        elif self.config.model == "krulstm":
-            layers, why_not = mixer.lstm, why_not_triton_lstm
-        else:
-            return "its layers are torch.nn's"
-        if layers.backend == "torch":
-            return 'backend="torch"'
-        x_proj = layers.weight_ih_l0.new_empty(1, 1, layers.weight_ih_l0.shape[0])
-        return why_not(x_proj, layers.recurrent_factors(0), precision=layers.precision)
+        for layers in self._recurrences():
+            return layers.why_not_triton()
+        return "its layers are torch.nn's"
 
 
 def _added_to(layers: list[Tensor], x: Tensor) -> Tensor:
@@ -400,7 +404,6 @@ class _KRUMixer(nn.Module):
         self.num_states = 1 if self.shift is None else 2  # h_n, and the last x
         self.reset_parameters()
         self.projection = nn.Linear(features, config.d_model, bias=False)
-        self.step = None  # while decoding
 
     def reset_parameters(self) -> None:
         """Start without a share of the token before; the layers draw their own weights."""
@@ -412,17 +415,12 @@ class _KRUMixer(nn.Module):
         if self.shift is not None:
             x, *last = self._shifted(x, None if state is None else state[1], reset)
         read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()
-        if self.step is not None and _single_step(x, state, reset):
-            h_n = self.step(self.kru.input_projection(read)[:, 0], state[0])
-            h = h_n[None].to(x.dtype)
-        else:
-            h, h_n = self.kru(read, None if state is None else state[0][None], reset=reset)
-            h_n = h_n[0]
+        h, h_n = self.kru(read, None if state is None else state[0][None], reset=reset)
         h = self.norm(h)
         if self.gate is not None:
             gate = nnf.silu(self.gate(x))
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
-        return self.projection(h), [h_n, *last]
+        return self.projection(h), [h_n[0], *last]
 
     def _shifted(
         self, x: Tensor, last: Tensor | None, reset: Tensor | None
@@ -435,17 +433,6 @@ class _KRUMixer(nn.Module):
         if reset is not None:
             before = before.masked_fill(reset.t()[..., None], 0)
         return x + self.shift.to(x.dtype) * (before - x), seen[-1].clone()
-
-
-def _single_step(x: Tensor, state, reset) -> bool:
-    """Whether a `Step` can stand for the scan of `x (T, B, D)`."""
-    return (
-        x.shape[0] == 1
-        and state is not None
-        and reset is None
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-    )
 
 
 class _KRULSTMMixer(nn.Module):
@@ -464,12 +451,8 @@ class _KRULSTMMixer(nn.Module):
             precision=config.precision,
         )
         self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
-        self.step = None  # while decoding
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        if self.step is not None and _single_step(x, state, reset):
-            h, c = self.step(self.lstm.input_projection(x)[:, 0], *state)
-            return self.projection(h[None].to(x.dtype)), [h, c]
         hx = None if state is None else tuple(s[None] for s in state)
         h, last = self.lstm(x, hx, reset=reset)
         return self.projection(h), [s[0] for s in last]

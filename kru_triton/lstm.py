@@ -12,8 +12,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from kru_triton.decoding import LSTMStep
 from kru_triton.kronecker import kron_dense
-from kru_triton.lstm_scan import kru_lstm_scan
+from kru_triton.lstm_scan import kru_lstm_scan, why_not_triton_lstm
 from kru_triton.modules import RecurrentLayers, check_state
 from kru_triton.scan import check_choice
 
@@ -65,6 +66,7 @@ class KRULSTM(RecurrentLayers):
     gates = 4
     states = 2  # h and c, side by side where both go from step to step
     mode = "LSTM"  # as torch.nn.LSTM has it
+    step_type = LSTMStep
 
     def __init__(
         self,
@@ -137,6 +139,9 @@ class KRULSTM(RecurrentLayers):
             each row those after its last step, which for the reverse direction is its first time
             step.
         """
+        stepped = self._stepped(input, hx, reset, embedding, h_n_only)
+        if stepped is not None:
+            return stepped[0], tuple(stepped[1])
         output, last = super().forward(
             input,
             None if hx is None else self._side_by_side(hx),
@@ -184,6 +189,9 @@ class KRULSTM(RecurrentLayers):
             precision=self.precision,
         )
         return h.transpose(0, 1), torch.cat(last, -1)
+
+    def _why_not(self, x_proj: Tensor, factors: list[Tensor]) -> str | None:
+        return why_not_triton_lstm(x_proj, factors, precision=self.precision)
 
     def recurrent_matrix(
         self, gate: str, layer: int = 0, direction: int = 0, head: int = 0

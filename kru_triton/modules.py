@@ -7,6 +7,7 @@ features of a state (parts = 2: real parts, then imaginary parts; 1 in the real 
 R directions, V rows of an embedding.
 """
 
+import contextlib
 import functools
 import math
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
+from kru_triton.decoding import LSTMStep, Step
 from kru_triton.kronecker import factor_shapes, kron_dense
 from kru_triton.linear_scan import kru_linear_scan
 from kru_triton.nonlinearity import check_nonlinearity
@@ -28,6 +30,7 @@ from kru_triton.scan import (
     kru_embedding_scan,
     kru_scan,
     why_not_op,
+    why_not_triton,
 )
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
@@ -88,7 +91,7 @@ class _Recurrence(nn.Module):
 
     def reset_parameters(self) -> None:
         """Haar unitary factors, beta and bias 0, input weights N(0, 1/D)."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("factor"):
                 unitary_(parameter)
             elif name.startswith("weight_ih"):
@@ -118,10 +121,31 @@ class _Recurrence(nn.Module):
             x, getattr(self, f"weight_ih{suffix}"), getattr(self, f"bias{suffix}", None)
         )
 
+    def why_not_triton(self) -> str | None:
+        """Why no kernel runs these layers where their weights are, in one sentence; None: one does.
+
+        Example:
+            >>> KRU(8, 64, backend="torch").why_not_triton()
+            'backend="torch"'
+        """
+        if self.backend == "torch":
+            return 'backend="torch"'
+        suffix = self._suffixes[0]
+        weight, factor = getattr(self, f"weight_ih{suffix}"), self._factors(suffix)[0]
+        x_proj = weight.new_empty(1, 1, self.gates * self.output_size)
+        shapes = [(self.parts, self.gates * self.num_heads, *pq) for pq in self.factor_shapes]
+        like = {"dtype": factor.dtype, "device": factor.device}
+        return self._why_not(x_proj, [torch.empty(*shape, **like) for shape in shapes])
+
+    def _why_not(self, x_proj: Tensor, factors: list[Tensor]) -> str | None:
+        return why_not_triton(
+            x_proj, factors, nonlinearity=self.nonlinearity, precision=self.precision
+        )
+
     @property
     def num_recurrent_parameters(self) -> int:
         """Real numbers in the Kronecker factors: seven complex 2×2 factors count 56."""
-        return sum(p.numel() for n, p in self.named_parameters() if n.startswith("factor"))
+        return sum(w.numel() for factors in self.recurrent_factors() for w in factors)
 
     def unitarity_penalty(self) -> Tensor:
         """Σ ‖WᴴW − I‖²_F over all factors, heads, layers and directions; a 0-dimensional tensor."""
@@ -144,6 +168,8 @@ class RecurrentLayers(_Recurrence):
 
     states = 1
     proj_size = 0  # as torch.nn.RNN has it: no projection of the state
+    step_type = Step
+    steps: dict[int, Step | LSTMStep] | None = None  # while decoding, by layer
 
     def __init__(
         self,
@@ -205,6 +231,9 @@ class RecurrentLayers(_Recurrence):
             output `(T, B, R·F)` (or as the input came) and h_n `(L·R, B, F)`: for each row the
             state after its last step, which for the reverse direction is its first time step.
         """
+        stepped = self._stepped(input, (h_0,), reset, embedding, h_n_only)
+        if stepped is not None:
+            return stepped[0], stepped[1][0]
         packed = isinstance(input, PackedSequence)
         if not packed and not isinstance(input, Tensor):
             raise TypeError(
@@ -333,6 +362,61 @@ class RecurrentLayers(_Recurrence):
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights are read where they are."""
+
+    @contextlib.contextmanager
+    def decoding(self):
+        """Inside, single steps are fast on a CPU, on the promise that no weight changes meanwhile.
+
+        The first step from a given state makes the recurrent matrices ready, in memory of their
+        own. Later ones take them while the layer has the very tensors they were made of; weights
+        that something brings in or computes for each call are read anew each time.
+
+        Example:
+            >>> kru, x = KRU(8, 64), torch.randn(1, 3, 8)
+            >>> with torch.no_grad(), kru.decoding():
+            ...     _, h = kru(x)
+            ...     _, h = kru(x, h)
+        """
+        outer, self.steps = self.steps, {}
+        try:
+            yield
+        finally:
+            self.steps = outer
+
+    def _stepped(self, input, states, reset, embedding, h_n_only: bool) -> tuple | None:
+        """Output and last states of one time step, by a `Step` for each layer; None where none can
+        stand for the scan, and where an argument does not fit."""
+        if (
+            torch.compiler.is_compiling()
+            or self.steps is None
+            or torch.is_grad_enabled()
+            or not (reset is None and embedding is None and not h_n_only)
+            or self.bidirectional
+            or (self.dropout and self.training)
+            or not isinstance(states, tuple | list)
+        ):
+            return None
+        time = 1 if self.batch_first else 0
+        for x in (input, *states):
+            if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu:
+                return None
+        shape = (self.num_layers, input.shape[1 - time], self.output_size)
+        if input.shape[time] != 1 or any(x.shape != shape or x.is_complex() for x in states):
+            return None
+        _check_features("input", input, self.input_size, self.weight_ih_l0)
+        x, after = input.select(time, 0), []
+        for layer in range(self.num_layers):
+            step = self.steps.get(layer)
+            if step is None:
+                step = self.steps[layer] = self.step_type(self, layer)
+            for name, weight in step.weights.items():
+                if self._parameters.get(name) is not weight:
+                    return None
+            x_proj = self._project(x, _suffix(layer, 0))
+            after.append(step(x_proj, *[state[layer] for state in states]))
+            x = after[-1][0].to(x_proj.dtype)
+        after = [x[0].unsqueeze(0) if len(x) == 1 else torch.stack(x) for x in zip(*after)]
+        return x.unsqueeze(time), after
 
     def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
         """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
@@ -539,6 +623,9 @@ class KRUCell(_Recurrence):
     def recurrent_factors(self):
         """The factors `(parts, H, P, Q)`, as the only entry of a list."""
         return [self._factors("")]
+
+    def _suffixes(self) -> list[str]:
+        return [""]
 
 
 def _suffix(layer: int, direction: int) -> str:

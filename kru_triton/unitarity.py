@@ -6,6 +6,7 @@ Dimensions: parts = 2 ([real, imag]) or 1 (real field), H heads, factors of P ro
 n matrices of one shape taken together.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 
@@ -65,6 +66,10 @@ def unitary_(tensor: Tensor, spread: float = 1.0) -> Tensor:
         w = w.mT if P < Q else w
     if tensor.ndim == 4:
         w = torch.stack([w.real, w.imag]) if complex_field else w[None]
+    if hasattr(tensor, "full_tensor"):  # a DTensor: shards of what the first rank has drawn
+        from torch.distributed.tensor import distribute_tensor
+
+        w = distribute_tensor(w.to(tensor.dtype), tensor.device_mesh, tensor.placements)
     return tensor.copy_(w)
 
 
@@ -154,15 +159,43 @@ def named_factors(module_or_factors: nn.Module | Iterable) -> Iterator[tuple[str
         ['factors[0]', 'factors[1]']
     """
     if not isinstance(module_or_factors, nn.Module):
-        yield from _walk(module_or_factors, "factors")
+        for name, w in _walk(module_or_factors, "factors"):
+            yield name, _whole(w)
         return
-    parameters = {id(p): name for name, p in module_or_factors.named_parameters()}
     for path, module in module_or_factors.named_modules():
         # Asked of the type: torch.compile's wrapper forwards attributes, and counted twice if not.
         if hasattr(type(module), "recurrent_factors"):
             prefix = f"{path}.recurrent_factors" if path else "recurrent_factors"
-            for name, w in _walk(module.recurrent_factors(), prefix):
-                yield parameters.get(id(w), name), w
+            with _weights_in_place(module):
+                names = {id(p): name for name, p in module.named_parameters(path)}
+                factors = list(_walk(module.recurrent_factors(), prefix))
+            flat = all(name.endswith("_flat_param") for name in names.values())
+            if flat and any(w.untyped_storage().nbytes() == 0 for _, w in factors):
+                raise RuntimeError(
+                    f"{prefix}: FullyShardedDataParallel has freed the factors until the next "
+                    "forward; ask inside FullyShardedDataParallel.summon_full_params(model)"
+                )
+            for name, w in factors:
+                yield names.get(id(w), name), _whole(w)
+
+
+@contextlib.contextmanager
+def _weights_in_place(module: nn.Module):
+    """Inside, the weights are there that accelerate's hook brings in for a call of `module`."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def _whole(w: Tensor) -> Tensor:
+    """All of a factor of which this process may hold a shard alone: a DTensor is gathered."""
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
 
 
 def _walk(factors: Iterable, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import kru_triton  # noqa: E402
 from kru_triton import KRU, KRULSTM, hf  # noqa: E402
-from kru_triton.decoding import LSTMStep, Step  # noqa: E402
+from kru_triton.decoding import LSTMStep, Step, why_not_graphed  # noqa: E402
 from kru_triton.hf import CACHE, KRUCache, KRUConfig, KRUForCausalLM, KRUModel  # noqa: E402
 from kru_triton.language_model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
 from kru_triton.train.export import pretrained_tokenizer  # noqa: E402
@@ -504,6 +505,150 @@ def test_trainer_learns_evaluates_and_resumes(tmp_path):
     assert written[0].tolist() == [BOS, *range(4, 12)]
 
 
+# Packed documents
+
+
+def packed(*lengths, seed=0):
+    """Documents of random tokens in one row, each alone, and their position ids."""
+    documents = [tokens_of(1, length, seed + i) for i, length in enumerate(lengths)]
+    ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    return torch.cat(documents, 1), documents, ids
+
+
+@every_model
+def test_packed_documents_are_read_apart(kind):
+    model, (tokens, documents, ids) = make(kind), packed(4, 1, 6)
+    labels = tokens.masked_fill(ids == 0, -100)  # as the collators do
+    output = model(tokens, position_ids=ids, labels=labels)
+    alone = torch.cat([model(document).logits for document in documents], 1)
+    assert (output.logits - alone).abs().max() < 1e-5
+    assert (model(tokens).logits - alone).abs().max() > 1e-3
+    losses = [
+        F.cross_entropy(model(d).logits[0, :-1], d[0, 1:], reduction="sum") for d in documents
+    ]
+    expected = sum(losses) / 8  # 3 + 0 + 5 targets
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    names, weights = zip(*model.named_parameters())
+    found = torch.autograd.grad(output.loss, weights)
+    for name, a, b in zip(names, found, torch.autograd.grad(expected, weights)):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max() + 1e-6, name
+
+
+def test_collators_of_packed_batches(model):
+    """transformers' own, with all it can return, and TRL's, whose padding is zeros."""
+    tokens, documents, ids = packed(4, 1, 6)
+    alone = torch.cat([model(document).logits for document in documents], 1)
+    collator = transformers.DataCollatorWithFlattening(
+        return_flash_attn_kwargs=True, return_seq_idx=True
+    )
+    batch = collator([{"input_ids": document[0].tolist()} for document in documents])
+    assert {"position_ids", "seq_idx", "cu_seq_lens_q", "max_length_k"} <= set(batch)
+    assert torch.equal(batch["position_ids"], ids)
+    assert (model(**batch).logits - alone).abs().max() < 1e-5
+    for name in ("position_ids", "seq_idx", "cu_seq_lens_q"):  # each says it alone
+        assert (model(tokens, **{name: batch[name]}).logits - alone).abs().max() < 1e-5
+    in_rows = torch.tensor([0, 4, 5, 11, 13, 22])
+    logits = model(tokens.repeat(2, 1), cu_seq_lens_q=in_rows).logits
+    assert (logits[0] - alone[0]).abs().max() < 1e-5
+    assert (logits[1, 2:] - model(tokens[:, 2:]).logits[0]).abs().max() < 1e-5
+    logits = model(F.pad(tokens, (0, 2)), position_ids=F.pad(ids, (0, 2))).logits
+    assert (logits[:, :11] - alone).abs().max() < 1e-5
+
+
+def test_position_ids_beside_bos_masks_embeddings_and_hidden_states(model):
+    tokens, documents, ids = packed(4, 6)
+    tokens[0, 6] = BOS  # cuts too, where ids do not
+    expected, _ = model.model.network(tokens, None, (ids == 0) | (tokens == BOS))
+    assert torch.equal(model(tokens, position_ids=ids).logits, expected)
+    embedded = model.get_input_embeddings()(documents[1])
+    double = torch.cat((embedded, embedded), 1)
+    output = model(inputs_embeds=double, position_ids=torch.arange(6).repeat(2)[None])
+    assert (output.logits[:, 6:] - output.logits[:, :6]).abs().max() < 1e-5
+    tokens, mask = padded(7, 4)
+    expected = model(tokens, attention_mask=mask).logits
+    ids = (mask.cumsum(1) - 1).clamp_min(0)
+    for row in (ids, ids.masked_fill(mask == 0, 1), torch.arange(7)[None]):  # ids of padding: any
+        found = model(tokens, attention_mask=mask, position_ids=row).logits
+        assert (found - expected)[mask == 1].abs().max() < 1e-6
+
+
+def test_position_ids_go_on_from_a_cache_or_start_anew(model):
+    tokens, more = tokens_of(), tokens_of(2, 3, seed=1)
+    with torch.no_grad():
+        cache = model(tokens)[CACHE]
+        whole = model(torch.cat((tokens, more), 1)).logits[:, 7:]
+        later = torch.tensor([[7, 8, 9], [0, 1, 2]])
+        logits = model(more, position_ids=later, **{CACHE: copy.copy(cache)}).logits
+        assert (logits[0] - whole[0]).abs().max() < 1e-5
+        assert (logits[1] - model(more[1:]).logits[0]).abs().max() < 1e-5
+        with pytest.raises(
+            ValueError, match="seq_idx: does not say whether the first token goes on"
+        ):
+            model(more, seq_idx=torch.zeros(2, 3), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_with_position_ids_given(model, options):
+    (tokens, mask), options = padded(7, 4), {**FREE, "max_new_tokens": 8, **options}
+    expected = model.generate(tokens, attention_mask=mask, **options)
+    ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    for use_cache in (True, False):
+        options["use_cache"] = use_cache
+        found = model.generate(tokens, attention_mask=mask, position_ids=ids, **options)
+        assert torch.equal(found, expected)
+    text, documents, ids = packed(3, 5)
+    found = model.generate(text, position_ids=ids, **options)
+    assert torch.equal(found[:, 3:], model.generate(documents[1], **options))
+
+
+def test_packed_documents_compiled_and_exported(model):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, ids):
+            return self.model(tokens, position_ids=ids, use_cache=False).logits
+
+    (tokens, _, ids), (others, _, of_others) = packed(4, 6), packed(2, 5, 3, seed=5)
+    with torch.no_grad():
+        expected = Logits()(others, of_others)
+        exported = torch.export.export(Logits(), (others, of_others.flip(1))).module()
+        assert (exported(others, of_others) - expected).abs().max() < 1e-5
+        compiled = torch.compile(Logits(), backend="aot_eager", fullgraph=True)
+        assert (compiled(others, of_others) - expected).abs().max() < 1e-5
+        assert (compiled(tokens, ids) - Logits()(tokens, ids)).abs().max() < 1e-5
+
+
+def test_bad_position_ids_are_refused(model):
+    tokens, _, ids = packed(4, 6)
+    two = tokens.repeat(2, 1)
+    jump = torch.cat((ids, ids + (ids > 2)))
+    cases = [
+        (dict(position_ids=jump), r"position_ids: row 1 goes from 2 to 4 at token 3; they must"),
+        (dict(position_ids=ids + 2), "row 0 goes from 5 to 2 at token 4"),
+        (dict(position_ids=ids * 0 + 1), "row 0 goes from 1 to 1 at token 1"),
+        (dict(position_ids=ids[:, 1:]), r"position_ids: must be \(2, 10\), .*, got \(1, 9\)"),
+        (dict(position_ids=ids[None]), r"position_ids: must be \(2, 10\)"),
+        (dict(seq_idx=ids.repeat(3, 1)), r"seq_idx: must be \(2, 10\)"),
+        (
+            dict(cu_seq_lens_q=torch.tensor([0, 4, 10])),
+            r"cu_seq_lens_q: must count up from 0 to 20",
+        ),
+        (dict(cu_seq_lens_k=torch.tensor([0, 9, 4, 20])), "cu_seq_lens_k: must count up"),
+        (dict(cu_seq_lens_q=ids), r"cu_seq_lens_q: must be \(documents \+ 1,\), got \(1, 10\)"),
+        (
+            dict(position_ids=ids, seq_idx=torch.zeros(1, 10)),
+            "seq_idx: disagrees with position_ids on whether token 4 of row 0 starts a document",
+        ),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(two, **arguments)
+    with pytest.raises(TypeError, match="seqidx: no argument of KRUModel"):
+        model.model(two, seqidx=ids)
+
+
 # Generation
 
 DECODING = {
@@ -872,7 +1017,7 @@ def test_a_prepared_step_equals_the_layer(name, batch):
         step = Step(kru)
         h = torch.zeros_like(h_n[0])
         for t in range(4):
-            h = step(kru.input_projection(x[t : t + 1])[:, 0], h)
+            (h,) = step(kru.input_projection(x[t : t + 1])[:, 0], h)
             assert (h - expected[t]).abs().max() < 1e-13
 
 
@@ -894,17 +1039,16 @@ def test_a_prepared_step_equals_the_lstm(factors, batch):
 
 @pytest.mark.parametrize("model", ["kru", "krulstm"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_decoding_takes_the_prepared_steps_and_no_others(model, batch):
+def test_decoding_takes_the_prepared_steps_and_no_others(model, batch, monkeypatch):
     config = LanguageModelConfig(model=model, d_model=16, hidden_size=12)
     network = LanguageModel(config).eval()
     tokens, used = torch.randint(257, (batch, 6)), []
+    for kind in (Step, LSTMStep):
+        call = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda *args, f=call: used.append(1) or f(*args))
     with torch.no_grad():
         expected, _ = network(tokens)
         with network.decoding():
-            for block in network.blocks:
-                block.mixer.step = lambda *args, step=block.mixer.step: (
-                    used.append(1) or step(*args)
-                )
             logits, state = network(tokens[:, :3])
             assert not used
             for t in range(3, 6):
@@ -916,7 +1060,221 @@ def test_decoding_takes_the_prepared_steps_and_no_others(model, batch):
             with torch.enable_grad():
                 network(tokens[:, :1], state)[0].sum().backward()
             assert len(used) == 6
-    assert all(block.mixer.step is None for block in network.blocks)
+        network(tokens[:, :1], state)
+    assert len(used) == 6
+
+
+# Weights that something else keeps, brings in or computes
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "mixed", "loaded"])
+@pytest.mark.parametrize("kind", ["kru", "krulstm"])
+def test_an_offloaded_model_writes_the_same(kind, where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, (tokens, mask) = make(kind), padded(7, 4)
+    options = {**FREE, "max_new_tokens": 6, "attention_mask": mask}
+    expected = model.generate(tokens, **options)
+    penalty = unitarity_penalty(model).item()
+    parts = {"embedding": "cpu", "blocks.0": "disk", "blocks.1": "cpu", "norm": "disk"}
+    device_map = {f"model.network.{name}": place for name, place in parts.items()}
+    device_map["lm_head"] = "cpu"
+    if where == "cpu":
+        model = accelerate.cpu_offload(model, execution_device="cpu")
+    elif where == "disk":
+        model = accelerate.disk_offload(model, tmp_path / "off", execution_device="cpu")
+    elif where == "mixed":
+        options_of_map = {"main_device": "cpu", "offload_dir": tmp_path / "off"}
+        model = accelerate.dispatch_model(model, device_map, **options_of_map)
+    else:
+        model.save_pretrained(tmp_path / "model")
+        model = KRUForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "off"
+        )
+    assert any(p.is_meta for name, p in model.named_parameters() if ".factor" in name)
+    for more in ({}, {"num_beams": 3}, {"use_cache": False}):
+        found = model.generate(tokens, **options, **more)
+        assert torch.equal(found, make(kind).generate(tokens, **options, **more))
+    assert unitarity_penalty(model).item() == pytest.approx(penalty, rel=1e-6)
+    assert any(p.is_meta for name, p in model.named_parameters() if ".factor" in name)
+    if where in ("mixed", "loaded"):  # without a device map transformers saves no offloaded model
+        model.save_pretrained(tmp_path / "saved")
+        saved = KRUForCausalLM.from_pretrained(tmp_path / "saved")
+        assert torch.equal(saved.generate(tokens, **options), expected)
+
+
+def test_every_module_is_called_at_every_step(model):
+    model, calls = make(), {}
+    for name, module in model.named_modules():
+        calls[name] = 0
+        if not isinstance(module, torch.nn.ModuleList):
+
+            def count(*_, name=name):
+                calls[name] += 1
+
+            module.register_forward_hook(count)
+    model.generate(tokens_of(), max_new_tokens=8, **FREE)
+    assert {name for name, count in calls.items() if count < 8} == {"model.network.blocks"}
+
+
+class Half(torch.nn.Module):
+    def forward(self, w):
+        return w / 2
+
+
+class Inside(torch.nn.Module):
+    """A wrapper that passes nothing on but calls."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+class Louder(KRU):
+    def forward(self, x, *args, **kwargs):
+        return super().forward(3 * x, *args, **kwargs)
+
+
+def replaced(kru):
+    forward = kru.forward
+    kru.forward = lambda x, *args, **kwargs: forward(3 * x, *args, **kwargs)
+
+
+WRAPPINGS = {
+    "pre-hook": lambda kru: kru.register_forward_pre_hook(lambda _, args: (3 * args[0], *args[1:])),
+    "hook": lambda kru: kru.register_forward_hook(lambda _, args, out: (out[0].abs(), out[1])),
+    "replaced": replaced,
+    "subclass": lambda kru: setattr(kru, "__class__", Louder),
+    "factor": lambda kru: parametrize.register_parametrization(kru, "factor0_l0", Half()),
+    "weight_ih": lambda kru: parametrize.register_parametrization(kru, "weight_ih_l0", Half()),
+    "weight_norm": lambda kru: torch.nn.utils.parametrizations.weight_norm(kru, "factor1_l0"),
+    "pruned": lambda kru: prune.l1_unstructured(kru, "factor0_l0", 0.3),
+    "compiled": lambda kru: torch.compile(kru, backend="eager"),
+    "inside": Inside,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_steps_of_a_wrapped_layer_are_those_of_its_own_forward(name):
+    network = make().model.network
+    mixer, tokens = network.blocks[0].mixer, tokens_of(2, 9)
+    with torch.no_grad():
+        before, _ = network(tokens)
+        wrapped = WRAPPINGS[name](mixer.kru)
+        if name in ("compiled", "inside"):
+            mixer.kru = wrapped
+        expected, _ = network(tokens)
+        same = name in ("compiled", "inside", "weight_norm")
+        assert ((expected - before).abs().max() < 1e-5) == same
+        with network.decoding():
+            logits, state = network(tokens[:, :4])
+            for t in range(4, 9):
+                logits, state = network(tokens[:, t : t + 1], state)
+                assert (logits[:, 0] - expected[:, t]).abs().max() < 1e-5
+    assert network.num_recurrent_parameters >= 104
+    assert unitarity_penalty(network) > 0
+
+
+@pytest.mark.parametrize("name", ["gate", "input_gate", "norm", "projection", "embedding"])
+def test_other_wrapped_modules(name):
+    model, tokens = make(), tokens_of()
+    expected, network = model.generate(tokens, max_new_tokens=6, **FREE), model.model.network
+    logits, _ = network(tokens)
+    owner = network if name == "embedding" else network.blocks[0].mixer
+    setattr(owner, name, Inside(getattr(owner, name)))
+    assert torch.equal(model.generate(tokens, max_new_tokens=6, **FREE), expected)
+    assert torch.equal(network(tokens)[0], logits)  # its head is the embedding
+
+
+def test_weights_that_change_while_decoding():
+    """Other tensors in the place of those that a step was made of."""
+    network, tokens = make().model.network, tokens_of(2, 3)
+    with torch.no_grad(), network.decoding():
+        _, state = network(tokens)
+        network(tokens[:, :1], state)
+        kru = network.blocks[0].mixer.kru
+        kru.factor0_l0 = torch.nn.Parameter(2 * kru.factor0_l0)
+        found, _ = network(tokens[:, :1], state)
+    assert (found - network(tokens[:, :1], state)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("make_layers", [KRU, KRULSTM])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_layers_decode_by_themselves(make_layers, batch_first, monkeypatch):
+    torch.manual_seed(0)
+    layers = make_layers(5, 12, 3, batch_first=batch_first, dropout=0.5).eval()
+    used, kind = [], layers.step_type
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *args: used.append(1) or call(*args))
+    x = torch.randn(6, 2, 5)
+    with torch.no_grad():
+        expected, last = layers(x.transpose(0, 1) if batch_first else x)
+        with layers.decoding():
+            state = None
+            for t in range(6):
+                step = x[t : t + 1]
+                output, state = layers(step.transpose(0, 1) if batch_first else step, state)
+                wanted = expected[:, t : t + 1] if batch_first else expected[t : t + 1]
+                assert output.shape == wanted.shape
+                assert (output - wanted).abs().max() < 1e-5
+            assert len(used) == 5 * 3
+            with pytest.raises(TypeError, match=r"input: must be torch\.float32"):
+                layers(step.double(), state)
+            short = state[:2] if make_layers is KRU else tuple(s[:2] for s in state)
+            with pytest.raises(ValueError, match="h_0: "):
+                layers(step, short)
+    for a, b in zip(
+        [last] if make_layers is KRU else last, [state] if make_layers is KRU else state
+    ):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_why_no_graph_stands_for_a_step():
+    def reason(change):
+        network = make().model.network
+        change(network)
+        return why_not_graphed(network)
+
+    in_place = "its weights are on ['cpu'], not on one GPU"
+    assert reason(lambda network: None) == in_place
+    assert reason(lambda network: network.register_forward_hook(print)) == "the model has hooks"
+    assert "blocks.1.mixer.gate has" in reason(
+        lambda network: network.blocks[1].mixer.gate.register_forward_pre_hook(print)
+    )
+    assert "the forward of blocks.0.mixer.kru is replaced" in reason(
+        lambda network: replaced(network.blocks[0].mixer.kru)
+    )
+    assert "norm is a Inside" in reason(lambda n: setattr(n, "norm", Inside(n.norm)))
+    assert "blocks.0.mixer.kru is a ParametrizedKRU" in reason(
+        lambda network: WRAPPINGS["factor"](network.blocks[0].mixer.kru)
+    )
+    assert reason(lambda network: network.to("meta")) == in_place.replace("cpu", "meta")
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert reason(lambda network: None) == "every module has a hook"
+    hook.remove()
+
+
+def test_the_layers_say_why_no_kernel_runs_them():
+    assert KRU(4, 6, backend="torch").why_not_triton() == 'backend="torch"'
+    assert "'meta'" in KRU(4, 64, device="meta").why_not_triton()
+    assert "float64" in KRU(4, 64, dtype=torch.float64).why_not_triton()
+    assert KRU(4, 64, 2).why_not_triton() is None  # interpreted
+    assert KRULSTM(4, 64, bidirectional=True).why_not_triton() is None
+    assert kru_triton.KRUCell(4, 64).why_not_triton() is None
+    assert "backend" in kru_triton.KRUCell(4, 64, backend="torch").why_not_triton()
+
+
+def test_an_averaged_copy_writes():
+    model = make()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    expected = model.generate(tokens_of(), max_new_tokens=5, **FREE)
+    assert torch.equal(averaged.module.generate(tokens_of(), max_new_tokens=5, **FREE), expected)
+
+
+# Steps as graphs
 
 
 class Recording(TorchDispatchMode):

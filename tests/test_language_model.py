@@ -246,6 +246,23 @@ def test_the_head_is_the_embedding(model):
     assert len(matrices) == 1
 
 
+@pytest.mark.parametrize("model", ["kru", "krulstm", "transformer"])
+def test_an_offloaded_model_reads_and_decodes_the_same(model):
+    """The head is the embedding, whose weight is elsewhere but while it is called."""
+    accelerate = pytest.importorskip("accelerate")
+    lm, tokens = make(model).eval(), tokens_of()
+    with torch.no_grad():
+        expected, _ = lm(tokens)
+        lm = accelerate.cpu_offload(lm, execution_device="cpu")
+        assert lm.embedding.weight.is_meta
+        assert (lm(tokens)[0] - expected).abs().max() < limit(model)
+        with lm.decoding():
+            _, state = lm(tokens[:, :9])
+            for t in (9, 10):
+                logits, state = lm(tokens[:, t : t + 1], state)
+                assert (logits[:, 0] - expected[:, t]).abs().max() < limit(model)
+
+
 @every_model
 def test_state_sizes_are_constant(model):
     lm = make(model)

@@ -837,3 +837,16 @@ def test_backend_triton_raises_with_the_reason():
     kru = KRU(4, 12, backend="triton").double()  # float64 runs on no fused kernel
     with pytest.raises(RuntimeError, match='backend="triton" cannot run here: '):
         kru(torch.zeros(5, 3, 4, dtype=torch.float64))
+
+
+def test_parametrized_factors_count_and_are_not_drawn_anew():
+    kru = KRU(4, 6, factors=(2, 3))
+    count = kru.num_recurrent_parameters
+    orthogonal = torch.nn.utils.parametrizations.orthogonal
+    orthogonal(kru, "factor0_l0")
+    assert kru.num_recurrent_parameters == count == 2 * (4 + 9)
+    before = [w.detach().clone() for w in kru.recurrent_factors(0)]
+    kru.reset_parameters()
+    after = kru.recurrent_factors(0)
+    assert torch.equal(after[0], before[0])  # as torch.nn's layers leave a parametrized weight
+    assert not torch.equal(after[1], before[1])
