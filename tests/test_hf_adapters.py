@@ -28,6 +28,7 @@ ADAPTERS = {
     "lora": lora,
     "dora": lambda: lora(use_dora=True),
     "embedding": lambda: lora("embedding", "gate"),
+    "weight_ih": lambda: lora("mlp.0", target_parameters=["kru.weight_ih_l0"]),
     "modules": lambda: lora("mlp.0", modules_to_save=["kru", "embedding", "lm_head"]),
     "tokens": lambda: lora("mlp.0", trainable_token_indices=[1, 2]),
     "only-tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 2], **LM),
