@@ -45,6 +45,7 @@ BENCHMARKS = {
     "picture": Benchmark("picture", "draws the picture of the README from committed rows"),
     "checkpoints": Benchmark("speed.checkpoints", "what checkpoints cost a training run"),
     "context": Benchmark("speed.context", "time per token after 10 to 100,000 others"),
+    "neighbours": Benchmark("speed.neighbours", "training beside other busy processes"),
     "baselines": Benchmark("quality.baselines", "trained models at equal tokens and equal time"),
 }
 

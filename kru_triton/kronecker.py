@@ -256,6 +256,12 @@ def kron_dense(factors: Sequence[Tensor]) -> Tensor:
     return reduce(_kron, check_factors(factors))
 
 
+def as_one_matrix(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A 1×1 identity and A ⊗ B, in the place of planar square A and B. Differentiable."""
+    one = torch.eye(a.shape[0], 1, dtype=a.dtype, device=a.device)  # [1], or [1, 0]
+    return one.view(-1, 1, 1, 1).repeat(1, a.shape[1], 1, 1), _kron(a, b)
+
+
 def _kron(a: Tensor, b: Tensor) -> Tensor:
     rows, columns = a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1]
     if a.ndim == 4 and a.shape[0] == 2:

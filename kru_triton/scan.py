@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from kru_triton import reference, torch_backend
 from kru_triton.kernels.why_not import why_not as why_not_kernels
-from kru_triton.kronecker import check_factors, group_factors, kron_dense, product_shape
+from kru_triton.kronecker import as_one_matrix, check_factors, group_factors, product_shape
 from kru_triton.nonlinearity import check_nonlinearity
 
 BACKENDS = ("auto", "triton", "torch")
@@ -224,9 +224,7 @@ def _grouped(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Ten
     """A and B; a single matrix takes the place of B, beside a 1×1 identity."""
     a, b = group_factors([w.to(dtype) for w in factors])
     if a.shape[-1] == 1 or b.shape[-1] == 1:
-        b = kron_dense([a, b])
-        one = torch.eye(b.shape[0], 1, dtype=dtype, device=b.device)  # [1], or [1, 0]
-        a = one.view(-1, 1, 1, 1).expand(-1, b.shape[1], 1, 1).contiguous()
+        return as_one_matrix(a, b)
     return a, b
 
 

@@ -11,6 +11,7 @@ q. In that order `X Bᵀ` is one product with a real `(cQ, cQ)` block matrix and
 `(cP, cP)` block matrix, and nothing is ever permuted between them. Time is cut into chunks that
 stay in the cache: a chunk of inputs is copied in and a chunk of results out at once, so a time step
 is two matrix products and the nonlinearity, all in place on views that are made once per call.
+A head of few units is one product with A ⊗ B, which then stands as B beside a 1×1 A.
 With tokens, the rows of a chunk are looked up as it is copied in. Rows of different length are
 sorted by length: in each interval between two lengths, only the rows that still run are computed.
 
@@ -20,9 +21,11 @@ B batch, T time, H heads, c parts (2 complex, 1 real), P, Q sizes of A and B, F 
 import torch
 from torch import Tensor
 
+from kru_triton.kronecker import as_one_matrix
 from kru_triton.nonlinearity import PHASE_NONLINEARITIES, tiny
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer; half of the L2 cache of a current server core
+DENSE_UNITS = 64  # heads of no more are one product a step: two small ones take longer
 CHUNK_STEPS = 64  # views of a chunk's steps cost more to make than chunks to begin
 
 
@@ -59,6 +62,23 @@ def right_block_grad(d: Tensor, parts: int) -> Tensor:
     real = d[:, :q, :q] + d[:, q:, q:]
     imag = d[:, :q, q:] - d[:, q:, :q]
     return torch.stack((real, imag)).transpose(-1, -2).contiguous()
+
+
+def _merged(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of a large head; of a small one a 1×1 identity and A ⊗ B."""
+    small = a.shape[-1] > 1 and a.shape[-1] * b.shape[-1] <= DENSE_UNITS
+    return as_one_matrix(a, b) if small else (a, b)
+
+
+def _merged_grad(d: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of planar `a` and `b` from D, that of A ⊗ B: D conj(B) and D conj(A), summed."""
+    p, q = a.shape[-1], b.shape[-1]
+    d = d.view(*a.shape[:2], p, q, p, q)
+    da = torch.einsum("chpqrs,khqs->ckhpr", d, b)
+    db = torch.einsum("chpqrs,khpr->ckhqs", d, a)
+    if a.shape[0] == 1:
+        return da[0], db[0]
+    return tuple(torch.stack((x[0, 0] + x[1, 1], x[1, 0] - x[0, 1])) for x in (da, db))
 
 
 class _Step:
@@ -137,6 +157,7 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor]:
     """h `(T, B, F)` in the dtype of x_proj, and h_n `(B, F)` in that of a."""
     batch, time = (x_proj if tokens is None else tokens).shape[:2]
+    a, b = _merged(a, b)
     if lengths is not None and not _descending(lengths):
         order, back = _by_length(lengths)
         if tokens is None:
@@ -301,6 +322,11 @@ def scan_backward(
     tokens: Tensor | None = None,  # (B, T) int64, for modtanh only
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a step's input as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
+    merged = _merged(a, b)
+    if merged[0].shape != a.shape:
+        inputs = (*merged, beta, h_0, reset, nonlinearity, lengths, tokens)
+        dx, _, d, d_beta, dh_0 = scan_backward(dh, dh_n, h, x_proj, *inputs)
+        return dx, *_merged_grad(d, a, b), d_beta, dh_0
     time, batch, features = h.shape
     if lengths is not None and not _descending(lengths):
         order, back = _by_length(lengths)

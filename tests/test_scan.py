@@ -2,17 +2,22 @@
 
 import dataclasses
 import logging
+import math
 import re
+from collections import Counter
 from functools import reduce
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kru_triton import KRU, kru_scan, kru_step, torch_backend, unitary_, why_not_triton
 from kru_triton import scan as scan_module
 from kru_triton.nonlinearity import NONLINEARITIES
 from kru_triton.reference import kru_scan_reference
+
+pytestmark = pytest.mark.usefixtures("two_products")
 
 # Largest error over the largest entry (at least 1). A run of a few steps is a few hundred roundings
 # of 1e-16, and division by |z| magnifies them by at most 1e3 in these cases.
@@ -235,10 +240,38 @@ def test_reference_equals_dense_oracle(case):
 
 
 @cases
-def test_torch_backend_equals_dense_oracle_and_reference(case):
-    actual = run(kru_scan, case, backend="torch")
-    assert_close(actual, run(dense_scan, case), EXACT)
-    assert_close(actual, run(kru_scan_reference, case), EXACT)
+def test_torch_backend_equals_dense_oracle_and_reference(case, monkeypatch):
+    expected, reference = run(dense_scan, case), run(kru_scan_reference, case)
+    for units in (0, 64):  # heads of so many units are one product
+        monkeypatch.setattr(torch_backend, "DENSE_UNITS", units)
+        actual = run(kru_scan, case, backend="torch")
+        assert_close(actual, expected, EXACT)
+        assert_close(actual, reference, EXACT)
+
+
+@pytest.mark.parametrize(("sizes", "products"), [((8, 8), 1), ((8, 9), 2)], ids=str)
+def test_products_of_a_step(sizes, products, monkeypatch):
+    """A small head takes one a step, forward and backward alike, and a large one two."""
+    monkeypatch.setattr(torch_backend, "DENSE_UNITS", 64)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls[func.overloadpacket] += 1
+            return func(*args, **(kwargs or {}))
+
+    def count(time):
+        calls.clear()
+        b, h = 2, 2 * math.prod(sizes)
+        a = [unitary_(torch.empty(2, 1, p, p)) for p in sizes]
+        x, d_n = torch.randn(b, time, h), torch.randn(b, h)
+        how = (None, None, None, "identity")
+        with Count():
+            out, _ = torch_backend.scan_forward(x, *a, *how)
+            torch_backend.scan_backward(None, d_n, out, None, *a, *how)
+        return sum(calls[op] for op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm_))
+
+    calls = Counter()
+    assert count(60) - count(50) == 2 * 10 * products  # in one chunk
 
 
 def test_the_table_holds_what_it_claims():

@@ -88,6 +88,7 @@ def beyond(lengths, case):
     return torch.arange(case.T) >= torch.tensor(lengths)[:, None]
 
 
+@pytest.mark.usefixtures("two_products")  # the test of tokens leaves small heads in one
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @cases
 def test_rows_of_different_length_equal_each_row_alone(case, lengths):
@@ -120,6 +121,7 @@ def test_tokens_are_the_rows_they_stand_for(case, lengths):
     assert not actual["d x"][-1].any()  # of a token that does not occur
 
 
+@pytest.mark.usefixtures("two_products")
 @pytest.mark.parametrize("act", NONLINEARITIES)
 def test_chunks_of_one_step(act, monkeypatch):
     """The torch backend's own chunks, in every interval between two lengths."""

@@ -62,6 +62,22 @@ def run(script, *arguments, code=0, **options):
     return out, err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is libgomp on Linux")
+@pytest.mark.parametrize(
+    ("given", "rounds"),
+    [({}, 10000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
+    ids=["ours", "count", "policy"],
+)
+def test_waiting_threads_soon_sleep(given, rounds, monkeypatch):
+    """What OpenMP has read when torch loaded it; a user's own choice stands."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):  # this process may have imported lm
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**given, "OMP_DISPLAY_ENV": "verbose"}.items():
+        monkeypatch.setenv(name, value)
+    _, told = run("lm.py", "--help")
+    assert re.search(r"GOMP_SPINCOUNT = '(\d+)'", told)[1] == str(rounds)
+
+
 def metrics(run_dir):
     """The rows of metrics.jsonl without the speeds, which differ from run to run."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -35,6 +35,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# before torch loads OpenMP: its threads would spin for milliseconds at the end of every operation,
+# which beside other busy processes takes the time of the thread that they wait for
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F

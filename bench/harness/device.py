@@ -41,6 +41,19 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def cpu_kind() -> str | None:
+    """Family, model and the vector extensions by which processors of one name differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    known = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    if "cpu family" not in known:
+        return None
+    flags = [f for f in known["flags"].split() if f.startswith(("amx", "avx"))]
+    return f"family {known['cpu family']} model {known['model']}: {' '.join(sorted(flags))}"
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
@@ -87,6 +100,7 @@ def provenance(device_or_name, command: str) -> dict:
     name = device_or_name if isinstance(device_or_name, str) else device_name(device_or_name)
     return {
         "device": name,
+        "cpu": None if on_gpu or isinstance(device_or_name, str) else cpu_kind(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton"),

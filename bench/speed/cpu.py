@@ -8,7 +8,7 @@
 Sections:
     scan     forward + backward with x_proj given, against the loop reference under autograd
     memory   peak memory of the same two, and of a layer that recomputes
-    layer    a full KRU layer against torch.nn.LSTM, GRU and RNN
+    layer    a full KRU layer against torch.nn.LSTM, GRU and RNN, and the part of its products
     profile  operations per time step, and where the time goes
     growth   time against length, batch, size and number of factors; exponents of the growth
     linear   without a nonlinearity: the loop, blocks of time side by side, and eigenvectors
@@ -260,11 +260,19 @@ def bench_layer(table, quick):
         output = layer(x)[0]
         return torch.autograd.grad(output, (x, *layer.parameters()), torch.ones_like(output))
 
+    flat, weight = x.detach().flatten(0, 1), torch.randn(2 * n, d)
+    dy = torch.randn(len(flat), 2 * n)
+    products = "three products of a complex KRU's input projection"
     candidates = {name: lambda layer=layer: train_step(layer) for name, layer in layers.items()}
+    candidates[products] = lambda: (flat @ weight.t(), dy @ weight, dy.t() @ flat)
+    flops = {products: 3 * 2 * flat.numel() * 2 * n, "nn.LSTM": 3 * 2 * len(flat) * 4 * n * (d + n)}
     times = interleaved(candidates, 2 if quick else 7)
     for name, ms in times.items():
-        size = sum(p.numel() for p in layers[name].parameters())
-        table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"][1], parameters=size)
+        size = sum(p.numel() for p in layers[name].parameters()) if name in layers else 2 * n * d
+        values = {"parameters": size}
+        if name in flops:
+            values["gflops_per_s"] = flops[name] / ms[1] / 1e6
+        table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"][1], **values)
 
 
 # profile
