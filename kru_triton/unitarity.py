@@ -81,6 +81,10 @@ def unitarity_penalty(module_or_factors: nn.Module | Iterable) -> Tensor:
     P < Q is measured by ‖W Wᴴ − I‖²_F, the smaller Gram matrix, so that the penalty of a
     semi-unitary factor is 0. Real arithmetic throughout, and never under autocast.
 
+    Sharded factors (DTensors, as `fully_shard` makes them) are gathered, so every process has to
+    call this; each gets the gradient of its own shard. Factors that accelerate keeps elsewhere are
+    brought in.
+
     Args:
         module_or_factors: a module, or a list of planar factors `(parts, H, P_f, Q_f)`; the list
             may be nested, as `recurrent_factors()` returns it.
@@ -92,6 +96,7 @@ def unitarity_penalty(module_or_factors: nn.Module | Iterable) -> Tensor:
     Raises:
         TypeError: a factor that is not a floating-point tensor, or not in a list.
         ValueError: a factor that is not planar.
+        RuntimeError: the memory of a factor is freed (FSDP1, outside of forward).
 
     Example:
         >>> import torch
