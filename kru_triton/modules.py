@@ -624,6 +624,7 @@ class KRUCell(_Recurrence):
         """The factors `(parts, H, P, Q)`, as the only entry of a list."""
         return [self._factors("")]
 
+    @property
     def _suffixes(self) -> list[str]:
         return [""]
 

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             optimizer.step()
             float(at.state[0].sum())  # a GPU has finished
             stepped = time.perf_counter()
-            writer.save(at.step, *lm.pack(at, model, optimizer, Processes()))
+            writer.save(at.step, *lm.pack(at, model, [optimizer], Processes()))
             saved = time.perf_counter()
             writer.wait()
             assert writer.saved_step == at.step
