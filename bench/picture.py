@@ -68,13 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=harness.RESULTS / "reproduction.json")
     parser.add_argument("--figures", type=Path, default=harness.ROOT / "bench" / "figures")
     options = parser.parse_args(argv)
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        parser.error("needs matplotlib: pip install 'kru-triton[plot]'")
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kru_triton"  # the same rows give the same file
-    from matplotlib import pyplot
+    pyplot = harness.pyplot_for(parser)
 
     runs = curves(json.loads(options.rows.read_text()))
     for cell, found in runs.items():

@@ -209,13 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="svg")
     parser.add_argument("--toy", action="store_true", help="also rows of --quick runs")
     options = parser.parse_args(argv)
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        parser.error("needs matplotlib: pip install 'kru-triton[plot]'")
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kru_triton"  # the same rows give the same file
-    from matplotlib import pyplot
+    pyplot = harness.pyplot_for(parser)
 
     def new(panels: int):
         figure, axes = pyplot.subplots(

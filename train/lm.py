@@ -418,10 +418,8 @@ def train(
             torch.cuda.set_device(device)
         config = dataclasses.replace(config, dtype=pick_dtype(config.dtype, device))
         architecture = model_config(config, text.tokenizer.vocab_size)
-        if config.sample_tokens:
-            encode_prompt(
-                config.prompt, text.tokenizer
-            )  # or the first evaluation would end the run
+        if config.sample_tokens:  # or the first evaluation would end the run
+            encode_prompt(config.prompt, text.tokenizer)
         torch.manual_seed(config.seed)
         model = build_model(architecture, device)
     if config.frozen_factors:

@@ -3,7 +3,15 @@
 device.py  the device, the commit; cli.py  flags; rows.py  rows and their checks; race.py  timing
 """
 
-from bench.harness.cli import chosen, command_line, device_for, parser, plain_parser, row_flags
+from bench.harness.cli import (
+    chosen,
+    command_line,
+    device_for,
+    parser,
+    plain_parser,
+    pyplot_for,
+    row_flags,
+)
 from bench.harness.device import (
     ROOT,
     commit,
@@ -62,6 +70,7 @@ __all__ = [
     "pick_device",
     "plain_parser",
     "provenance",
+    "pyplot_for",
     "quantiles",
     "race",
     "read_rows",

@@ -57,3 +57,17 @@ def chosen(names: list[str], wanted: list[str] | None, options_parser) -> list[s
 
 def command_line(bench: str, argv: list[str] | None) -> str:
     return shlex.join(["python", "-m", "bench", bench, *(sys.argv[1:] if argv is None else argv)])
+
+
+def pyplot_for(options_parser: argparse.ArgumentParser):
+    """matplotlib's pyplot without a screen, the same rows giving the same file; without matplotlib
+    the program ends."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        options_parser.error("needs matplotlib: pip install 'kru-triton[plot]'")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kru_triton"
+    from matplotlib import pyplot
+
+    return pyplot
