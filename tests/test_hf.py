@@ -570,6 +570,12 @@ def test_position_ids_beside_bos_masks_embeddings_and_hidden_states(model):
     for row in (ids, ids.masked_fill(mask == 0, 1), torch.arange(7)[None]):  # ids of padding: any
         found = model(tokens, attention_mask=mask, position_ids=row).logits
         assert (found - expected)[mask == 1].abs().max() < 1e-6
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1]])  # behind a tuned prompt
+    ids = torch.tensor([[0, 1, 9, 9, 2, 3, 4], [0, 1, 9, 0, 1, 2, 3]])
+    logits = model(tokens, attention_mask=mask, position_ids=ids).logits
+    kept = tokens[0][mask[0] == 1][None]
+    assert (logits[0][mask[0] == 1] - model(kept).logits[0]).abs().max() < 1e-5
+    assert (logits[1, 3:] - model(tokens[1:, 3:]).logits[0]).abs().max() < 1e-5
 
 
 def test_position_ids_go_on_from_a_cache_or_start_anew(model):

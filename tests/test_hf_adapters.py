@@ -136,3 +136,28 @@ def test_steps_of_trl(trainer, tmp_path, monkeypatch):
     run.train()
     losses = [row["loss"] for row in run.state.log_history if "loss" in row]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_documents_that_trl_packs_are_read_apart(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    arguments = trl.SFTConfig(
+        str(tmp_path), packing=True, max_length=32, report_to=[], use_cpu=True, bf16=False
+    )
+    model = make(vocab_size=257, bos_token_id=256)
+    trainer = trl.SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"text": "x" * n} for n in (3, 9, 5, 12, 7)]),
+        processing_class=pretrained_tokenizer(ByteTokenizer()),
+    )
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) == 5
+    model.eval()
+    with torch.no_grad():
+        logits = model(**batch).logits[0]
+        tokens = batch["input_ids"][0]
+        for start, end in zip(starts, [*starts[1:], len(tokens)]):
+            alone = model(tokens[None, start:end]).logits[0]
+            assert (logits[start:end] - alone).abs().max() < 1e-5
+    assert trainer.compute_loss(model, batch).isfinite()
