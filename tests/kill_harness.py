@@ -31,9 +31,10 @@ import pyarrow
 import torch
 from pyarrow import parquet
 
-from kru_triton.train import checkpoints, lm
-from kru_triton.train.logger import read_rows
-from kru_triton.train.run_directory import commit, device_name
+from kru_triton.train import lm
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.directory import commit, device_name
+from kru_triton.train.run.metrics import read_rows
 
 TINY = (
     "--preset tiny --d-model 16 --num-layers 1 --hidden-size 16 --num-heads 1 --nonlinearity tanh "

@@ -11,7 +11,7 @@ from test_hf import BOS, FREE, make, tokens_of  # noqa: E402
 
 from kru_triton.hf import KRUForCausalLM  # noqa: E402
 from kru_triton.train.export import pretrained_tokenizer  # noqa: E402
-from kru_triton.train.tokenizer import ByteTokenizer  # noqa: E402
+from kru_triton.train.text.tokenizer import ByteTokenizer  # noqa: E402
 
 LM = {"task_type": "CAUSAL_LM"}
 # a tuned prompt has no BOS behind it: what is read as embeddings shows none

@@ -106,7 +106,7 @@ def test_kernels_init_holds_a_docstring_alone():
 
 def test_nothing_imports_the_package_kernels_by_its_folder_name():
     for path in [
-        p for d in ("kru_triton", "kernels", "train", "bench") for p in (ROOT / d).glob("*.py")
+        p for d in ("kru_triton", "kernels", "train", "bench") for p in (ROOT / d).rglob("*.py")
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
@@ -128,7 +128,7 @@ THIRD_PARTY = {
 }
 
 
-@pytest.mark.parametrize("folder", ["train", "bench"])
+@pytest.mark.parametrize("folder", ["train", "train/tasks", "train/run", "bench"])
 def test_no_script_shadows_a_module(folder):
     """A script's folder comes first on sys.path, so its neighbours would hide these."""
     names = {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"}

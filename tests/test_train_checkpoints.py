@@ -17,9 +17,9 @@ import pytest
 import torch
 from kill_harness import context
 
-from kru_triton.train import checkpoints
-from kru_triton.train.config import UserError
-from kru_triton.train.processes import Processes
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.processes import Processes
+from kru_triton.train.run.settings import UserError
 
 
 def save(run_dir, step, keep=3):
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_may_delete_what_is_read(tmp_path, monkeypatch, durin
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"kru_triton.train.checkpoints.{during}", late)
+            patch.setattr(f"kru_triton.train.run.checkpoints.{during}", late)
             found, corrupt = read(run_dir)
         assert corrupt == []
         assert (getattr(found, "path", found).name, bool(calls)) in (

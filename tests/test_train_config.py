@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
-from kru_triton.train.config import TRAINING, Config, UserError, model_config, parse
+from kru_triton.train.run.settings import TRAINING, Config, UserError, model_config, parse
 
 
 def write_toml(tmp_path, text):

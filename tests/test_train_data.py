@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 import torch
 
-from kru_triton.train import data, sources
-from kru_triton.train.config import Config, UserError
+from kru_triton.train.run.settings import Config, UserError
+from kru_triton.train.text import data, sources
 
 TOKENIZER = data.ByteTokenizer()
 

@@ -23,21 +23,14 @@ transformers = pytest.importorskip("transformers")
 
 from kru_triton.hf import KRUForCausalLM  # noqa: E402
 from kru_triton.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
-from kru_triton.train import (  # noqa: E402
-    checkpoints,
-    evaluate,
-    export,
-    lm,
-    replay_wandb,
-    reproduce,
-    sample,
-    task_loop,
-)
-from kru_triton.train.config import UserError  # noqa: E402
+from kru_triton.train import evaluate, export, lm, reproduce, sample  # noqa: E402
 from kru_triton.train.evaluate import EvaluateConfig  # noqa: E402
 from kru_triton.train.export import ExportConfig  # noqa: E402
-from kru_triton.train.run_directory import find_checkpoint  # noqa: E402
-from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, train_bpe  # noqa: E402
+from kru_triton.train.run import checkpoints, replay_wandb  # noqa: E402
+from kru_triton.train.run.directory import find_checkpoint  # noqa: E402
+from kru_triton.train.run.settings import UserError  # noqa: E402
+from kru_triton.train.tasks import loop as task_loop  # noqa: E402
+from kru_triton.train.text.tokenizer import ByteTokenizer, FileTokenizer, train_bpe  # noqa: E402
 
 TRAIN = Path(__file__).parents[1] / "train"
 TEXT = "A täst, of <|endoftext|> — 日本\x00\r\n\tand\u200b more  spaces 🙂"
@@ -452,7 +445,9 @@ def test_ctrl_c_is_one_line_and_130(script, inner, arguments, monkeypatch, capsy
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("name", ["sample", "evaluate", "export", "replay_wandb", "lm", "adding"])
+@pytest.mark.parametrize(
+    "name", ["sample", "evaluate", "export", "run/replay_wandb", "lm", "tasks/adding"]
+)
 def test_ctrl_c_while_the_libraries_load_ends_without_a_traceback(name):
     process = subprocess.Popen(
         [sys.executable, TRAIN / f"{name}.py", "--help"], stdout=-1, stderr=-1

@@ -22,18 +22,12 @@ from pyarrow import parquet
 from torch.nn import functional as F
 
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
-from kru_triton.train import (
-    checkpoints,
-    data,
-    evaluate,
-    lm,
-    run_directory,
-    sample,
-    streams,
-    tokenizer,
-)
-from kru_triton.train.config import Config, UserError
+from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run import directory as run_directory
+from kru_triton.train.run.settings import Config, UserError
+from kru_triton.train.text import data, streams, tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
@@ -281,7 +275,7 @@ def test_resuming_on_stdlib_data_changes_no_digit(tmp_path, corpus, monkeypatch)
 
 def test_a_second_signal_ends_the_process_at_once():
     code = (
-        "import os, signal, time; from kru_triton.train.processes import Stop; stop = Stop()\n"
+        "import os, signal, time; from kru_triton.train.run.processes import Stop; stop = Stop()\n"
         "os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )

@@ -7,10 +7,11 @@ import types
 
 import pytest
 
-from kru_triton.train import logger, replay_wandb
-from kru_triton.train.config import UserError
-from kru_triton.train.logger import Metrics, Wandb
-from kru_triton.train.replay_wandb import ReplayConfig
+from kru_triton.train.run import metrics as logger
+from kru_triton.train.run import replay_wandb
+from kru_triton.train.run.metrics import Metrics, Wandb
+from kru_triton.train.run.replay_wandb import ReplayConfig
+from kru_triton.train.run.settings import UserError
 
 
 def rows_in(path):

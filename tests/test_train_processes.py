@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from kill_harness import TINY, Leg, differences, kill_and_compare, write_corpus, write_stream
 
-from kru_triton.train import checkpoints
-from kru_triton.train.tokenizer import character_tokenizer
+from kru_triton.train.run import checkpoints
+from kru_triton.train.text.tokenizer import character_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "train" / "lm.py"
 EXACT = [*shlex.split(TINY), "--dropout", "0", "--log-every", "1", "--eval-every", "10"]

@@ -24,8 +24,9 @@ import torch
 from pyarrow import parquet
 from servers import FileServer, HubServer, serve
 
-from kru_triton.train import data, sample, sources, streams, tokenizer
-from kru_triton.train.config import Config, UserError, parse
+from kru_triton.train import sample
+from kru_triton.train.run.settings import Config, UserError, parse
+from kru_triton.train.text import data, sources, streams, tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
 BYTES = tokenizer.ByteTokenizer()
@@ -373,8 +374,8 @@ def test_workers_that_end_in_the_middle_of_a_block_do_not_hold_up_the_exit(tmp_p
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
-        "from kru_triton.train import sources, streams\n"
-        "from kru_triton.train.tokenizer import ByteTokenizer\n"
+        "from kru_triton.train.text import sources, streams\n"
+        "from kru_triton.train.text.tokenizer import ByteTokenizer\n"
         "if __name__ == '__main__':\n"
         f"    source = sources.find_source({spec!r})\n"
         "    plan = streams.Plan((source,), ByteTokenizer(), 0, 0, 1, 1, False)\n"
@@ -398,8 +399,8 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
-        "from kru_triton.train import sources, streams\n"
-        "from kru_triton.train.tokenizer import ByteTokenizer\n"
+        "from kru_triton.train.text import sources, streams\n"
+        "from kru_triton.train.text.tokenizer import ByteTokenizer\n"
         "if __name__ == '__main__':\n"
         f"    source = sources.find_source({spec!r})\n"
         "    plan = streams.Plan((source,), ByteTokenizer(), 0, 0, 1, 8, False)\n"
@@ -635,9 +636,10 @@ configs:
 """
 READ = """
 import json, sys
-from kru_triton.train import sources, streams
-from kru_triton.train.config import UserError
-from kru_triton.train.tokenizer import ByteTokenizer
+from kru_triton.train.text import sources
+from kru_triton.train.text import streams
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.text.tokenizer import ByteTokenizer
 sources.FIRST_PAUSE = 0.01
 sources.CHUNK = 700
 for spec in sys.argv[1:]:

@@ -18,21 +18,14 @@ import pytest
 import torch
 
 from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
-from kru_triton.train import (
-    adding,
-    checkpoints,
-    copy_memory,
-    music,
-    pixel_mnist,
-    reproduce,
-    state_tracking,
-    task_loop,
-    timit,
-)
-from kru_triton.train.config import UserError, parse
-from kru_triton.train.run_directory import device_name
-from kru_triton.train.task_loop import SequenceModel
-from kru_triton.train.tokenizer import character_tokenizer
+from kru_triton.train import reproduce
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.directory import device_name
+from kru_triton.train.run.settings import UserError, parse
+from kru_triton.train.tasks import adding, copy_memory, music, pixel_mnist, state_tracking, timit
+from kru_triton.train.tasks import loop as task_loop
+from kru_triton.train.tasks.loop import SequenceModel
+from kru_triton.train.text.tokenizer import character_tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
 MODELS = (
@@ -735,7 +728,7 @@ def test_summary_and_files(whole):
 
 def test_the_script_of_a_user_with_pictures(tmp_path):
     flags = TOY_COPY.replace(" --no-pictures", "").replace("disabled", "offline")
-    out, _ = run("copy_memory.py", f"{flags} --steps 4 --run-dir {tmp_path / 'run'}")
+    out, _ = run("tasks/copy_memory.py", f"{flags} --steps 4 --run-dir {tmp_path / 'run'}")
     assert "762 parameters, 64 recurrent" in out
     assert "memoryless baseline: 0.831" in out
     assert "wandb: no figures" not in out
@@ -827,7 +820,7 @@ def test_bad_flags(flags, message):
 def test_bad_input_ends_with_2(tmp_path):
     with pytest.raises(UserError, match="model: factors:"):
         train(copy_memory, f"{TOY_COPY} --factors 3 5", tmp_path / "run")
-    _, err = run("music.py", f"{FAST} --run-dir {tmp_path / 'music'}", code=2)
+    _, err = run("tasks/music.py", f"{FAST} --run-dir {tmp_path / 'music'}", code=2)
     assert err.startswith("error: --data (nothing): wants JSB_Chorales")
 
 
@@ -947,8 +940,8 @@ def toy_cells(monkeypatch):
     """A cell of toy size and one that diverges, in the table copy."""
     toy = f"{TOY_COPY} --steps 40"
     cells = [
-        reproduce.cell("copy", "kru", "copy_memory.py", toy),
-        reproduce.cell("copy", "wild", "copy_memory.py", f"{toy} --lr 1e30 --clip 0"),
+        reproduce.cell("copy", "kru", "tasks/copy_memory.py", toy),
+        reproduce.cell("copy", "wild", "tasks/copy_memory.py", f"{toy} --lr 1e30 --clip 0"),
     ]
     monkeypatch.setattr(reproduce, "copy_cells", lambda config: cells)
 
@@ -1042,8 +1035,8 @@ def test_accuracy_is_drawn_against_length(tmp_path):
 
 
 def test_every_cell_of_every_table_has_flags_that_its_script_takes(treebank, music_files):
-    scripts = {"copy_memory.py": copy_memory, "adding.py": adding, "pixel_mnist.py": pixel_mnist}
-    scripts |= {"music.py": music, "state_tracking.py": state_tracking}
+    modules = (copy_memory, adding, pixel_mnist, music, state_tracking)
+    scripts = {f"tasks/{Path(module.__file__).name}": module for module in modules}
     data = {"jsb": str(music_files[1]), "piano": str(music_files[2]), "ptb": str(treebank)}
     for scale in ("cpu", "gpu"):
         config = reproduce.Config("all", scale=scale, **data)
@@ -1073,7 +1066,7 @@ def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):
         reproduce.reproduce(dataclasses.replace(config, table="copy", seeds=0))
     with pytest.raises(UserError, match="--seeds must be at least 1 and at most 1000, got 1844"):
         reproduce.reproduce(dataclasses.replace(config, table="copy", seeds=2**64))
-    bad = [reproduce.cell("copy", "kru", "copy_memory.py", f"{FAST} --T 0")]
+    bad = [reproduce.cell("copy", "kru", "tasks/copy_memory.py", f"{FAST} --T 0")]
     monkeypatch.setattr(reproduce, "copy_cells", lambda config: bad)
     assert reproduce.reproduce(dataclasses.replace(config, table="copy")) == 1
     assert "copy/kru seed 0: failed" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Weights & Biases, as train/lm.py and train/replay_wandb.py use the real package."""
+"""Weights & Biases, as train/lm.py and train/run/replay_wandb.py use the real package."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kru_triton.train import replay_wandb
-from kru_triton.train.logger import Wandb
+from kru_triton.train.run import replay_wandb
+from kru_triton.train.run.metrics import Wandb
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-TRAIN = Path(replay_wandb.__file__).parent
+TRAIN = Path(replay_wandb.__file__).parents[1]
 
 
 def records(run_dir):
@@ -157,7 +157,7 @@ def service_pids():
 CHILD = """
 import sys, time
 from pathlib import Path
-from kru_triton.train.logger import Wandb
+from kru_triton.train.run.metrics import Wandb
 began = time.monotonic()
 wandb = Wandb(sys.argv[1], Path(sys.argv[2]), "id", {"lr": 1.0})
 for step in range(100):

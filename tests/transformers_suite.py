@@ -30,7 +30,7 @@ from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 
 from kru_triton.hf import CACHE, KRUConfig, KRUForCausalLM, KRUModel
 from kru_triton.train.export import pretrained_tokenizer
-from kru_triton.train.tokenizer import ByteTokenizer
+from kru_triton.train.text.tokenizer import ByteTokenizer
 
 
 class KRUTester:

@@ -35,12 +35,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kru_triton.language_model import LanguageModel
-from kru_triton.train import data
-from kru_triton.train.checkpoints import write_atomic
-from kru_triton.train.config import UserError
-from kru_triton.train.run_directory import commit, versions
+from kru_triton.train.run.checkpoints import write_atomic
+from kru_triton.train.run.directory import commit, versions
+from kru_triton.train.run.script import one_line
+from kru_triton.train.run.settings import UserError
 from kru_triton.train.sample import load_model, pick_dtype
-from kru_triton.train.script import one_line
+from kru_triton.train.text import data
 
 
 @dataclass

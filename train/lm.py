@@ -49,11 +49,8 @@ from tqdm import tqdm
 
 from kru_triton import KRU
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
-from kru_triton.train import checkpoints, data
-from kru_triton.train.config import SEEDS, Config, UserError, model_config, parse
-from kru_triton.train.logger import Metrics, Wandb, new_run_id
-from kru_triton.train.processes import Processes, Stop, join, leave
-from kru_triton.train.run_directory import (
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.directory import (
     claim,
     commit,
     device_name,
@@ -61,8 +58,12 @@ from kru_triton.train.run_directory import (
     versions,
     write_settings,
 )
+from kru_triton.train.run.metrics import Metrics, Wandb, new_run_id
+from kru_triton.train.run.processes import Processes, Stop, join, leave
+from kru_triton.train.run.script import drop_output, one_line
+from kru_triton.train.run.settings import SEEDS, Config, UserError, model_config, parse
 from kru_triton.train.sample import encode_prompt, generate, pick_device, pick_dtype, ready
-from kru_triton.train.script import drop_output, one_line
+from kru_triton.train.text import data
 
 EVALUATION_LANES = 32
 

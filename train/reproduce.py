@@ -37,10 +37,10 @@ from typing import Literal, TextIO
 
 import tyro
 
-from kru_triton.train.checkpoints import write_atomic
-from kru_triton.train.config import UserError
-from kru_triton.train.logger import read_rows
-from kru_triton.train.script import one_line
+from kru_triton.train.run.checkpoints import write_atomic
+from kru_triton.train.run.metrics import read_rows
+from kru_triton.train.run.script import one_line
+from kru_triton.train.run.settings import UserError
 
 TRAIN = Path(__file__).parent
 RESULTS = TRAIN.parent / "bench" / "results"
@@ -133,7 +133,7 @@ def copy_cells(config: Config) -> list[Cell]:
         for model, flags in models.items():
             name = f"{model}-T{length}"
             shared = f"--T {length} --steps {steps}"
-            found.append(cell("copy", name, "copy_memory.py", f"{shared} {flags}"))
+            found.append(cell("copy", name, "tasks/copy_memory.py", f"{shared} {flags}"))
     return found
 
 
@@ -147,7 +147,7 @@ def adding_cells(config: Config) -> list[Cell]:
         models |= {"kru-paper": paper, "unitary": f"{paper} --model unitary --factors"}
         models |= {"gru": "--preset lstm --model gru"}
     return [
-        cell("adding", f"{model}-T{T}", "adding.py", f"--T {T} {shared} {flags}")
+        cell("adding", f"{model}-T{T}", "tasks/adding.py", f"--T {T} {shared} {flags}")
         for T in (100, 200, 400, 750)
         for model, flags in models.items()
     ]
@@ -170,7 +170,7 @@ def mnist_cells(config: Config) -> list[Cell]:
         cell(
             "mnist",
             f"{model}{order}",
-            "pixel_mnist.py",
+            "tasks/pixel_mnist.py",
             f"{shared} --preset {preset} --steps {count} {flag}",
         )
         for order, flag in {"": "", "-permuted": "--permuted"}.items()
@@ -203,7 +203,7 @@ def music_cells(config: Config) -> list[Cell]:
             f"{model}-dropout": f"--preset {model} --dropout 0.5",
         }
     return [
-        cell("music", f"{model}-{name}", "music.py", f"--data {shlex.quote(data)} {flags}")
+        cell("music", f"{model}-{name}", "tasks/music.py", f"--data {shlex.quote(data)} {flags}")
         for name, data in {"jsb": config.jsb, "piano": config.piano}.items()
         if data
         for model, flags in models.items()
@@ -223,7 +223,7 @@ def frozen_cells(config: Config) -> list[Cell]:
     }
     pairs = {name: ("lm.py", f"{shared} {flags}") for name, flags in frames.items()}
     if config.jsb:
-        pairs["jsb"] = ("music.py", f"--data {shlex.quote(config.jsb)}")
+        pairs["jsb"] = ("tasks/music.py", f"--data {shlex.quote(config.jsb)}")
     return [
         cell("frozen", f"{name}-{state}", script, f"{flags} {control}")
         for name, (script, flags) in pairs.items()
@@ -235,7 +235,9 @@ def gradient_cells(config: Config) -> list[Cell]:
     """Copy memory with factors that learn fast enough to leave unitarity."""
     shared = "--T 200 --steps 400 --recurrent-lr 1e-3"
     weights = {f"penalty-{w}": f"{shared} --unitarity-weight {w}" for w in ("0", "0.1", "1")}
-    return [cell("gradients", name, "copy_memory.py", flags) for name, flags in weights.items()]
+    return [
+        cell("gradients", name, "tasks/copy_memory.py", flags) for name, flags in weights.items()
+    ]
 
 
 def state_cells(task: str, config: Config) -> list[Cell]:
@@ -249,7 +251,7 @@ def state_cells(task: str, config: Config) -> list[Cell]:
         cell(
             task,
             f"{model}-{layers}",
-            "state_tracking.py",
+            "tasks/state_tracking.py",
             f"--task {task} --steps {steps} --num-layers {layers} {flags}",
         )
         for layers in (1, 2)

@@ -34,11 +34,11 @@ import tyro
 from safetensors import SafetensorError
 
 from kru_triton.language_model import LanguageModel, LanguageModelConfig
-from kru_triton.train import checkpoints
-from kru_triton.train.config import UserError, check_seed
-from kru_triton.train.data import run_tokenizer
-from kru_triton.train.script import one_line
-from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, read_tokenizer
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.script import one_line
+from kru_triton.train.run.settings import UserError, check_seed
+from kru_triton.train.text.data import run_tokenizer
+from kru_triton.train.text.tokenizer import ByteTokenizer, FileTokenizer, read_tokenizer
 
 BOS = "<|endoftext|>"  # the name of BOS in exported byte tokenizers
 

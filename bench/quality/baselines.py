@@ -34,11 +34,11 @@ import torch
 
 from bench import harness
 from kru_triton.language_model import LanguageModel
-from kru_triton.train import data
-from kru_triton.train.config import model_config, parse
 from kru_triton.train.lm import build_optimizers, keep_freed_memory
 from kru_triton.train.reproduce import without_folder
+from kru_triton.train.run.settings import model_config, parse
 from kru_triton.train.sample import pick_dtype
+from kru_triton.train.text import data
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
 SHAPES = {  # what matters is the ratio: --match-params scales both

@@ -22,9 +22,10 @@ import torch
 
 from bench import harness
 from kru_triton.language_model import LanguageModel
-from kru_triton.train import checkpoints, lm
-from kru_triton.train.config import model_config, parse
-from kru_triton.train.processes import Processes
+from kru_triton.train import lm
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.processes import Processes
+from kru_triton.train.run.settings import model_config, parse
 from kru_triton.train.sample import pick_device, pick_dtype
 
 

@@ -26,10 +26,10 @@ import torch
 from pyarrow import parquet
 
 from bench import harness
-from kru_triton.train import data
-from kru_triton.train.sources import find_source
-from kru_triton.train.streams import Plan, StreamBatches
-from kru_triton.train.tokenizer import ByteTokenizer, train_bpe
+from kru_triton.train.text import data
+from kru_triton.train.text.sources import find_source
+from kru_triton.train.text.streams import Plan, StreamBatches
+from kru_triton.train.text.tokenizer import ByteTokenizer, train_bpe
 
 LANES, LENGTH, SHARDS, MERGES = 32, 128, 8, 4096
 

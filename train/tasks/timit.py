@@ -3,9 +3,9 @@
     input    log mel energies of 25 ms windows, their first and second differences, 120 numbers
     target   the phone at the middle of the window, 61 labels folded to 39
 
-    python train/timit.py --data /data/TIMIT
-    python train/timit.py --data /data/TIMIT --model lstm --run-dir runs/timit-lstm
-    python train/timit.py --data /data/TIMIT --nonlinearity relu --run-dir runs/timit-relu
+    python train/tasks/timit.py --data /data/TIMIT
+    python train/tasks/timit.py --data /data/TIMIT --model lstm --run-dir runs/timit-lstm
+    python train/tasks/timit.py --data /data/TIMIT --nonlinearity relu --run-dir runs/timit-relu
 
 TIMIT is licensed (LDC93S1): `--data` is your own copy, with TRAIN/DR*/SPEAKER/SENTENCE.WAV (NIST
 SPHERE or RIFF) and .PHN beside it, in capitals or not. The usual parts: all training speakers, 50
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.train.config import UserError
-from kru_triton.train.task_loop import Task, TaskConfig, epoch_batch, parse, run
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.tasks.loop import Task, TaskConfig, epoch_batch, parse, run
 
 RATE, WINDOW, HOP, MELS = 16000, 400, 160, 40  # samples and bands
 DELTA_WIDTH = 9  # frames that a difference looks at

@@ -12,7 +12,7 @@ With several processes each writes its own `rank-R` files (so they must share th
 the first one writes the rest. A checkpoint is written to a hidden temporary folder, flushed to the
 disk, and renamed. So a folder `step-N` is complete, or it was damaged later; the manifest tells:
 
-    python train/checkpoints.py RUN_DIR     lists and verifies; exit code 1 where one is corrupt
+    python train/run/checkpoints.py RUN_DIR     lists and verifies; exit code 1 where one is corrupt
 """
 
 import signal
@@ -38,9 +38,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from kru_triton.train.config import UserError
-from kru_triton.train.processes import Processes
-from kru_triton.train.script import one_line
+from kru_triton.train.run.processes import Processes
+from kru_triton.train.run.script import one_line
+from kru_triton.train.run.settings import UserError
 
 FORMAT = 2
 Tensors = dict[str, torch.Tensor]

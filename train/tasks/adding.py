@@ -4,9 +4,9 @@
     mark     0   1   0   0  …  0   1   0       one in the first half, one in the second
     target  .86 + .91                          after the last step
 
-    python train/adding.py --T 200
-    python train/adding.py --T 200 --preset lstm --run-dir runs/adding-lstm
-    python train/adding.py --T 750 --target 0.01 --run-dir runs/adding-750
+    python train/tasks/adding.py --T 200
+    python train/tasks/adding.py --T 200 --preset lstm --run-dir runs/adding-lstm
+    python train/tasks/adding.py --T 750 --target 0.01 --run-dir runs/adding-750
 
 The preset `integrator` is what learns this at every length tried: a layer of random rotations,
 whose relu forgets within a few steps, turns each value and its mark into features, and a second one
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.train.config import UserError
-from kru_triton.train.task_loop import Task, TaskConfig, generator, parse, run
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.tasks.loop import Task, TaskConfig, generator, parse, run
 
 VALIDATION = 1000  # sequences
 BASELINE = 1 / 6  # variance of the sum of two uniform numbers

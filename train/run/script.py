@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kru_triton.train.config import UserError
+from kru_triton.train.run.settings import UserError
 
 
 @contextmanager

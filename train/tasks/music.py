@@ -4,9 +4,9 @@
     target   frames 1 … T-1
     output   a probability per key; loss: sum of their negative log-likelihoods, mean over frames
 
-    python train/music.py --data JSB_Chorales.mat
-    python train/music.py --data Piano_midi.mat --segment-length 200 --run-dir runs/piano
-    python train/music.py --data JSB_Chorales.mat --model lstm --run-dir runs/jsb-lstm
+    python train/tasks/music.py --data JSB_Chorales.mat
+    python train/tasks/music.py --data Piano_midi.mat --segment-length 200 --run-dir runs/piano
+    python train/tasks/music.py --data JSB_Chorales.mat --model lstm --run-dir runs/jsb-lstm
 
 The data and its split are those of Boulanger-Lewandowski, Bengio and Vincent (ICML 2012): JSB
 Chorales, Piano-midi, Nottingham or MuseData, as `.mat` files (traindata, validdata, testdata: cells
@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.train.config import UserError
-from kru_triton.train.task_loop import Task, TaskConfig, epoch_batch, parse, run
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.tasks.loop import Task, TaskConfig, epoch_batch, parse, run
 
 KEYS, LOWEST = 88, 21  # keys of a piano, MIDI number of the lowest
 SPLITS = {"train": "train", "val": "valid", "test": "test"}  # ours to the files'

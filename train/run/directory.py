@@ -17,8 +17,8 @@ from typing import TextIO
 
 import torch
 
-from kru_triton.train import checkpoints
-from kru_triton.train.config import BEFORE, IDENTITY_FREE, UserError
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.settings import BEFORE, IDENTITY_FREE, UserError
 
 RUN_FILES = (
     "config.json",

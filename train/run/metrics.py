@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kru_triton.train.checkpoints import write_atomic
+from kru_triton.train.run.checkpoints import write_atomic
 
 
 class Metrics:

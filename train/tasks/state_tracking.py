@@ -4,9 +4,9 @@
     modular    2 * 4 - 3 * 3        value so far, modulo 5: 2, 3, 0, 4 after the numbers
     s3, s5     a b c d e            product so far of permutations of three or five things
 
-    python train/state_tracking.py --task s3
-    python train/state_tracking.py --task s5 --model lstm --run-dir runs/s5-lstm
-    python train/state_tracking.py --task parity --num-layers 2 --nonlinearity identity
+    python train/tasks/state_tracking.py --task s3
+    python train/tasks/state_tracking.py --task s5 --model lstm --run-dir runs/s5-lstm
+    python train/tasks/state_tracking.py --task parity --num-layers 2 --nonlinearity identity
 
 Every task is a finite automaton, and a model that has found it is right at any length. Trained on
 up to `--train-length` symbols, tested on `--test-length`; all are one-hot and equally likely.
@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from kru_triton.train.config import UserError
-from kru_triton.train.task_loop import Task, TaskConfig, generator, parse, run
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.tasks.loop import Task, TaskConfig, generator, parse, run
 
 MODULUS = 5
 PLUS, MINUS, TIMES = MODULUS, MODULUS + 1, MODULUS + 2

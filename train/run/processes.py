@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kru_triton.train.config import UserError
+from kru_triton.train.run.settings import UserError
 
 # How long one process may keep the others waiting before they give up. A process that dies is
 # noticed at once, by its closed connections; this is for a machine that vanishes without a word.

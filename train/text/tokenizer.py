@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kru_triton.train.config import UserError
+from kru_triton.train.run.settings import UserError
 
 KNOWN_BOS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 ANY_TEXT = "a model that is trained with --tokenizer bytes takes any text"
@@ -208,7 +208,7 @@ def read_tokenizer(spec: str) -> FileTokenizer:
         if path.exists():
             return FileTokenizer(path.read_text(encoding="utf-8"))
         if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-            from kru_triton.train.sources import check_hub
+            from kru_triton.train.text.sources import check_hub
 
             check_hub(f"--tokenizer {spec}")
             from huggingface_hub import hf_hub_download

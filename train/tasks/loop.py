@@ -36,9 +36,6 @@ from tqdm import tqdm
 from kru_triton import KRU, KRULSTM, diagnostics, unitarity_penalty, unitary_
 from kru_triton.language_model import LanguageModelConfig, _Block
 from kru_triton.mingru import MinGRU
-from kru_triton.train import checkpoints
-from kru_triton.train.checkpoints import write_atomic
-from kru_triton.train.config import UserError, check_seed, read_toml
 from kru_triton.train.lm import (
     NonFiniteError,
     end_with,
@@ -50,17 +47,20 @@ from kru_triton.train.lm import (
     rng_state,
     set_rng_state,
 )
-from kru_triton.train.logger import Metrics, Wandb, new_run_id
-from kru_triton.train.processes import Processes, Stop
-from kru_triton.train.run_directory import (
+from kru_triton.train.run import checkpoints
+from kru_triton.train.run.checkpoints import write_atomic
+from kru_triton.train.run.directory import (
     claim,
     commit,
     device_name,
     versions,
     write_settings,
 )
+from kru_triton.train.run.metrics import Metrics, Wandb, new_run_id
+from kru_triton.train.run.processes import Processes, Stop
+from kru_triton.train.run.script import one_line
+from kru_triton.train.run.settings import UserError, check_seed, read_toml
 from kru_triton.train.sample import pick_device
-from kru_triton.train.script import one_line
 
 RECURRENT_RATE_TIMES_LENGTH = 0.005  # of the automatic --recurrent-lr
 

@@ -43,8 +43,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kru_triton.train.sources import START, DataError, Row, Source, read
-from kru_triton.train.tokenizer import ByteTokenizer, FileTokenizer, token_dtype
+from kru_triton.train.text.sources import START, DataError, Row, Source, read
+from kru_triton.train.text.tokenizer import ByteTokenizer, FileTokenizer, token_dtype
 
 LINES = 4  # of each rank and source, where there are so many pieces
 PANEL = 8192  # tokens per lane and panel, or one segment

@@ -2,8 +2,9 @@
 
     RUN_DIR/config.json, metrics.jsonl, summary.json -> the W&B run of the same id
 
-    python train/replay_wandb.py runs/lm
-    python train/replay_wandb.py runs/lm --wandb offline && wandb sync runs/lm/wandb/offline-run-*
+    python train/run/replay_wandb.py runs/lm
+    python train/run/replay_wandb.py runs/lm --wandb offline
+    wandb sync runs/lm/wandb/offline-run-*
 
 A run of that id that the server has is replaced. For runs that were logged offline in several
 legs, and for those whose logging broke. Samples and figures are not in metrics.jsonl, so they are
@@ -24,9 +25,9 @@ from typing import Literal
 
 import tyro
 
-from kru_triton.train.config import UserError
-from kru_triton.train.logger import Wandb, read_rows
-from kru_triton.train.script import one_line
+from kru_triton.train.run.metrics import Wandb, read_rows
+from kru_triton.train.run.script import one_line
+from kru_triton.train.run.settings import UserError
 
 
 @dataclass

@@ -57,7 +57,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kru_triton.train.config import UserError
+from kru_triton.train.run.settings import UserError
 
 RETRIES = 10  # in a row, without a document between them
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds; doubled each time

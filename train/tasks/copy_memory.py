@@ -4,9 +4,9 @@
     target   0 0 0 0 0 0 0 0 0 0  0 0 0 … 0  0  3 1 7 5 2 2 8 4 6 1
              ten of 8 symbols      T-1 blanks   delimiter, then ten blanks
 
-    python train/copy_memory.py --T 1000
-    python train/copy_memory.py --T 1000 --frozen-factors --run-dir runs/copy-frozen
-    python train/copy_memory.py --T 1000 --model lstm --run-dir runs/copy-lstm
+    python train/tasks/copy_memory.py --T 1000
+    python train/tasks/copy_memory.py --T 1000 --frozen-factors --run-dir runs/copy-frozen
+    python train/tasks/copy_memory.py --T 1000 --model lstm --run-dir runs/copy-lstm
 
 The protocol of Arjovsky, Shah and Bengio (ICML 2016): all T + 20 steps count, one-hot inputs and
 targets of 10 symbols. Losses are in nats per step. A predictor without memory reaches
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.train.config import UserError
-from kru_triton.train.task_loop import Task, TaskConfig, generator, parse, run
+from kru_triton.train.run.settings import UserError
+from kru_triton.train.tasks.loop import Task, TaskConfig, generator, parse, run
 
 SYMBOLS, BLANK, DELIMITER, COUNT = 8, 0, 9, 10
 VALIDATION = 256  # sequences

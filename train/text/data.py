@@ -4,7 +4,7 @@
     streamed    shards -> documents without the held-out ones -> tokens -> lanes -> batches
 
 One `stdlib` or local `text:` source is read into memory; everything else, and several sources, are
-streamed (`kru_triton.train.streams`; the specs are in `kru_triton.train.sources`).
+streamed (`kru_triton.train.text.streams`; the specs are in `kru_triton.train.text.sources`).
 
 A document's tokens are `BOS t1 t2 ... tn`: with the `bytes` tokenizer 256 byte values, and BOS is
 256. All documents in a row, each behind its BOS, are the *stream*. The model reads stream[i] and
@@ -46,9 +46,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kru_triton.train.checkpoints import write_atomic
-from kru_triton.train.config import Config, UserError
-from kru_triton.train.sources import (
+from kru_triton.train.run.checkpoints import write_atomic
+from kru_triton.train.run.settings import Config, UserError
+from kru_triton.train.text.sources import (
     START,
     DataError,
     Source,
@@ -65,8 +65,15 @@ from kru_triton.train.sources import (
     stdlib_files,
     unpacked,
 )
-from kru_triton.train.streams import HELD_OUT_SHARE, PANEL, Plan, StreamBatches, is_held_out, join
-from kru_triton.train.tokenizer import (
+from kru_triton.train.text.streams import (
+    HELD_OUT_SHARE,
+    PANEL,
+    Plan,
+    StreamBatches,
+    is_held_out,
+    join,
+)
+from kru_triton.train.text.tokenizer import (
     TRAINING_BYTES,
     ByteTokenizer,
     FileTokenizer,

@@ -1,0 +1,1 @@
+"""The synthetic and classic tasks, and the loop that only they share."""
