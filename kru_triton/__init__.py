@@ -3,11 +3,11 @@
 from kru_triton import diagnostics
 from kru_triton.convert import from_torch
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
-from kru_triton.linear_scan import kru_linear_scan
-from kru_triton.lstm import KRULSTM
-from kru_triton.lstm_scan import kru_lstm_scan, why_not_triton_lstm
-from kru_triton.modules import KRU, KRUCell
-from kru_triton.scan import kru_embedding_scan, kru_scan, kru_step, why_not_triton
+from kru_triton.layers.kru import KRU, KRUCell
+from kru_triton.layers.lstm import KRULSTM
+from kru_triton.ops.linear import kru_linear_scan
+from kru_triton.ops.lstm import kru_lstm_scan, why_not_triton_lstm
+from kru_triton.ops.scan import kru_embedding_scan, kru_scan, kru_step, why_not_triton
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 __version__ = "0.1.0"

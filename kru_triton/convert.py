@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kru_triton.kronecker import nearest_kronecker
-from kru_triton.lstm import KRULSTM
-from kru_triton.modules import KRU
+from kru_triton.layers.kru import KRU
+from kru_triton.layers.lstm import KRULSTM
 
 
 @torch.no_grad()

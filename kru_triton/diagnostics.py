@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kru_triton.kronecker import check_factors, kron_dense, product_shape, square_cuts
-from kru_triton.lstm import KRULSTM
+from kru_triton.layers.lstm import KRULSTM
 from kru_triton.reference import kru_lstm_scan_reference, kru_scan_reference
 from kru_triton.unitarity import gram_residual, named_factors
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kru_triton.kronecker import group_factors
 from kru_triton.nonlinearity import check_nonlinearity
-from kru_triton.torch_backend import left_block, right_block
+from kru_triton.torch_backend.scan import left_block, right_block
 
 
 def apply_nonlinearity(

@@ -20,6 +20,6 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def two_products(monkeypatch):
     """The torch backend keeps A and B apart, also in the small heads of the tests."""
-    from kru_triton import torch_backend
+    from kru_triton.torch_backend import scan as torch_backend
 
     monkeypatch.setattr(torch_backend, "DENSE_UNITS", 0)

@@ -20,8 +20,8 @@ from kru_triton.diagnostics import (
     unitarity_error,
     unitarity_figure,
 )
-from kru_triton.lstm import KRULSTM
-from kru_triton.modules import KRU
+from kru_triton.layers.kru import KRU
+from kru_triton.layers.lstm import KRULSTM
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 SHAPES = {

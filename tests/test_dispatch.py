@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kru_triton import KRU, kru_embedding_scan, kru_scan, unitary_, why_not_triton
 from kru_triton.kernels import why_not
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")

@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import kru_triton  # noqa: E402
 from kru_triton import KRU, KRULSTM, hf  # noqa: E402
-from kru_triton.decoding import LSTMStep, Step, why_not_graphed  # noqa: E402
 from kru_triton.hf import CACHE, KRUCache, KRUConfig, KRUForCausalLM, KRUModel  # noqa: E402
-from kru_triton.language_model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
+from kru_triton.layers.decoding import LSTMStep, Step, why_not_graphed  # noqa: E402
+from kru_triton.lm.model import MODELS, LanguageModel, LanguageModelConfig  # noqa: E402
 from kru_triton.train.export import pretrained_tokenizer  # noqa: E402
 from kru_triton.train.text.tokenizer import ByteTokenizer  # noqa: E402
 from kru_triton.unitarity import unitarity_penalty  # noqa: E402

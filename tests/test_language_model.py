@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.language_model import (
+from kru_triton.lm.model import (
     MODELS,
     PRESETS,
     LanguageModel,

@@ -6,7 +6,7 @@ from test_scan import EXACT, Case, assert_close, dense_scan, inputs, square
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kru_triton import KRU, kru_linear_scan, kru_scan, unitary_
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 
 LENGTHS = (13, 0, 5, 12, 1)
 # blocks that divide T, do not, hold one step, and hold all; T = 13

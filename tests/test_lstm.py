@@ -24,14 +24,14 @@ from kru_triton import (
     KRULSTM,
     diagnostics,
     kru_lstm_scan,
-    lstm_torch_backend,
     unitarity_penalty,
     unitary_,
     why_not_triton_lstm,
 )
-from kru_triton import scan as scan_module
-from kru_triton.lstm import GATES
+from kru_triton.layers.lstm import GATES
+from kru_triton.ops import scan as scan_module
 from kru_triton.reference import kru_lstm_scan_reference
+from kru_triton.torch_backend import lstm as lstm_torch_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -521,7 +521,7 @@ def test_opcheck(backend, optional):
         t.requires_grad_() if t is not None and t.dtype.is_floating_point else t for t in leaves
     ]
     how = (backend, "auto")
-    op = torch.ops.kru_triton.lstm_scan
+    op = torch.ops.kru_triton.ops.lstm
     torch.library.opcheck(op.default, (*leaves, *how))
     h, c, _, _ = op(*leaves, *how)
     saved = [None if t is None else t.detach() for t in (h, c, *leaves)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton import mingru
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
-from kru_triton.mingru import MinGRU, diagonal_scan
+from kru_triton.layers import mingru
+from kru_triton.layers.mingru import MinGRU, diagonal_scan
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 
 scans = pytest.mark.parametrize("scan", [mingru._in_turn, mingru._in_pairs])
 

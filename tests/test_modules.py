@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from kru_triton import KRU, KRULSTM, KRUCell, modules, unitarity_penalty
+from kru_triton import KRU, KRULSTM, KRUCell, unitarity_penalty
+from kru_triton.layers import kru as modules
 from kru_triton.nonlinearity import NONLINEARITIES
 
 EXACT = 1e-12  # float64, a few steps, relative to entries of order one

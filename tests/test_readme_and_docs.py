@@ -18,8 +18,8 @@ import kru_triton
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
-    importlib.import_module(f"kru_triton.{m.name}")
-    for m in pkgutil.iter_modules([str(ROOT / "kru_triton")])
+    importlib.import_module(m.name)
+    for m in pkgutil.walk_packages([str(ROOT / "kru_triton")], "kru_triton.")
 ]
 
 
@@ -158,7 +158,7 @@ class Without:  # a finder that does not see the blocked packages, as if never i
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import torch
 import kru_triton
-import kru_triton.language_model
+import kru_triton.lm.model
 
 y, _ = kru_triton.KRU(3, 8)(torch.randn(4, 2, 3))
 y.sum().backward()

@@ -12,10 +12,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kru_triton import KRU, kru_scan, kru_step, torch_backend, unitary_, why_not_triton
-from kru_triton import scan as scan_module
+from kru_triton import KRU, kru_scan, kru_step, unitary_, why_not_triton
 from kru_triton.nonlinearity import NONLINEARITIES
+from kru_triton.ops import scan as scan_module
 from kru_triton.reference import kru_scan_reference
+from kru_triton.torch_backend import scan as torch_backend
 
 pytestmark = pytest.mark.usefixtures("two_products")
 

@@ -9,8 +9,9 @@ import torch
 from test_scan import EXACT, Case, assert_close, dense_scan, inputs, square
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kru_triton import kru_embedding_scan, kru_scan, torch_backend
+from kru_triton import kru_embedding_scan, kru_scan
 from kru_triton.nonlinearity import NONLINEARITIES
+from kru_triton.torch_backend import scan as torch_backend
 
 LENGTHS = {
     "unsorted": (2, 7, 0, 5, 7),

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from kru_triton.language_model import PRESETS, LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import PRESETS, LanguageModel, LanguageModelConfig
 from kru_triton.train.run.settings import TRAINING, Config, UserError, model_config, parse
 
 

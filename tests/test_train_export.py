@@ -22,7 +22,7 @@ from torch.nn import functional as F
 transformers = pytest.importorskip("transformers")
 
 from kru_triton.hf import KRUForCausalLM  # noqa: E402
-from kru_triton.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig  # noqa: E402
 from kru_triton.train import evaluate, export, lm, reproduce, sample  # noqa: E402
 from kru_triton.train.evaluate import EvaluateConfig  # noqa: E402
 from kru_triton.train.export import ExportConfig  # noqa: E402

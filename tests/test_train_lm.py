@@ -21,7 +21,7 @@ import torch
 from pyarrow import parquet
 from torch.nn import functional as F
 
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
 from kru_triton.train.run import checkpoints

@@ -37,9 +37,9 @@ from kru_triton import (
     why_not_triton,
     why_not_triton_lstm,
 )
-from kru_triton import scan as scan_module
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.nonlinearity import NONLINEARITIES
+from kru_triton.ops import scan as scan_module
 
 # Relative: what a few hundred roundings of 1e-16 make of the same derivative, and a difference over
 # 2e-6 in float64, whose truncation and rounding are 1e-12 and 1e-10 of it where σ is smooth.
@@ -507,5 +507,5 @@ def test_onnx_export():
         for got, want in zip(actual, model(*args), strict=True):
             assert (torch.from_numpy(got) - want).abs().max() < 1e-5  # float32
     exported = torch.export.export(model, inputs(2))
-    assert "kru_triton.scan" in str(exported.graph)
-    assert "kru_triton.lstm_scan" in str(exported.graph)
+    assert "kru_triton.ops.scan" in str(exported.graph)
+    assert "kru_triton.ops.lstm" in str(exported.graph)

@@ -34,7 +34,7 @@ import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kru_triton.language_model import LanguageModel
+from kru_triton.lm.model import LanguageModel
 from kru_triton.train.run.checkpoints import write_atomic
 from kru_triton.train.run.directory import commit, versions
 from kru_triton.train.run.script import one_line

@@ -48,7 +48,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kru_triton import KRU
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.directory import (
     claim,

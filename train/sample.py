@@ -33,7 +33,7 @@ import torch
 import tyro
 from safetensors import SafetensorError
 
-from kru_triton.language_model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError, check_seed

@@ -8,7 +8,7 @@ import torch
 
 from bench.harness.device import free_memory, synchronize
 from bench.harness.rows import Results
-from kru_triton.decoding import capture
+from kru_triton.layers.decoding import capture
 
 MAX_ROUNDS, MIN_ROUNDS = 50, 5
 SECONDS_PER_RACE = 6.0

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from bench import harness
-from kru_triton.language_model import LanguageModel
+from kru_triton.lm.model import LanguageModel
 from kru_triton.train.lm import build_optimizers, keep_freed_memory
 from kru_triton.train.reproduce import without_folder
 from kru_triton.train.run.settings import model_config, parse

@@ -17,7 +17,7 @@ import torch
 
 from bench import harness
 from bench.speed.train_step import BASE, TOY, backward, config_of, forward
-from kru_triton.language_model import LanguageModel
+from kru_triton.lm.model import LanguageModel
 
 BENCH = "learn"
 KINDS = ("kru", "krulstm", "lstm", "transformer")

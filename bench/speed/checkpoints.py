@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench import harness
-from kru_triton.language_model import LanguageModel
+from kru_triton.lm.model import LanguageModel
 from kru_triton.train import lm
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.processes import Processes

@@ -39,9 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kru_triton
 from bench import harness
-from kru_triton import KRU, kru_linear_scan, kru_scan, torch_backend, unitary_
+from kru_triton import KRU, kru_linear_scan, kru_scan, unitary_
 from kru_triton.kronecker import group_factors
 from kru_triton.reference import kru_scan_reference
+from kru_triton.torch_backend import scan as torch_backend
 
 BENCH = "cpu"
 SECTIONS = ("scan", "memory", "layer", "profile", "growth", "linear")

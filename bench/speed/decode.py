@@ -20,7 +20,7 @@ import torch.nn.functional as nnf
 from bench import harness
 from bench.harness import Candidate
 from bench.speed import train_step
-from kru_triton.language_model import LanguageModel, _rotate
+from kru_triton.lm.model import LanguageModel, _rotate
 
 BENCH = "decode"
 RECURRENT = ("kru", "krulstm", "lstm")

@@ -18,7 +18,7 @@ import torch.nn.functional as nnf
 
 from bench import harness
 from bench.harness import Candidate, Unavailable
-from kru_triton.language_model import LanguageModel, LanguageModelConfig, match_parameters
+from kru_triton.lm.model import LanguageModel, LanguageModelConfig, match_parameters
 
 BENCH = "train_step"
 MODELS = ("kru", "kru recompute", "krulstm", "lstm", "transformer")

@@ -4,7 +4,7 @@ One flat dataclass, `Config`. Where a value comes from, the later wins:
 
     preset  <  TOML file (`--config`)  <  flags
 
-A preset's model sizes are in `kru_triton.language_model.PRESETS`, its training settings in
+A preset's model sizes are in `kru_triton.lm.model.PRESETS`, its training settings in
 `TRAINING` below. `IDENTITY_FREE` lists the settings that may change when a run is resumed; every
 other one belongs to the run's identity.
 """
@@ -21,7 +21,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from kru_triton.language_model import PRESETS, LanguageModelConfig, match_parameters
+from kru_triton.lm.model import PRESETS, LanguageModelConfig, match_parameters
 
 # Training settings of the presets. Their steps count where neither --steps nor --minutes is given.
 # fmt: off

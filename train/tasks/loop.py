@@ -34,8 +34,8 @@ from torch.nn.utils.parametrizations import orthogonal
 from tqdm import tqdm
 
 from kru_triton import KRU, KRULSTM, diagnostics, unitarity_penalty, unitary_
-from kru_triton.language_model import LanguageModelConfig, _Block
-from kru_triton.mingru import MinGRU
+from kru_triton.layers.mingru import MinGRU
+from kru_triton.lm.model import LanguageModelConfig, _Block
 from kru_triton.train.lm import (
     NonFiniteError,
     end_with,

@@ -18,11 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
-from kru_triton.decoding import LSTMStep, Step
 from kru_triton.kronecker import factor_shapes, kron_dense
-from kru_triton.linear_scan import kru_linear_scan
+from kru_triton.layers.decoding import LSTMStep, Step
 from kru_triton.nonlinearity import check_nonlinearity
-from kru_triton.scan import (
+from kru_triton.ops.linear import kru_linear_scan
+from kru_triton.ops.scan import (
     BACKENDS,
     PRECISIONS,
     _check_shape,

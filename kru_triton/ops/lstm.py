@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kru_triton import lstm_torch_backend, reference
+from kru_triton import reference
 from kru_triton.kernels.why_not import why_not as why_not_kernels
-from kru_triton.scan import (
+from kru_triton.ops.scan import (
     _check,
     _check_places,
     _check_same,
@@ -32,6 +32,7 @@ from kru_triton.scan import (
     takes_loop,
     why_not_op,
 )
+from kru_triton.torch_backend import lstm as lstm_torch_backend
 
 
 def kru_lstm_scan(

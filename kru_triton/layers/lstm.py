@@ -12,11 +12,11 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from kru_triton.decoding import LSTMStep
 from kru_triton.kronecker import kron_dense
-from kru_triton.lstm_scan import kru_lstm_scan, why_not_triton_lstm
-from kru_triton.modules import RecurrentLayers, check_state
-from kru_triton.scan import check_choice
+from kru_triton.layers.decoding import LSTMStep
+from kru_triton.layers.kru import RecurrentLayers, check_state
+from kru_triton.ops.lstm import kru_lstm_scan, why_not_triton_lstm
+from kru_triton.ops.scan import check_choice
 
 GATES = ("i", "f", "g", "o")
 

@@ -1,226 +1,26 @@
-"""The language model as a Hugging Face citizen; needs the extra `[hf]`.
-
-`import kru_triton.hf` registers `KRUConfig`, `KRUModel` and `KRUForCausalLM` with the Auto classes.
-Inside is the `LanguageModel` that `train/lm.py` trains, not a copy:
-
-    KRUForCausalLM                      generate, pipeline, Trainer, labels
-      model: KRUModel                   padding, documents, the cache
-        network: LanguageModel          embedding, blocks, norm
-      lm_head: Linear                   tied to network.embedding unless told otherwise
-
-The cache holds one state per layer, of constant size however much has been read. A state is cut to
-zero where a document starts: at each `bos_token_id`, as in training, at each 0 of position ids, as
-packed documents have them, and at the first token behind left padding, so that padding changes
-nothing.
+"""KRUModel and KRUForCausalLM: the `LanguageModel` behind the interface of transformers.
 
 B batch, T tokens of this call, V vocab_size, D d_model.
 """
 
 import dataclasses
-import difflib
 import os
-from typing import get_type_hints
 
 import torch
-import torch.nn.functional as nnf
-from huggingface_hub.dataclasses import type_validator
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForPreTraining,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
-from transformers.models.auto import modeling_auto
 
-from kru_triton.language_model import LanguageModel, LanguageModelConfig, _Block
-from kru_triton.modules import KRU
+from kru_triton.hf.cache import CACHE, KRUCache
+from kru_triton.hf.card import model_card
+from kru_triton.hf.configuration import KRUConfig
+from kru_triton.hf.documents import PACKED, ordered, read_documents, read_mask
+from kru_triton.layers.kru import KRU
+from kru_triton.lm.model import LanguageModel, _Block
 
-# What this version of transformers calls the cache of a model; models here take both names.
-CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
-# Other words for where packed documents start, as collators add them to position ids
-PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PROMPT_CHUNK = 8192  # tokens of a prompt that are read at once: bounds memory, not length
-
-SIZES = {field.name: field for field in dataclasses.fields(LanguageModelConfig)}
-HINTS = get_type_hints(LanguageModelConfig)
-OF_TRANSFORMERS = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {
-    *("model_type", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels"),
-    *("attn_implementation", "experts_implementation", "output_attentions", "quantization_config"),
-}
-
-
-class KRUConfig(PreTrainedConfig):
-    """Sizes and choices of a KRU language model, and the ids of its special tokens.
-
-    Args:
-        bos_token_id: the token that starts a document: the state is cut to zero where it is read.
-            None: documents are not told apart.
-        eos_token_id, pad_token_id: `bos_token_id` if None, as a model trained by `train/lm.py`
-            ends a document by starting the next.
-        tie_word_embeddings: the head's weight is the embedding's.
-        use_cache: return the state, outside of training.
-        kwargs: the fields of `LanguageModelConfig` (`hidden_size` is the number of recurrent units
-            per layer; the width of the residual stream and of embeddings is `d_model`, which PEFT
-            wants as the `token_dim` of tuned prompts) and those of `transformers.PreTrainedConfig`.
-
-    Raises:
-        ValueError: an unknown name, with the nearest known one, or an id outside the vocabulary. In
-            a configuration that was saved they are kept.
-        TypeError: a value of the wrong type.
-
-    Example:
-        >>> config = KRUConfig(d_model=16, hidden_size=16, factors=[4, 4], bos_token_id=256)
-        >>> config.vocab_size, config.factors, config.eos_token_id
-        (257, (4, 4), 256)
-    """
-
-    model_type = "kru"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (Trainer wants a list)
-    attribute_map = {  # noqa: RUF012 (and a dict)
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-    }
-
-    def __init__(
-        self,
-        *,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        tie_word_embeddings: bool = True,
-        use_cache: bool = True,
-        **kwargs,
-    ):
-        for name in kwargs:
-            # what was saved has a model_type, and perhaps names that other tools have added
-            if "model_type" not in kwargs and name not in SIZES and name not in OF_TRANSFORMERS:
-                near = difflib.get_close_matches(name, [*SIZES, *OF_TRANSFORMERS], 1)
-                raise ValueError(
-                    f"{name}: KRUConfig has no such setting"
-                    + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(SIZES)}")
-                )
-        for name, field in SIZES.items():
-            setattr(self, name, _checked(name, kwargs.pop(name, field.default)))
-        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-        ids["pad_token_id"] = pad_token_id
-        for name, value in ids.items():
-            value = bos_token_id if value is None else value
-            type_validator(name, value, int | None)
-            if value is not None and not 0 <= value < self.vocab_size:
-                raise ValueError(
-                    f"{name}: must be in [0, vocab_size={self.vocab_size}), got {value}"
-                )
-            setattr(self, name, value)
-        type_validator("tie_word_embeddings", tie_word_embeddings, bool)
-        type_validator("use_cache", use_cache, bool)
-        self.tie_word_embeddings, self.use_cache = tie_word_embeddings, use_cache
-        super().__init__(**kwargs)
-
-    @property
-    def layer_types(self) -> list[str]:
-        """What tells tools that a state goes along a sequence, which they must not cut up then."""
-        return ["linear_attention"] * self.num_layers
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        """As `PreTrainedConfig.from_dict`; refuses the configuration of another architecture."""
-        found = config_dict.get("model_type", cls.model_type)
-        if found != cls.model_type:
-            raise ValueError(
-                f"model_type: this is the configuration of a {found!r} model, not of a "
-                f"{cls.model_type!r} one; load it with transformers.AutoModelForCausalLM"
-            )
-        return super().from_dict({**config_dict, "model_type": found}, **kwargs)
-
-    def language_model_config(self) -> LanguageModelConfig:
-        """The configuration of the `LanguageModel` inside, types checked."""
-        return LanguageModelConfig(**{name: _checked(name, getattr(self, name)) for name in SIZES})
-
-
-def _checked(name: str, value):
-    """`value` as the type that `LanguageModelConfig` declares for `name`, or TypeError."""
-    if HINTS[name] is float and type(value) is int:
-        value = float(value)
-    if isinstance(value, list):  # a tuple that has been through JSON
-        value = tuple(value)
-    type_validator(name, value, HINTS[name])
-    return value
-
-
-class KRUCache:
-    """What a model knows of the tokens it has read: a constant number of floats.
-
-    A forward pass or `generate` puts the new state in place of the old one and never writes into a
-    state, so `copy.copy(cache)` keeps a point to come back to.
-
-    Attributes:
-        state: tensors with the batch as first dimension, None before the first token.
-        seen: how many tokens each row has read, padding included.
-        started: `(B,)` bool, False for a row that has seen only padding so far; None: all have.
-
-    Example:
-        >>> import kru_triton
-        >>> model = KRUForCausalLM(KRUConfig(d_model=8, hidden_size=4)).eval()
-        >>> cache = KRUCache()
-        >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
-        >>> cache.get_seq_length(), [tuple(s.shape) for s in cache.state]  # per layer h and last x
-        (3, [(1, 8), (1, 8), (1, 8), (1, 8)])
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_linear = (False,)  # generate() then passes on the new part of the whole sequence
-
-    def __init__(self):
-        self.state: list[Tensor] | None = None
-        self.seen = 0
-        self.started: Tensor | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens have been read."""
-        return self.seen
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was, as beam search asks."""
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, to go on from one prompt in several ways."""
-        self._change(lambda t: t.repeat_interleave(repeats, 0))
-
-    def _change(self, function) -> None:
-        if self.state is not None:
-            self.state = [function(t) for t in self.state]
-        if self.started is not None:
-            self.started = function(self.started)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything as named tensors, as `safetensors.torch.save_file` and `torch.save` take."""
-        tensors = {f"state.{i}": t.contiguous() for i, t in enumerate(self.state or [])}
-        tensors["seen"] = torch.tensor(self.seen)
-        if self.started is not None:
-            tensors["started"] = self.started.contiguous()
-        return tensors
-
-    @classmethod
-    def from_state_dict(cls, tensors: dict[str, Tensor]) -> "KRUCache":
-        """The inverse of `state_dict`."""
-        cache = cls()
-        count = sum(name.startswith("state.") for name in tensors)
-        cache.state = [tensors[f"state.{i}"] for i in range(count)] or None
-        cache.seen = int(tensors["seen"])
-        cache.started = tensors.get("started")
-        return cache
 
 
 class KRUBlock(_Block, GradientCheckpointingLayer):
@@ -385,10 +185,10 @@ class KRUModel(KRUPreTrainedModel):
             attention_mask = tokens.new_ones(batch, time)  # rows may begin here
         start, padded_right, order = None, False, None
         if attention_mask is not None:
-            start, padded_right, started, order = _read_mask(attention_mask, batch, time, cache)
-        documents = _read_documents(position_ids, packed, attention_mask, batch, time, cache)
+            start, padded_right, started, order = read_mask(attention_mask, batch, time, cache)
+        documents = read_documents(position_ids, packed, attention_mask, batch, time, cache)
         if documents is not None:
-            documents = documents if order is None else _ordered(documents, order)
+            documents = documents if order is None else ordered(documents, order)
             start = documents if start is None else start | documents
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not padded_right
@@ -398,7 +198,7 @@ class KRUModel(KRUPreTrainedModel):
                 "pad on the left (tokenizer.padding_side = 'left'), or pass use_cache=False"
             )
         if order is not None:
-            tokens = _ordered(tokens, order)
+            tokens = ordered(tokens, order)
             input_ids = None if input_ids is None else tokens
         reset = self._resets(input_ids, start)
         state = None if cache is None else cache.state
@@ -417,7 +217,7 @@ class KRUModel(KRUPreTrainedModel):
             outputs.append([*layers[:-1], x])
         layers = outputs[0] if len(outputs) == 1 else [torch.cat(x, 1) for x in zip(*outputs)]
         if order is not None:
-            layers = [_ordered(x, order.argsort(1)) for x in layers]
+            layers = [ordered(x, order.argsort(1)) for x in layers]
         x = layers.pop().contiguous()  # not time-first any more
 
         if use_cache or cache is not None:
@@ -486,140 +286,6 @@ class KRUModel(KRUPreTrainedModel):
         if reset is None or torch.compiler.is_compiling() or reset.device.type != "cpu":
             return reset
         return reset if reset.any() else None
-
-
-def _read_mask(
-    mask: Tensor, batch: int, time: int, cache: KRUCache | None
-) -> tuple[Tensor, bool, Tensor, Tensor | None]:
-    """What an attention mask says of these tokens: `start (B, T)`, True at the first token of a
-    row; whether a row ends in padding; `started (B,)`, whether a row has seen a token; and the
-    `order (B, T)` that puts all padding first, for which `start` is, if there is some in between.
-
-    Compiled, a mask is trusted: its values are not looked at, and no row ends in padding."""
-    seen = 0 if cache is None else cache.seen
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (time, seen + time):
-        raise ValueError(
-            f"attention_mask: must be ({batch}, {time}) or, with what was read before, "
-            f"({batch}, {seen + time}), got {tuple(mask.shape)}"
-        )
-    mask = mask[:, -time:].bool()
-    if seen == 0:
-        started = mask.new_zeros(batch)
-    else:
-        started = mask.new_ones(batch) if cache.started is None else cache.started
-    real = (mask.cumsum(1) > 0) | started[:, None]  # this token or one before it is one
-    before = torch.cat((started[:, None], real[:, :-1]), 1)
-    previous = torch.cat((started[:, None], mask[:, :-1]), 1)
-    start = mask & ~before
-    if torch.compiler.is_compiling():
-        return start, False, real[:, -1], None
-    holes = (mask & before & ~previous).any(1)
-    if (holes & started).any():
-        row = int((holes & started).nonzero()[0])
-        raise ValueError(
-            f"attention_mask: row {row} has padding between its tokens and those that the cache "
-            "has read; a recurrent state would read it, so pad on the left only"
-        )
-    padded_right, order = bool((real[:, -1] & ~mask[:, -1]).any()), None
-    if holes.any():
-        order = mask.byte().argsort(dim=1, stable=True)
-        start = _read_mask(_ordered(mask, order), batch, time, cache)[0]
-    if cache is None and not real[:, -1].all():
-        row = int((~real[:, -1]).nonzero()[0])
-        raise ValueError(
-            f"attention_mask: row {row} is padding alone; an empty prompt starts with the BOS token"
-        )
-    return start, padded_right, real[:, -1], order
-
-
-def _ordered(x: Tensor, order: Tensor) -> Tensor:
-    """What `x (B, T, ...)` has at the places `order (B, T)` of each row."""
-    return x[torch.arange(len(x), device=x.device)[:, None], order]
-
-
-def _read_documents(
-    position_ids: Tensor | None,
-    packed: dict[str, Tensor | int | None],
-    mask: Tensor | None,
-    batch: int,
-    time: int,
-    cache: KRUCache | None,
-) -> Tensor | None:
-    """`(B, T)`, True where a document starts; None where no argument says so.
-
-    Compiled, they are trusted: values are not looked at."""
-    found, real = {}, None if mask is None else mask[:, -time:].bool()
-    if position_ids is not None:
-        found["position_ids"] = _read_position_ids(position_ids, real, batch, time)
-    for name, value in packed.items():
-        if name not in PACKED:
-            raise TypeError(f"{name}: no argument of KRUModel.forward")
-        if value is None or name.startswith("max_length"):
-            continue
-        if name == "seq_idx":
-            numbers = _one_per_token(name, value, batch, time)
-            found[name] = nnf.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-        else:
-            found[name] = _read_bounds(name, value, batch, time)
-    if not found:
-        return None
-    (first, start), *others = found.items()
-    if position_ids is None and cache is not None and cache.state is not None:
-        raise ValueError(
-            f"{first}: does not say whether the first token goes on with what the cache has read; "
-            "give position_ids, which start a document with 0"
-        )
-    for name, other in others:
-        differ = (start != other)[:, 1:]
-        differ = differ if real is None else differ & real[:, 1:]
-        if not torch.compiler.is_compiling() and differ.any():
-            row, place = (int(i) for i in differ.nonzero()[0])
-            raise ValueError(
-                f"{name}: disagrees with {first} on whether token {place + 1} of row {row} starts "
-                "a document; give one of them"
-            )
-    return start
-
-
-def _one_per_token(name: str, numbers: Tensor, batch: int, time: int) -> Tensor:
-    if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != time:
-        raise ValueError(
-            f"{name}: must be ({batch}, {time}), one for each token, or (1, {time}) for all rows, "
-            f"got {tuple(numbers.shape)}"
-        )
-    return numbers.expand(batch, time)
-
-
-def _read_position_ids(ids: Tensor, real: Tensor | None, batch: int, time: int) -> Tensor:
-    ids = _one_per_token("position_ids", ids, batch, time)
-    start = ids == 0
-    jumps = ~start[:, 1:] & (ids[:, 1:] != ids[:, :-1] + 1)
-    if real is not None:  # between two tokens: the first one of a row may have any id
-        jumps = jumps & real[:, 1:] & real[:, :-1]
-    if not torch.compiler.is_compiling() and jumps.any():
-        row, place = (int(i) for i in jumps.nonzero()[0])
-        before, after = ids[row, place : place + 2].tolist()
-        raise ValueError(
-            f"position_ids: row {row} goes from {before} to {after} at token {place + 1}; they "
-            "must count up by one within a document, and start the next one with 0"
-        )
-    return start
-
-
-def _read_bounds(name: str, bounds: Tensor, batch: int, time: int) -> Tensor:
-    """`(B, T)`, True at all bounds but the last, in rows one after the other."""
-    if bounds.dim() != 1:
-        raise ValueError(f"{name}: must be (documents + 1,), got {tuple(bounds.shape)}")
-    start = torch.zeros(batch * time + 1, dtype=torch.bool, device=bounds.device)
-    if not torch.compiler.is_compiling():
-        ends = bounds[:1].tolist() + bounds[-1:].tolist()
-        if ends != [0, batch * time] or (bounds.diff() < 0).any():
-            raise ValueError(
-                f"{name}: must count up from 0 to {batch * time}, the tokens of the batch, got "
-                f"{bounds.tolist()}"
-            )
-    start[bounds.long()] = True
-    return start[:-1].view(batch, time)
 
 
 def _wants_dict(return_dict: bool | None, config: KRUConfig) -> bool:
@@ -807,43 +473,3 @@ def _check_labels(name: str, labels: Tensor, tokens: Tensor | None, mask: Tensor
             f"labels: {wrong} positions that attention_mask marks as padding are not -100; set "
             "labels[attention_mask == 0] = -100"
         )
-
-
-def model_card(model: KRUPreTrainedModel, facts: str = "") -> str:
-    """README.md of a saved model: what it is and how to load it, and `facts`, a paragraph."""
-    config = model.config
-    network = model.base_model.network
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [kru, recurrent, kronecker]
----
-
-# {config.model.upper()} language model
-
-{network.num_parameters:,} parameters, of which {network.num_recurrent_parameters:,} recurrent.
-Layers: {config.num_layers}, width {config.d_model}, {config.hidden_size} recurrent units per layer.
-Vocabulary: {config.vocab_size:,} tokens. The state has a constant size: a context has no fixed
-length, and a token takes the same time however long it is.
-
-{facts}
-```python
-import kru_triton.hf  # registers the architecture
-from transformers import pipeline
-
-write = pipeline("text-generation", "THIS_FOLDER")
-print(write("Once", max_new_tokens=100)[0]["generated_text"])
-```
-
-Architecture: Jose, Cissé and Fleuret, *Kronecker Recurrent Units*, ICML 2018. Code: `kru_triton`.
-"""
-
-
-AutoConfig.register(KRUConfig.model_type, KRUConfig)
-AutoModel.register(KRUConfig, KRUModel)
-AutoModelForCausalLM.register(KRUConfig, KRUForCausalLM)
-AutoModelForPreTraining.register(KRUConfig, KRUForCausalLM)
-# by these names Trainer's label smoothing, model cards and lm-evaluation-harness know what a model
-# predicts; `register` leaves them out
-modeling_auto.MODEL_MAPPING_NAMES[KRUConfig.model_type] = KRUModel.__name__
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[KRUConfig.model_type] = KRUForCausalLM.__name__

@@ -23,7 +23,7 @@ B batch, T time, H heads, P, Q sizes of A_k and B_k, F = H·P·Q features of a s
 import torch
 from torch import Tensor
 
-from kru_triton.torch_backend import CHUNK_STEPS
+from kru_triton.torch_backend.scan import CHUNK_STEPS
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer of gates
 

@@ -28,7 +28,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton import reference
-from kru_triton.scan import (
+from kru_triton.ops.scan import (
     _check,
     _check_places,
     _grouped,

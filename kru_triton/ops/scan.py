@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kru_triton import reference, torch_backend
+from kru_triton import reference
 from kru_triton.kernels.why_not import why_not as why_not_kernels
 from kru_triton.kronecker import as_one_matrix, check_factors, group_factors, product_shape
 from kru_triton.nonlinearity import check_nonlinearity
+from kru_triton.torch_backend import scan as torch_backend
 
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("auto", "fp32", "bf16")

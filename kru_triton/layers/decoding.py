@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from kru_triton.kronecker import group_factors
 from kru_triton.nonlinearity import tiny
-from kru_triton.scan import _state_dtype
-from kru_triton.torch_backend import left_block, right_block
+from kru_triton.ops.scan import _state_dtype
+from kru_triton.torch_backend.scan import left_block, right_block
 
 if TYPE_CHECKING:
-    from kru_triton.lstm import KRULSTM
-    from kru_triton.modules import KRU
+    from kru_triton.layers.kru import KRU
+    from kru_triton.layers.lstm import KRULSTM
 
 
 class Step:

@@ -1,0 +1,1 @@
+"""The modules: KRU, KRUCell, KRULSTM, their decoding, and minGRU as a baseline."""

@@ -1,0 +1,1 @@
+"""The language model: blocks around any mixer, and the presets."""

@@ -1,0 +1,1 @@
+"""The differentiable operations: scan, LSTM scan, linear scan; checks and dispatch."""

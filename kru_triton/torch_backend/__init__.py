@@ -1,0 +1,1 @@
+"""The operations in plain PyTorch: forward, and a hand-written adjoint."""
