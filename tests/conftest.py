@@ -1,6 +1,10 @@
-"""One thread per process, and without a GPU Triton's interpreter.
+"""One thread per process, and without a GPU Triton's interpreter, or compiled code on the machine.
 
 Both have to be chosen before torch and triton are imported, so here, before any test module is.
+With KRU_TARGET=sm_80 or sm_90 the kernel tests execute what Triton compiles for that target, on
+the CPU, and fail also for what the sanitizer finds in it (see `machine`):
+
+    KRU_TARGET=sm_90 python -m pytest tests/test_kernels.py tests/machine
 """
 
 import os
@@ -11,7 +15,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many proces
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+TARGET = os.environ.get("KRU_TARGET")
+if TARGET:
+    from machine.driver import active
+
+    @pytest.fixture(autouse=True)
+    def device():
+        """The device that executes compiled code; a test may take its findings, if it means them."""
+        with active(TARGET) as device:
+            yield device
+            findings = device.findings()
+        assert not findings, "\n".join(findings)
+
+else:
+    collect_ignore = ["machine"]
+
+if not TARGET and not torch.cuda.is_available():
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     assert interpreted or "triton" not in sys.modules, "triton came before its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"

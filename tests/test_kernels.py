@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import pytest
+import rounding
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,21 +206,13 @@ def planar(z):
     return torch.stack(planes, -3).flatten(-3)
 
 
-def rounded(z):
-    """z rounded to bfloat16, as a straight line to autograd."""
-    planes = torch.view_as_real(z) if z.is_complex() else z
-    planes = planes + (planes.bfloat16().double() - planes).detach()
-    return torch.view_as_complex(planes) if z.is_complex() else planes
-
-
 def step(case, fa, fb, state):
     """(A ⊗ B) h for every row and head; for "bf16" with every operand of a product rounded."""
     if case.precision == "fp32":
         dense = torch.stack([torch.kron(fa[i], fb[i]) for i in range(case.H)])
         return torch.einsum("hmn,bhn->bhm", dense, state)
-    x = rounded(state).unflatten(-1, (case.P, case.Q))
-    z = rounded(torch.einsum("bhpq,hrq->bhpr", x, rounded(fb)))
-    return torch.einsum("hsp,bhpr->bhsr", rounded(fa), z).flatten(-2)
+    x = state.unflatten(-1, (case.P, case.Q))
+    return rounding.kron(fa, fb, x, narrow=True).flatten(-2)
 
 
 def oracle(case, x_proj, a, b, beta, h_0, reset, lengths):

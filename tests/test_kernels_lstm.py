@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter (see conftest.py).
 from dataclasses import dataclass
 
 import pytest
+import rounding
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,9 +19,11 @@ if DEVICE == "cuda":
 
 from kru_triton.kernels import lstm, why_not  # noqa: E402 (after importorskip)
 
-# Relative L2 errors: products of bfloat16 pairs are exact to 2^-17, of bfloat16 to 2^-9
-LIMITS = {"fp32": {"h": 1e-5, "c": 1e-5}, "bf16": {"h": 1e-2, "c": 1e-2}}
-GRADIENT_LIMIT = {"fp32": 1e-4, "bf16": 2e-2}
+# Relative L2 errors: products of bfloat16 pairs are exact to 2^-17. "bf16", against a definition
+# that rounds what the kernel rounds: h is rounded once more at its store (2^-9), c not at all, and
+# the hardware's tanh is good to 2^-11.
+LIMITS = {"fp32": {"h": 1e-5, "c": 1e-5}, "bf16": {"h": 4e-3, "c": 2e-3}}
+GRADIENT_LIMIT = {"fp32": 1e-4, "bf16": 6e-3}
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,17 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
+def products(case, a, b, h):
+    """(A ⊗ B) h of the four gates (4, B, H, N); for "bf16" with every operand rounded."""
+    if case.precision == "bf16":
+        x = h.unflatten(-1, (case.P, case.Q))
+        return torch.stack([rounding.kron(*w, x, narrow=True).flatten(-2) for w in zip(a, b)])
+    dense = [torch.stack([torch.kron(*w) for w in zip(*gate)]) for gate in zip(a, b)]
+    return torch.einsum("khmn,bhn->kbhm", torch.stack(dense), h)
+
+
 def definition(case, x_proj, a, b, h_0, c_0, reset, lengths):
     """h and c (T, B, H·N)."""
-    dense = torch.stack(
-        [torch.stack([torch.kron(a[k, i], b[k, i]) for i in range(case.H)]) for k in range(4)]
-    )
     u = x_proj.unflatten(-1, (4, case.H, -1))
     h = torch.zeros_like(u[:, 0, 0]) if h_0 is None else h_0.view(case.B, case.H, -1)
     c = torch.zeros_like(h) if c_0 is None else c_0.view(case.B, case.H, -1)
@@ -88,7 +97,7 @@ def definition(case, x_proj, a, b, h_0, c_0, reset, lengths):
     for t in range(case.T):
         if reset is not None:
             h, c = (torch.where(reset[:, t, None, None], 0.0, v) for v in (h, c))
-        i, f, g, o = (torch.einsum("khmn,bhn->bkhm", dense, h) + u[:, t]).unbind(1)
+        i, f, g, o = products(case, a, b, h) + u[:, t].transpose(0, 1)
         alive = (t < lengths)[:, None, None]
         c = torch.where(alive, f.sigmoid() * c + i.sigmoid() * g.tanh(), 0.0)
         h = torch.where(alive, o.sigmoid() * c.tanh(), 0.0)
