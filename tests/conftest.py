@@ -21,7 +21,7 @@ if TARGET:
 
     @pytest.fixture(autouse=True)
     def device():
-        """The device that executes compiled code; a test may take its findings, if it means them."""
+        """The device that executes compiled code; findings that a test does not take fail it."""
         with active(TARGET) as device:
             yield device
             findings = device.findings()

@@ -11,7 +11,7 @@ SECTOR = 32  # bytes of global memory that are fetched together
 
 
 def locate(s, space, addresses, lanes, size, verb):
-    """Memory, indices (lanes, size) of the bytes at these addresses, and the lanes that have any."""
+    """Memory, indices (lanes, size) of the bytes at these addresses, lanes that have any."""
     memory, base = (s.memory, Arena.BASE) if space == "global" else (s.shared, SHARED_BASE)
     end = len(memory.data) if space == "global" else s.shared_size
     i = addresses[lanes].astype(np.int64) - base

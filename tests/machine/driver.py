@@ -195,7 +195,7 @@ def active(arch: str, **options) -> Iterator[Device]:
     try:
         with (
             Poison(),
-            mock.patch.object(why_not, "interpreted", lambda: True),
+            mock.patch.object(why_not, "interpreted", return_value=True),
             mock.patch.object(why_not, "SHARED_INTERPRETED", limit),
         ):
             yield device

@@ -13,16 +13,16 @@ is anything that a correct program would not do:
     misaligned  access at an address that is no multiple of its size
     undefined   read of a byte or a register that nothing was written to
     race        two threads touch one byte, one of them writes, and nothing lies between: bar.sync
-                between warps; within a warp at least bar.warp.sync, and for a write after a read any
-                instruction at which the warp comes together; between CTAs nothing helps. Two writes
-                of the same value are no race
-    in flight   shared memory is touched before the cp.async that fills it was waited for, or written
-                before the wgmma that reads it was; a register of a wgmma is touched before it was
-                waited for
+                between warps; within a warp at least bar.warp.sync, and for a write after a read
+                any instruction at which the warp comes together; between CTAs nothing helps. Two
+                writes of the same value are no race
+    in flight   shared memory is touched before the cp.async that fills it was waited for, or
+                written before the wgmma that reads it was; a register of a wgmma is touched before
+                it was waited for
     prefetch    of an address in no buffer: harmless, and useless
     proxy       wgmma reads shared memory that was written without fence.proxy.async since
-    barrier     bar.sync, or another .aligned instruction, that not all lanes of a warp reach, or not
-                all warps of a CTA
+    barrier     bar.sync, or another .aligned instruction, that not all lanes of a warp reach, or
+                not all warps of a CTA
 
 What differs between devices is exact here unless `Options` say otherwise: approximate instructions
 and the sums of tensor cores. Not seen: what ptxas makes of the PTX, sm_100's tcgen05, AMD.

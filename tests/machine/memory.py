@@ -94,7 +94,7 @@ class Memory:
         """Bytes at these indices. Collective: by an instruction at which the whole warp meets;
         proxy: by wgmma, which sees no write that was not fenced."""
         find = functools.partial(s.find, lanes=lanes, memory=self, i=i)
-        find("undefined", ~self.defined[i], "reads what was never written")
+        find("undefined", ~(self.defined[i] | self.in_flight[i]), "reads what was never written")
         find("in flight", self.in_flight[i], "reads before cp.async is waited for")
         find("race", self.unordered_writes(s, i, lanes), "reads unordered")
         if proxy:  # the writers of shared memory are in the same CTA

@@ -185,16 +185,14 @@ def noise(seed: int, *inputs):
     return (h >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
 
 
-def disturbed(function, limits):
-    """The function with an error drawn from what is allowed, where a run asks for that."""
+def disturbed(function, limits, seed: int):
+    """The function with an error drawn from what is allowed."""
     ulps, relative, absolute = limits
 
-    def approximate(s, *inputs):
+    def approximate(*inputs):
         y = function(*inputs)
-        if s.options.approximate is None:
-            return y
         bound = np.maximum(ulps * np.abs(np.spacing(y)), np.maximum(relative * np.abs(y), absolute))
-        error = np.where(np.isfinite(y), bound, 0) * noise(s.options.approximate, *inputs)
+        error = np.where(np.isfinite(y), bound, 0) * noise(seed, *inputs)
         return (y.astype(np.float64) + error).astype(np.float32)
 
     return approximate
@@ -203,12 +201,10 @@ def disturbed(function, limits):
 # --------------------------------------------------------------------------------- instructions
 
 
-def apply(o: Operands, function, kinds: list[str], result: str, stateful: bool = False) -> Step:
-    """Step of `result register = function(operands)`; stateful: it takes the lanes as well."""
+def apply(o: Operands, function, kinds: list[str], result: str) -> Step:
+    """Step of `result register = function(operands)`."""
     reads = [o.reader(text, kind) for text, kind in zip(o.text[1:], kinds, strict=True)]
     put = o.writer(o.text[0], result)
-    if stateful:
-        return lambda s, m: put(s, function(s, *(r(s, m) for r in reads)), m)
     return lambda s, m: put(s, function(*(r(s, m) for r in reads)), m)
 
 
@@ -247,11 +243,19 @@ def arithmetic(o: Operands) -> Step:
     if "ftz" in o.mods:
         plain = function
         function = lambda *v: flushed(plain(*map(flushed, v)))  # noqa: E731
-    if limits:
-        return apply(o, disturbed(function, limits), [kind] * n, kind, stateful=True)
-    if "approx" in o.mods or "full" in o.mods:
-        raise o.unknown("its error is not in scalar.APPROXIMATE")
-    return apply(o, function, [kind] * n, kind)
+    exact = apply(o, function, [kind] * n, kind)
+    if not limits:
+        if "approx" in o.mods or "full" in o.mods:
+            raise o.unknown("its error is not in scalar.APPROXIMATE")
+        return exact
+
+    def approximate(s, m):
+        seed = s.options.approximate
+        if seed is None:
+            return exact(s, m)
+        return apply(o, disturbed(function, limits, seed), [kind] * n, kind)(s, m)
+
+    return approximate
 
 
 def bf16_arithmetic(o: Operands, name: str, kind: str, n: int) -> Step:

@@ -49,11 +49,9 @@ def to_zero(x):
     return np.where(np.abs(y.astype(np.float64)) > np.abs(x), np.nextafter(y, np.float32(0)), y)
 
 
-def dot(s, x, y, c):
-    """x (..., M, 16) times y (..., N, 16) plus c (..., M, N), in float32."""
-    if not s.options.truncate:
-        return (x @ y.swapaxes(-1, -2) + c).astype(np.float32)
-    terms, bits = TERMS[s.program.capability], BITS[s.program.capability]
+def truncating_dot(x, y, c, capability: int):
+    """The same as `dot`, added as the tensor cores of a device do."""
+    terms, bits = TERMS[capability], BITS[capability]
     for k in range(0, 16, terms):
         u, v = x[..., :, None, k : k + terms], y[..., None, :, k : k + terms]
         products = np.concatenate((u * v, c.astype(np.float64)[..., None]), -1)
@@ -61,6 +59,13 @@ def dot(s, x, y, c):
         most = np.maximum(exponents.max(-1, keepdims=True), -126)
         c = to_zero(truncated(products, most - bits).sum(-1))
     return c
+
+
+def dot(s, x, y, c):
+    """x (..., M, 16) times y (..., N, 16) plus c (..., M, N), in float32."""
+    if s.options.truncate:
+        return truncating_dot(x, y, c, s.program.capability)
+    return (x @ y.swapaxes(-1, -2) + c).astype(np.float32)
 
 
 def fragment_a(values):
