@@ -48,9 +48,9 @@ def count_traffic(s, space, i, lanes, size, verb) -> None:
         unit = min(size, 4)
         bytes_ = np.unique(warp[:, None] * 2**40 + i[:, None] // unit + np.arange(size // unit))
         sectors = np.unique(bytes_ // (SECTOR // unit))  # 2^40 is a multiple of it
-        traffic[f"{verb} requests"] += len(np.unique(warp))
-        traffic[f"{verb} sectors"] += len(sectors)
-        traffic[f"{verb} bytes"] += len(bytes_) * unit
+        traffic[f"{verb[:-1]} requests"] += len(np.unique(warp))
+        traffic[f"{verb[:-1]} sectors"] += len(sectors)
+        traffic[f"{verb[:-1]} bytes"] += len(bytes_) * unit
         return
     words = max(1, size // 4)
     part = (s.tid[lanes] % WARP).astype(np.int64) * words // WARP + warp * 4

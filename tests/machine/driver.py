@@ -14,7 +14,7 @@ kernel wrote some elements and left others without a value.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
@@ -122,7 +122,7 @@ class Launcher:
             if kind != "constexpr"
         ]
         device = triton.runtime.driver.active
-        text = device.transform(self.ptx)
+        text = device.replaced.get(self.ptx, self.ptx)
         arguments, types = {name: value for name, value, _ in taken}, [kind for *_, kind in taken]
         shared, warps = self.metadata.shared, self.metadata.num_warps
         begin = time.perf_counter()
@@ -133,7 +133,7 @@ class Launcher:
 
 
 class Device(DriverBase):
-    """Keeps what was launched; `transform` gives what is executed in place of a kernel's PTX."""
+    """Keeps what was launched; `replaced` says what is executed in place of a kernel's PTX."""
 
     launcher_cls = Launcher
 
@@ -141,7 +141,7 @@ class Device(DriverBase):
         self.capability = int(arch.removeprefix("sm_"))
         self.options = options
         self.launches: list[Launch] = []
-        self.transform: Callable[[str], str] = lambda text: text
+        self.replaced: dict[str, str] = {}
         self.utils = self
 
     def findings(self) -> list[str]:

@@ -1,0 +1,55 @@
+"""Counts that are known."""
+
+import torch
+
+from kru_triton.kernels import scan
+
+from . import machine, ptx
+from .count import per_step
+from .lanes import Options
+from .memory import Arena
+from .test_sanitizer import MODULE
+
+
+def test_a_step_of_256_units():
+    """Every byte of a row is moved once, in whole sectors, and shared memory is left alone."""
+    a, b = (torch.eye(16).expand(2, 1, 16, 16).contiguous() for _ in range(2))
+
+    def call(T):
+        x = torch.ones(1, T, 512, dtype=torch.bfloat16)
+        how = {"nonlinearity": "modrelu", "precision": "bf16"}
+        scan.scan_forward(x, a, b, torch.zeros(256), None, None, **how)
+
+    counts = per_step(call, "sm_90")["scan_forward_kernel"]
+    assert counts["load bytes"] == counts["store bytes"] == 512 * 2
+    assert counts["load sectors"] == counts["store sectors"] == 512 * 2 / 32
+    assert counts["load requests"] == counts["global load"] == 4  # 8 units of a plane a thread
+    assert counts["tensor core"] == 4 * 2 * 2  # real products, each of two halves, twice
+    assert counts["wavefronts"] == counts["barrier"] == counts["shuffle"] == 0
+
+
+def traffic(body):
+    memory = Arena()
+    address = memory.add(torch.zeros(8192, dtype=torch.uint8).numpy())
+    program = ptx.parse(MODULE.format(body=body))
+    report = machine.run(program, (1, 1, 1), [address], memory, 8192, Options(traffic=True))
+    assert report.kinds == set()
+    return report.traffic
+
+
+def test_bank_conflicts():
+    """Two warps: one wavefront each for neighbouring words or one word, 32 for words in one bank."""
+    plain = traffic("st.shared.b32 [%r6], %r1;")
+    assert plain == {"wavefronts": 2, "wavefronts without conflicts": 2}
+    assert traffic("st.shared.b32 [%r5], 7;") == plain
+    strided = "mad.lo.s32 %r9, %r1, 128, %r5;\nst.shared.b32 [%r9], %r1;"
+    assert traffic(strided) == {"wavefronts": 64, "wavefronts without conflicts": 2}
+    wide = "mad.lo.s32 %r9, %r1, 16, %r5;\nst.shared.v4.b32 [%r9], {%r1, %r1, %r1, %r1};"
+    assert traffic(wide) == {"wavefronts": 8, "wavefronts without conflicts": 8}
+
+
+def test_sectors():
+    plain = traffic("ld.global.b32 %r9, [%rd3];")
+    assert plain == {"load requests": 2, "load sectors": 8, "load bytes": 256}
+    strided = "mad.wide.u32 %rd4, %r1, 64, %rd1;\nst.global.b32 [%rd4], %r1;"
+    assert traffic(strided) == {"store requests": 2, "store sectors": 64, "store bytes": 256}
