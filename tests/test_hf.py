@@ -319,7 +319,7 @@ def test_hidden_states_of_a_long_prompt_and_of_a_recomputed_one(monkeypatch):
     model, tokens = make(recompute=4), tokens_of(2, 20)
     expected = model(tokens, output_hidden_states=True).hidden_states
     assert [tuple(x.shape) for x in expected] == [(2, 20, 16)] * 3
-    monkeypatch.setattr(hf, "PROMPT_CHUNK", 6)
+    monkeypatch.setattr(hf.modeling, "PROMPT_CHUNK", 6)
     with torch.no_grad():
         found = model(tokens, output_hidden_states=True).hidden_states
     for a, b in zip(found, expected, strict=True):
@@ -817,7 +817,7 @@ def test_a_long_prompt_is_read_in_pieces_of_bounded_size(model, monkeypatch):
     tokens[0, 20] = BOS
     with torch.no_grad():
         expected = model(tokens)
-    monkeypatch.setattr(hf, "PROMPT_CHUNK", 8)
+    monkeypatch.setattr(hf.modeling, "PROMPT_CHUNK", 8)
     hidden, seen = model.model.network.hidden, []
 
     def watched(tokens, *args):

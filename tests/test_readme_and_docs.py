@@ -1,14 +1,21 @@
 """What the documentation shows runs, and the package imports with torch alone."""
 
 import ast
+import contextlib
 import doctest
+import functools
 import importlib
 import inspect
+import io
+import multiprocessing
 import pkgutil
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,14 +76,45 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_readme_python_runs():
-    """In the order of the page, one namespace, as a reader would type it."""
-    blocks = python_blocks((ROOT / "README.md").read_text())
-    assert blocks, "README.md shows no Python"
-    namespace = {"__name__": "readme"}
+FOLDERS = ("kru_triton", "kernels", "train", "bench", "tests")
+PAGES = {
+    page: (ROOT / page).read_text()
+    for page in ("README.md", "CONTRIBUTING.md", *(f"{name}/README.md" for name in FOLDERS[:-1]))
+}
+
+
+@functools.cache
+def run_page(page, code=None):
+    """The names that a page's Python leaves behind, run in its order as a reader would type it."""
+    namespace = {"__name__": "page"}
     torch.manual_seed(0)
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"README.md python block {i}", "exec"), namespace)
+    exec(compile(code or "\n".join(python_blocks(PAGES[page])), page, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if python_blocks(text)])
+def test_python_of_a_page_runs(page):
+    run_page(page)
+
+
+def test_the_first_page_shows_python():
+    assert len(python_blocks(PAGES["README.md"])) == 2
+
+
+def test_the_model_of_the_page_learns_and_an_lstm_in_its_place_does_not():
+    page = "kru_triton/README.md"
+    code = "\n".join(python_blocks(PAGES[page]))
+    for ours, theirs in {
+        "self.rnn = KRU(": "self.rnn = nn.LSTM(",
+        "self.rnn.output_size": "hidden_size",
+        "_, h_n = self.rnn": "_, (h_n, _) = self.rnn",
+        " + 1e-3 * model.rnn.unitarity_penalty()": "",
+        ', {"params": repeated, "lr": 0.005 / 200}': "",
+    }.items():
+        assert code.count(ours) == 1
+        code = code.replace(ours, theirs)
+    assert run_page(page)["accuracy"] > 0.95
+    assert run_page(page, code)["accuracy"] < 0.5  # a guess: 0.125
 
 
 def test_python_blocks_are_found():
@@ -84,16 +122,114 @@ def test_python_blocks_are_found():
     assert python_blocks(text) == ["x = 1\n", "y = 2\n\nz = 3\n"]
 
 
-def test_readme_names_files_that_exist():
-    """Every path in backticks that looks like one of ours is there."""
-    text = (ROOT / "README.md").read_text()
-    named = set(
-        re.findall(
-            r"[\s`(]((?:kru_triton|kernels|train|bench|tests)/[\w./-]*\w\.(?:py|jsonl|md))", text
-        )
+PATHS = [
+    path.relative_to(ROOT).as_posix() + "/" * path.is_dir()
+    for path in (
+        *ROOT.glob("*.*"),
+        *(p for f in FOLDERS for p in (ROOT / f, *(ROOT / f).rglob("*"))),
     )
-    assert named, "README.md names no file"
-    assert not [path for path in named if not (ROOT / path).exists()]
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_folders_that_a_page_names_are_there(page):
+    """Each by its path, or the end of it."""
+    named = re.findall(r"(?<![\w*./-])\w[\w./-]*\.(?:py|md|cff|svg)\b", PAGES[page])
+    named += re.findall(r"\b(?:bench|results)/[\w./-]+\.jsonl?\b", PAGES[page])
+    for line in code_lines(PAGES[page]):
+        named += re.findall(r"(?<![\w./])[\w./-]+/(?=[\s,;])", line)
+    assert named
+    assert not [n for n in named if not any(f"/{path}".endswith(f"/{n}") for path in PATHS)]
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def code_lines(text):
+    """Indented lines outside of lists, and what stands in single backticks."""
+    blocks = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^ {4,}(\S.*)", blocks, re.MULTILINE)
+    return lines + [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", blocks)]
+
+
+COMMANDS = {
+    line: page
+    for page, text in PAGES.items()
+    for line in code_lines(text)
+    if re.match(r"([\w./]*python|make|pip|torchrun) ", line)
+}
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def print_help(program, connection):
+    """In a process forked off this one, which has torch: the exit code of --help, and its text."""
+    sys.argv = [*program, "--help"]
+    told, code = io.TextIOWrapper(io.BytesIO(), "utf-8"), 0
+    with contextlib.redirect_stdout(told):
+        try:
+            if program[0].endswith(".py"):
+                runpy.run_path(str(ROOT / program[0]), run_name="__main__")
+            else:
+                runpy.run_module(program[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    told.flush()
+    connection.send((code, told.buffer.getvalue().decode()))
+
+
+@pytest.fixture(scope="module")
+def help_of():
+    texts = {}
+
+    def ask(*program):
+        if program not in texts:
+            ours, theirs = multiprocessing.Pipe()
+            context = multiprocessing.get_context("fork")
+            process = context.Process(target=print_help, args=(program, theirs))
+            process.start()
+            theirs.close()  # so that its end is seen here
+            code, texts[program] = ours.recv()
+            process.join()
+            assert not code, program
+        return texts[program]
+
+    return ask
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_pages_have_their_flags(command, help_of):
+    words = shlex.split(command, comments=True)
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if words[0] == "make":
+        for word in words[1:]:
+            name, is_setting, value = word.partition("=")
+            assert re.search(
+                rf"\b{name} \?=|\({name}\)" if is_setting else f"^{name}:", MAKEFILE, re.M
+            )
+            if name == "ARGS":
+                assert words[1] == "train"
+                assert f"--{value.split()[0].strip('-')}" in help_of("train/lm.py")
+        return
+    if words[0] == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = re.findall(r"\[([\w,]+)\]", command)
+        assert {e for es in extras for e in es.split(",")} <= project[
+            "optional-dependencies"
+        ].keys()
+        assert all((ROOT / file).exists() for file in re.findall(r"-c (\S+)", command))
+        return
+    (place,) = [i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"]
+    if words[0] == "torchrun":
+        flags = [flag for flag in flags if flag in words[place:]]
+    if words[place] == "-m":
+        program = (
+            words[place + 1 : place + 3] if words[place + 1] == "bench" else [words[place + 1]]
+        )
+        program = [word for word in program if not word.startswith("--") and word != "NAME"]
+    else:
+        program = words[place : place + 1]
+    told = help_of(*program)
+    assert told
+    assert not [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", told)]
 
 
 def test_kernels_init_holds_a_docstring_alone():
