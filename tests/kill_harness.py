@@ -33,7 +33,8 @@ from pyarrow import parquet
 
 from kru_triton.train import lm
 from kru_triton.train.run import checkpoints
-from kru_triton.train.run.directory import commit, device_name
+from kru_triton.train.run.device import device_name
+from kru_triton.train.run.directory import commit
 from kru_triton.train.run.metrics import read_rows
 
 TINY = (

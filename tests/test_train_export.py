@@ -30,6 +30,7 @@ from kru_triton.train.run import checkpoints, replay_wandb  # noqa: E402
 from kru_triton.train.run.directory import find_checkpoint  # noqa: E402
 from kru_triton.train.run.settings import UserError  # noqa: E402
 from kru_triton.train.tasks import loop as task_loop  # noqa: E402
+from kru_triton.train.text import generate, load  # noqa: E402
 from kru_triton.train.text.tokenizer import ByteTokenizer, FileTokenizer, train_bpe  # noqa: E402
 
 TRAIN = Path(__file__).parents[1] / "train"
@@ -104,7 +105,7 @@ def bpe(tmp_path_factory):
 
 
 def test_an_exported_model_is_the_trained_one(run_dir, folder):
-    trained, _, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    trained, _, _ = load.load_model(str(run_dir), "cpu", "auto")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens = torch.tensor([[256, *b"some text"]])
     assert torch.equal(loaded(tokens).logits, trained(tokens, None, tokens == 256)[0])
@@ -134,7 +135,7 @@ def test_token_ids_of_a_bpe_run_are_those_of_the_training(bpe):
         assert ids == [trained.bos, *trained.encode(text.encode()).tolist()]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert len(tokenizer("the cat and the hat")["input_ids"]) < 10
-    read, tokens, _ = sample.load_model(str(out), "cpu", "auto")
+    read, tokens, _ = load.load_model(str(out), "cpu", "auto")
     assert (tokens.bos, tokens.vocab_size) == (trained.bos, trained.vocab_size)
     assert read.config.vocab_size == trained.vocab_size
 
@@ -191,7 +192,7 @@ def test_a_run_is_read_while_it_writes_and_deletes(growing, text, tmp_path, monk
     monkeypatch.setattr(evaluate, "versions", dict)
     measured = EvaluateConfig(str(growing), text[0], contexts=(), max_bytes=20)
     read = {
-        "sample": lambda _: sample.load_model(str(growing), "cpu", "auto"),
+        "sample": lambda _: load.load_model(str(growing), "cpu", "auto"),
         "evaluate": lambda _: evaluate.evaluate(measured),
         "export": lambda index: export.export(ExportConfig(str(growing), f"{tmp_path}/{index}")),
         "resume": lambda _: find_checkpoint(growing).name,
@@ -235,9 +236,9 @@ def test_a_run_and_its_folder_write_the_same_text(run_dir, folder, capsys):
 
 
 def test_generate_equals_the_sampler(run_dir, folder):
-    network, tokenizer, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    network, tokenizer, _ = load.load_model(str(run_dir), "cpu", "auto")
     options = {"temperature": 0, "top_p": 1.0, "generator": torch.Generator()}
-    expected = list(sample.generate(network, tokenizer, b"the ", 40, **options))
+    expected = list(generate.generate(network, tokenizer, b"the ", 40, **options))
     model = KRUForCausalLM.from_pretrained(folder)
     written = model.generate(
         torch.tensor([[256, *b"the "]]), max_new_tokens=40, suppress_tokens=[256]
@@ -249,24 +250,24 @@ def test_generate_equals_the_sampler(run_dir, folder):
 def test_folders_that_cannot_be_sampled(folder, tmp_path):
     transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="configuration of a 'gpt2' model"):
-        sample.load_model(str(tmp_path / "gpt2"), "cpu", "auto")
+        load.load_model(str(tmp_path / "gpt2"), "cpu", "auto")
 
     copied = tmp_path / "copied"
     model = KRUForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(300)
     model.save_pretrained(copied)
     with pytest.raises(UserError, match="no such file"):
-        sample.load_model(str(copied), "cpu", "auto")
+        load.load_model(str(copied), "cpu", "auto")
     (copied / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     with pytest.raises(UserError, match=r"has 257 tokens, the model of .* 300"):
-        sample.load_model(str(copied), "cpu", "auto")
+        load.load_model(str(copied), "cpu", "auto")
 
     settings = json.loads((folder / "config.json").read_text())
     torch.manual_seed(0)
     untied = KRUForCausalLM(type(model.config)(**{**settings, "tie_word_embeddings": False}))
     untied.save_pretrained(tmp_path / "untied")
     with pytest.raises(UserError, match="head of its own"):
-        sample.load_model(str(tmp_path / "untied"), "cpu", "auto")
+        load.load_model(str(tmp_path / "untied"), "cpu", "auto")
 
 
 def test_chances_are_those_of_transformers_processors():
@@ -282,21 +283,21 @@ def test_chances_are_those_of_transformers_processors():
         steps += [transformers.TopKLogitsWarper(top_k)] if top_k else []
         steps += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
         scores = transformers.LogitsProcessorList(steps)(prompt, logits.clone())
-        ours = sample.penalize(logits[0], seen, penalty)
+        ours = generate.penalize(logits[0], seen, penalty)
         assert torch.equal(ours, steps[0](prompt, logits.clone())[0])
-        ours = sample.probabilities(ours, temperature, top_p, top_k)
+        ours = generate.probabilities(ours, temperature, top_p, top_k)
         expected = torch.softmax(scores[0], -1)
         assert torch.equal(ours > 0, expected > 0), (penalty, temperature, top_k, top_p)
         torch.testing.assert_close(ours / ours.sum(), expected, rtol=1e-5, atol=0)  # float32
     tied = torch.tensor([1.0, 2.0, 2.0, 0.0])
-    assert (sample.probabilities(tied, 1.0, 1.0, 1) > 0).tolist() == [False, True, True, False]
+    assert (generate.probabilities(tied, 1.0, 1.0, 1) > 0).tolist() == [False, True, True, False]
 
 
 def test_generate_with_a_penalty_equals_the_sampler(run_dir, folder):
-    network, tokenizer, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    network, tokenizer, _ = load.load_model(str(run_dir), "cpu", "auto")
     options = {"temperature": 0, "top_p": 1.0, "generator": torch.Generator()}
     ours = [
-        list(sample.generate(network, tokenizer, b"the ", 40, repetition_penalty=p, **options))
+        list(generate.generate(network, tokenizer, b"the ", 40, repetition_penalty=p, **options))
         for p in (1.0, 1.5)
     ]
     model = KRUForCausalLM.from_pretrained(folder)
@@ -312,7 +313,7 @@ def test_generate_with_a_penalty_equals_the_sampler(run_dir, folder):
 @pytest.mark.parametrize("temperature", [1e-300, 1e-60, 1e60, 1e300])
 def test_extreme_temperatures_still_draw(temperature):
     logits, draws = torch.tensor([0.0, -math.inf, 2.0, 1.0]), torch.Generator().manual_seed(0)
-    found = {sample.draw(logits, temperature, 1.0, draws) for _ in range(60)}
+    found = {generate.draw(logits, temperature, 1.0, draws) for _ in range(60)}
     assert found == ({2} if temperature < 1 else {0, 2, 3})
 
 
@@ -331,9 +332,9 @@ def test_what_is_written_ends_before_a_stop_however_it_is_cut(size):
     for text, stops, expected in cases:
         text = text.encode()
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
-        written = list(sample.until(pieces, [stop.encode() for stop in stops]))
+        written = list(generate.until(pieces, [stop.encode() for stop in stops]))
         assert b"".join(written) == expected.encode(), (text, stops)
-    live = sample.until(iter([b"ab", b"x", b"y"]), [b"abc"])
+    live = generate.until(iter([b"ab", b"x", b"y"]), [b"abc"])
     assert [next(live), next(live)] == [b"", b"abx"]  # as soon as no stop can begin there
 
 
@@ -405,11 +406,11 @@ def test_a_failed_export_leaves_nothing(run_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_logits_that_are_no_numbers_end_a_sample_in_words(run_dir):
-    network, tokenizer, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    network, tokenizer, _ = load.load_model(str(run_dir), "cpu", "auto")
     next(network.parameters()).data.fill_(math.nan)
     options = {"temperature": 1.0, "top_p": 1.0, "generator": torch.Generator()}
     with pytest.raises(UserError, match="logits are not finite after 0 tokens"):
-        list(sample.generate(network, tokenizer, b"the ", 9, **options))
+        list(generate.generate(network, tokenizer, b"the ", 9, **options))
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,7 @@ def test_evaluation_equals_one_pass_by_hand(run_dir, text, length):
     spec, tokens, size = text
     config = EvaluateConfig(str(run_dir), spec, contexts=(10, 50, 5000), segment_length=length)
     report = evaluate.evaluate(config)
-    model, _, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    model, _, _ = load.load_model(str(run_dir), "cpu", "auto")
     index = torch.arange(len(tokens))
     resets = [index == 0, tokens == 256, index % 10 == 0, index % 50 == 0, index % 5000 == 0]
     names = ["carried", "document", "10", "50", "5,000"]

@@ -26,8 +26,9 @@ from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run import directory as run_directory
+from kru_triton.train.run.optimizers import learning_rate_factor
 from kru_triton.train.run.settings import Config, UserError
-from kru_triton.train.text import data, streams, tokenizer
+from kru_triton.train.text import data, generate, load, streams, tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
@@ -170,7 +171,7 @@ def test_val_bpb_is_the_loss_of_each_byte_given_all_bytes_before_it_in_its_docum
     finished, corpus
 ):
     run_dir, _ = finished
-    model, _, _ = sample.load_model(str(run_dir), "cpu", "auto")
+    model, _, _ = load.load_model(str(run_dir), "cpu", "auto")
     _, ((_, text),) = data.load_documents(corpus[1], corpus[3])
     tokens = torch.tensor([[256, *text]])
     with torch.no_grad():
@@ -549,16 +550,16 @@ def test_minutes_anneal_the_learning_rate_to_the_floor(tmp_path, corpus, monkeyp
 
 def test_the_schedule_warms_up_and_follows_the_cosine():
     config = Config(warmup=10, lr_floor=0.1)
-    factors = [lm.learning_rate_factor(config, step, step / 100) for step in range(100)]
+    factors = [learning_rate_factor(config, step, step / 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[9] > 0.95
     assert factors[50] == pytest.approx(0.55)
-    assert lm.learning_rate_factor(config, 100, 1.0) == pytest.approx(0.1)
+    assert learning_rate_factor(config, 100, 1.0) == pytest.approx(0.1)
 
 
 def test_wsd_stays_at_the_peak_until_its_decay():
     config = Config(warmup=10, lr_floor=0.1, schedule="wsd", decay_share=0.25)
-    factors = [lm.learning_rate_factor(config, step, step / 100) for step in range(101)]
+    factors = [learning_rate_factor(config, step, step / 100) for step in range(101)]
     assert factors[:9] == sorted(factors[:9])
     assert factors[9:76] == [factors[9]] * 67
     assert factors[9] == pytest.approx(1)
@@ -566,7 +567,7 @@ def test_wsd_stays_at_the_peak_until_its_decay():
     assert factors[-1] == pytest.approx(0.1)
     assert factors[81] == pytest.approx(0.1 + 0.9 * (1 - 0.24**0.5))
     constant = Config(warmup=0, schedule="wsd", decay_share=0)
-    assert lm.learning_rate_factor(constant, 100, 1.0) == pytest.approx(1)
+    assert learning_rate_factor(constant, 100, 1.0) == pytest.approx(1)
 
 
 def test_a_run_resumed_before_its_decay_is_one_of_the_larger_budget(
@@ -893,9 +894,9 @@ def test_samples_are_repeatable_and_follow_the_seed(finished):
 
 
 def test_greedy_decoding_equals_the_argmax_of_the_whole_text(finished):
-    model, tokenizer, _ = sample.load_model(str(finished[0]), "cpu", "auto")
+    model, tokenizer, _ = load.load_model(str(finished[0]), "cpu", "auto")
     options = {"temperature": 0, "top_p": 1.0, "generator": torch.Generator()}
-    tokens = list(sample.generate(model, tokenizer, b"the unit ", 50, **options))
+    tokens = list(generate.generate(model, tokenizer, b"the unit ", 50, **options))
     whole = torch.tensor([[256, *b"the unit ", *tokens]])
     with torch.no_grad():
         logits, _ = model(whole)
@@ -904,7 +905,7 @@ def test_greedy_decoding_equals_the_argmax_of_the_whole_text(finished):
 
 
 def test_the_state_does_not_grow_with_the_text(finished, monkeypatch):
-    model, tokenizer, _ = sample.load_model(str(finished[0]), "cpu", "auto")
+    model, tokenizer, _ = load.load_model(str(finished[0]), "cpu", "auto")
     forward, seen = model.forward, []
 
     def watched(tokens, state=None, reset=None):
@@ -914,7 +915,7 @@ def test_the_state_does_not_grow_with_the_text(finished, monkeypatch):
 
     monkeypatch.setattr(model, "forward", watched)
     options = {"temperature": 1.0, "top_p": 1.0, "generator": torch.Generator().manual_seed(0)}
-    list(sample.generate(model, tokenizer, b"x" * 99, 20, **options))
+    list(generate.generate(model, tokenizer, b"x" * 99, 20, **options))
     assert [length for length, _ in seen] == [100] + [1] * 19  # the prompt in one go
     assert len({size for _, size in seen}) == 1
 
@@ -922,13 +923,13 @@ def test_the_state_does_not_grow_with_the_text(finished, monkeypatch):
 def test_draws_stay_in_the_nucleus_and_follow_its_probabilities():
     probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
     generator = torch.Generator().manual_seed(0)
-    draws = [sample.draw(probabilities.log(), 1.0, 0.75, generator) for _ in range(2000)]
+    draws = [generate.draw(probabilities.log(), 1.0, 0.75, generator) for _ in range(2000)]
     assert set(draws) == {1, 3}
     assert draws.count(1) / 2000 == pytest.approx(0.625, abs=0.04)  # 3.7 standard errors
-    everything = {sample.draw(probabilities.log(), 1.0, 1.0, generator) for _ in range(2000)}
+    everything = {generate.draw(probabilities.log(), 1.0, 1.0, generator) for _ in range(2000)}
     assert everything == {0, 1, 2, 3}
-    assert {sample.draw(probabilities.log(), 1e-30, 1.0, generator) for _ in range(9)} == {1}
-    assert sample.draw(probabilities.log(), 0, 0.5, generator) == 1
+    assert {generate.draw(probabilities.log(), 1e-30, 1.0, generator) for _ in range(9)} == {1}
+    assert generate.draw(probabilities.log(), 0, 0.5, generator) == 1
 
 
 def test_characters_of_several_bytes_are_put_together(finished, monkeypatch, capsys):

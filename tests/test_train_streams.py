@@ -24,9 +24,8 @@ import torch
 from pyarrow import parquet
 from servers import FileServer, HubServer, serve
 
-from kru_triton.train import sample
 from kru_triton.train.run.settings import Config, UserError, parse
-from kru_triton.train.text import data, sources, streams, tokenizer
+from kru_triton.train.text import data, generate, load, sources, streams, tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
 BYTES = tokenizer.ByteTokenizer()
@@ -1143,10 +1142,10 @@ def test_a_run_on_a_stream_with_bpe_goes_on_exactly_and_is_sampled(tmp_path):
     assert "step 50" in out
     assert resumed == whole
 
-    model, own, _ = sample.load_model(str(tmp_path / "whole"), "cpu", "torch")
+    model, own, _ = load.load_model(str(tmp_path / "whole"), "cpu", "torch")
     assert (own.vocab_size, own.bos) == (307, 306)
     generator = torch.Generator().manual_seed(0)
-    drawn = sample.generate(
+    drawn = generate.generate(
         model, own, b"the unit", 20, temperature=1.0, top_p=1.0, generator=generator
     )
     assert b"".join(own.decode_each(drawn))
@@ -1154,7 +1153,7 @@ def test_a_run_on_a_stream_with_bpe_goes_on_exactly_and_is_sampled(tmp_path):
         tokenizer.train_bpe(20, [text.encode() for text in make_texts(50)]).json
     )
     with pytest.raises(UserError, match=r"the tokenizer of .* has 277 tokens, the model of .* 307"):
-        sample.load_model(str(tmp_path / "whole"), "cpu", "torch")
+        load.load_model(str(tmp_path / "whole"), "cpu", "torch")
 
 
 def test_bench_data_quick(tmp_path):

@@ -20,7 +20,7 @@ import torch
 from kru_triton.lm.model import PRESETS, LanguageModel, LanguageModelConfig
 from kru_triton.train import reproduce
 from kru_triton.train.run import checkpoints
-from kru_triton.train.run.directory import device_name
+from kru_triton.train.run.device import device_name
 from kru_triton.train.run.settings import UserError, parse
 from kru_triton.train.tasks import adding, copy_memory, music, pixel_mnist, state_tracking, timit
 from kru_triton.train.tasks import loop as task_loop

@@ -36,11 +36,12 @@ from tqdm import tqdm
 
 from kru_triton.lm.model import LanguageModel
 from kru_triton.train.run.checkpoints import write_atomic
+from kru_triton.train.run.device import pick_dtype
 from kru_triton.train.run.directory import commit, versions
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.sample import load_model, pick_dtype
 from kru_triton.train.text import data
+from kru_triton.train.text.load import load_model
 
 
 @dataclass

@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from kru_triton.hf import KRUForCausalLM, model_card
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.sample import BOS, is_exported, load_model
+from kru_triton.train.text.load import BOS, is_exported, load_model
 from kru_triton.train.text.tokenizer import byte_values
 
 

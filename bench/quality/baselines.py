@@ -34,10 +34,10 @@ import torch
 
 from bench import harness
 from kru_triton.lm.model import LanguageModel
-from kru_triton.train.lm import build_optimizers, keep_freed_memory
 from kru_triton.train.reproduce import without_folder
+from kru_triton.train.run.device import keep_freed_memory, pick_dtype
+from kru_triton.train.run.optimizers import build_optimizers
 from kru_triton.train.run.settings import model_config, parse
-from kru_triton.train.sample import pick_dtype
 from kru_triton.train.text import data
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")

@@ -24,9 +24,9 @@ from bench import harness
 from kru_triton.lm.model import LanguageModel
 from kru_triton.train import lm
 from kru_triton.train.run import checkpoints
+from kru_triton.train.run.device import keep_freed_memory, pick_device, pick_dtype
 from kru_triton.train.run.processes import Processes
 from kru_triton.train.run.settings import model_config, parse
-from kru_triton.train.sample import pick_device, pick_dtype
 
 
 class TimedWriter(checkpoints.Writer):
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     config = parse(["--preset", args.preset])
     config.dtype = pick_dtype(config.dtype, device)
-    lm.keep_freed_memory()
+    keep_freed_memory()
     torch.manual_seed(0)
     model = LanguageModel(model_config(config, 257)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

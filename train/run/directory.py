@@ -15,8 +15,6 @@ import subprocess
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.settings import BEFORE, IDENTITY_FREE, UserError
 
@@ -172,16 +170,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """What the GPU, or the processor, calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

@@ -39,28 +39,32 @@ from kru_triton.lm.model import LanguageModelConfig, _Block
 from kru_triton.train.lm import (
     NonFiniteError,
     end_with,
-    keep_freed_memory,
     last_good,
-    learning_rate_factor,
-    load_optimizers,
-    optimizer_tensors,
-    rng_state,
-    set_rng_state,
 )
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.checkpoints import write_atomic
+from kru_triton.train.run.device import (
+    device_name,
+    keep_freed_memory,
+    pick_device,
+    rng_state,
+    set_rng_state,
+)
 from kru_triton.train.run.directory import (
     claim,
     commit,
-    device_name,
     versions,
     write_settings,
 )
 from kru_triton.train.run.metrics import Metrics, Wandb, new_run_id
+from kru_triton.train.run.optimizers import (
+    learning_rate_factor,
+    load_optimizers,
+    optimizer_tensors,
+)
 from kru_triton.train.run.processes import Processes, Stop
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError, check_seed, read_toml
-from kru_triton.train.sample import pick_device
 
 RECURRENT_RATE_TIMES_LENGTH = 0.005  # of the automatic --recurrent-lr
 
