@@ -26,7 +26,7 @@ from kru_triton.lm.model import LanguageModel, LanguageModelConfig  # noqa: E402
 from kru_triton.train import evaluate, export, lm, reproduce, sample  # noqa: E402
 from kru_triton.train.evaluate import EvaluateConfig  # noqa: E402
 from kru_triton.train.export import ExportConfig  # noqa: E402
-from kru_triton.train.run import checkpoints, replay_wandb  # noqa: E402
+from kru_triton.train.run import checkpoints, wandb_run  # noqa: E402
 from kru_triton.train.run.directory import find_checkpoint  # noqa: E402
 from kru_triton.train.run.settings import UserError  # noqa: E402
 from kru_triton.train.tasks import loop as task_loop  # noqa: E402
@@ -419,10 +419,10 @@ def test_logits_that_are_no_numbers_end_a_sample_in_words(run_dir):
         (sample, "run", ["runs"]),
         (evaluate, "evaluate", ["runs"]),
         (export, "export", ["runs", "out"]),
-        (replay_wandb, "replay", ["runs"]),
+        (wandb_run, "replay", ["runs"]),
         (reproduce, "reproduce", ["draw"]),
         (checkpoints, "list_all", ["runs"]),
-        (lm, "prepare", []),
+        (lm, "train", []),
         (task_loop, "train", []),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -447,7 +447,7 @@ def test_ctrl_c_is_one_line_and_130(script, inner, arguments, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "name", ["sample", "evaluate", "export", "run/replay_wandb", "lm", "tasks/adding"]
+    "name", ["sample", "evaluate", "export", "run/wandb_run", "lm", "tasks/adding"]
 )
 def test_ctrl_c_while_the_libraries_load_ends_without_a_traceback(name):
     process = subprocess.Popen(

@@ -26,6 +26,7 @@ from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run import directory as run_directory
+from kru_triton.train.run import run as run_module
 from kru_triton.train.run.optimizers import learning_rate_factor
 from kru_triton.train.run.settings import Config, UserError
 from kru_triton.train.text import data, generate, load, streams, tokenizer
@@ -447,7 +448,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_completed_step(
     flags = [*flags, "--run-dir", tmp_path, "--checkpoint-every", 4 if name == "pack" else 0]
     with monkeypatch.context() as patch:
         fail_at(patch, owner, name, number, error)
-        patch.setattr(lm, "drop_output", lambda: None)
+        patch.setattr(run_module, "drop_output", lambda: None)
         if code is None:
             with pytest.raises(type(error), match=str(error)):
                 run_in_process(patch, *flags)
@@ -817,7 +818,7 @@ def test_what_learns_how_is_said_first(tmp_path, corpus, monkeypatch, capsys):
     assert "in matrices: Muon at 0.01, decay 0.1" in " ".join(head.split())
 
 
-def test_a_run_of_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, capsys):
+def test_a_run_module_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, capsys):
     flags = [*TINY, *corpus, "--run-dir", tmp_path, "--lr-floor", 1]
     assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
     settings = json.loads((tmp_path / "config.json").read_text())

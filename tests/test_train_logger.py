@@ -7,11 +7,11 @@ import types
 
 import pytest
 
-from kru_triton.train.run import metrics as logger
-from kru_triton.train.run import replay_wandb
-from kru_triton.train.run.metrics import Metrics, Wandb
-from kru_triton.train.run.replay_wandb import ReplayConfig
+from kru_triton.train.run import metrics as record
+from kru_triton.train.run import wandb_run
+from kru_triton.train.run.metrics import Metrics
 from kru_triton.train.run.settings import UserError
+from kru_triton.train.run.wandb_run import ReplayConfig, Wandb
 
 
 def rows_in(path):
@@ -64,7 +64,7 @@ def test_rows_that_the_disk_refused_are_written_later(tmp_path, monkeypatch, cap
         return FullDisk(os.fdopen(os.open(path, os.O_RDWR), mode, buffering))
 
     with monkeypatch.context() as patch:
-        patch.setattr(logger, "open", open_full, raising=False)
+        patch.setattr(record, "open", open_full, raising=False)
         metrics.write({"step": 2})
     assert "No space left" in capsys.readouterr().err
     metrics.write({"step": 3})
@@ -209,10 +209,10 @@ def test_what_the_environment_says_is_not_overridden_by_our_settings(tmp_path, m
 
 def test_the_id_of_the_environment_is_that_of_a_new_run(monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
-    assert logger.new_run_id() == "chosen"
+    assert wandb_run.new_run_id() == "chosen"
     for not_one in ("", " ", "a/b", "a:b"):
         monkeypatch.setenv("WANDB_RUN_ID", not_one)
-        assert logger.new_run_id().startswith("20")
+        assert wandb_run.new_run_id().startswith("20")
 
 
 def test_replay_goes_where_the_run_went_and_says_when_it_is_switched_off(tmp_path, monkeypatch):
@@ -222,26 +222,26 @@ def test_replay_goes_where_the_run_went_and_says_when_it_is_switched_off(tmp_pat
     for variable in ("PROJECT", "NAME", "RUN_ID"):
         monkeypatch.setenv(f"WANDB_{variable}", "other")
     monkeypatch.setenv("WANDB_RESUME", "must")  # the run is replaced whatever that says
-    assert replay_wandb.replay(ReplayConfig(str(tmp_path), "offline", wandb_name="mine"))
+    assert wandb_run.replay(ReplayConfig(str(tmp_path), "offline", wandb_name="mine"))
     assert (seen["project"], seen["name"], seen["id"]) == ("q", "mine", "some-id")
     assert "WANDB_RESUME" not in os.environ
     monkeypatch.setenv("WANDB_DISABLED", "true")
     with pytest.raises(UserError, match="WANDB_DISABLED switches W&B off: give --wandb"):
-        replay_wandb.replay(ReplayConfig(str(tmp_path)))
+        wandb_run.replay(ReplayConfig(str(tmp_path)))
 
 
 def test_auto_is_offline_without_a_key_or_without_the_host(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert logger.why_offline("http://127.0.0.1:9") == "no key"
+    assert wandb_run.why_offline("http://127.0.0.1:9") == "no key"
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert "127.0.0.1 cannot be reached" in logger.why_offline("http://127.0.0.1:9")
+    assert "127.0.0.1 cannot be reached" in wandb_run.why_offline("http://127.0.0.1:9")
     (tmp_path / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    reason = logger.why_offline("http://127.0.0.1:9")
+    reason = wandb_run.why_offline("http://127.0.0.1:9")
     assert "127.0.0.1 cannot be reached" in reason
     assert "xxxx" not in reason
-    with logger.socket.create_server(("127.0.0.1", 0)) as server:
-        assert logger.why_offline(f"http://127.0.0.1:{server.getsockname()[1]}") == ""
+    with wandb_run.socket.create_server(("127.0.0.1", 0)) as server:
+        assert wandb_run.why_offline(f"http://127.0.0.1:{server.getsockname()[1]}") == ""

@@ -20,6 +20,7 @@ import torch
 from kru_triton.lm.model import PRESETS, LanguageModel, LanguageModelConfig
 from kru_triton.train import reproduce
 from kru_triton.train.run import checkpoints
+from kru_triton.train.run import run as run_module
 from kru_triton.train.run.device import device_name
 from kru_triton.train.run.settings import UserError, parse
 from kru_triton.train.tasks import adding, copy_memory, music, pixel_mnist, state_tracking, timit
@@ -757,7 +758,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_tested(tmp_path):
 
 def test_a_summary_names_the_device_and_the_commit_that_ran(tmp_path, monkeypatch):
     later = iter(["before", "after"])  # what a checkout holds at the start, and at the end of a run
-    monkeypatch.setattr(task_loop, "commit", lambda: next(later))
+    monkeypatch.setattr(run_module, "commit", lambda: next(later))
     _, summary = train(copy_memory, f"{TOY_COPY} --steps 2", tmp_path / "run")
     assert summary["commit"] == "before"
     assert summary["device"] == device_name(torch.device("cpu")) != ""

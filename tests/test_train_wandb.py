@@ -1,4 +1,4 @@
-"""Weights & Biases, as train/lm.py and train/run/replay_wandb.py use the real package."""
+"""Weights & Biases, as train/lm.py and train/run/wandb_run.py use the real package."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kru_triton.train.run import replay_wandb
-from kru_triton.train.run.metrics import Wandb
+from kru_triton.train.run import wandb_run
+from kru_triton.train.run.wandb_run import Wandb
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-TRAIN = Path(replay_wandb.__file__).parents[1]
+TRAIN = Path(wandb_run.__file__).parents[1]
 
 
 def records(run_dir):
@@ -70,7 +70,7 @@ def test_replay_makes_the_whole_run_of_metrics_jsonl(tmp_path, monkeypatch, caps
     rows = write_run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path / "run"), "--wandb", "offline"])
     with pytest.raises(SystemExit) as end:
-        replay_wandb.main()
+        wandb_run.main()
     assert end.value.code == 0
     assert "40 rows" in capsys.readouterr().out
     assert history(tmp_path / "run") == rows
@@ -115,7 +115,7 @@ def test_every_variable_of_wandb_reaches_the_run_and_a_resumed_run_keeps_its_id(
 def test_replay_of_no_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
-        replay_wandb.main()
+        wandb_run.main()
     assert end.value.code == 2
     assert "is not the directory of a run" in capsys.readouterr().err
 
@@ -157,7 +157,7 @@ def service_pids():
 CHILD = """
 import sys, time
 from pathlib import Path
-from kru_triton.train.run.metrics import Wandb
+from kru_triton.train.run.wandb_run import Wandb
 began = time.monotonic()
 wandb = Wandb(sys.argv[1], Path(sys.argv[2]), "id", {"lr": 1.0})
 for step in range(100):
@@ -181,7 +181,7 @@ def test_a_server_that_never_answers_costs_seconds_and_the_key_stays_secret(tmp_
     assert done.returncode == 0, done.stderr
     assert "logged True" in done.stdout
     assert "finished False" in done.stdout
-    assert "replay_wandb.py" in done.stdout or "wandb: off (" in done.stdout
+    assert "wandb_run.py" in done.stdout or "wandb: off (" in done.stdout
     assert KEY not in done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(KEY.encode() in path.read_bytes() for path in files)

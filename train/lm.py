@@ -28,9 +28,6 @@ import math
 import os
 import shlex
 import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,36 +40,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch.optim import Optimizer
 
 from kru_triton import KRU
-from kru_triton.lm.model import LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel
 from kru_triton.train.run import checkpoints
-from kru_triton.train.run.device import (
-    device_name,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
-    rng_state,
-    set_rng_state,
-)
-from kru_triton.train.run.directory import (
-    claim,
-    commit,
-    share,
-    versions,
-    write_settings,
-)
-from kru_triton.train.run.metrics import Metrics, Wandb, new_run_id
+from kru_triton.train.run.device import pick_device, pick_dtype, rng_state, set_rng_state
+from kru_triton.train.run.directory import versions
 from kru_triton.train.run.optimizers import (
     build_optimizers,
     describe_optimizers,
     learning_rate_factor,
     load_optimizers,
     optimizer_tensors,
+    set_learning_rates,
 )
-from kru_triton.train.run.processes import Processes, Stop, join, leave
-from kru_triton.train.run.script import drop_output, one_line
+from kru_triton.train.run.processes import Processes, join, leave
+from kru_triton.train.run.run import NonFiniteError, Run, TrainState, is_due
+from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import SEEDS, Config, UserError, model_config, parse
 from kru_triton.train.text import data
 from kru_triton.train.text.generate import encode_prompt, generate
@@ -81,24 +66,15 @@ from kru_triton.train.text.load import ready
 EVALUATION_LANES = 32
 
 
-class NonFiniteError(Exception):
-    """The loss or the gradient is not a number any more."""
-
-
 @dataclass
-class Position:
-    """Where a run is, besides model, optimizer and RNG."""
+class LMState(TrainState):
+    """Losses are summed over the targets of this process."""
 
-    step: int = 0
     tokens: int = 0  # targets that were counted, of all processes
-    seconds: float = 0.0  # in the loop, all legs
+    counts: list[float] = field(default_factory=list)  # of each of `losses`
     data: dict = field(default_factory=dict)  # of this process, after the last step's batch
     epochs: float = 0.0
     state: list[Tensor] = field(default_factory=list)  # carried from segment to segment
-    # of the steps since the last row of metrics.jsonl:
-    losses: list[Tensor] = field(default_factory=list)  # summed over this process' targets
-    counts: list[float] = field(default_factory=list)  # targets of all processes
-    norms: list[Tensor] = field(default_factory=list)  # of the gradient
 
     def mean_losses(self, processes: Processes) -> list[float]:
         """Mean loss of each step since the last row, over all processes.
@@ -117,61 +93,139 @@ class Position:
         return means
 
 
-# Checkpoint: everything into flat tensors and JSON, and back
+# Loop
 
 
-def pack(at: Position, model, optimizers, processes: Processes) -> tuple[dict, dict]:
-    """Tensors and JSON documents by file, those of this process, for `checkpoints.Writer`."""
-    own = {f"state.{index}": tensor for index, tensor in enumerate(at.state)}
-    own["losses"] = torch.tensor(list(map(float, at.losses)), dtype=torch.float64)
-    own |= rng_state(next(model.parameters()).device)
-    name = f"rank-{processes.rank}"
-    tensors, documents = {name: own}, {name: {"data": at.data}}
-    if processes.rank == 0:
-        tensors["model"] = model.state_dict()
-        tensors["optimizer"] = optimizer_tensors(model, optimizers)
-        documents["trainer"] = {
-            **{key: getattr(at, key) for key in ("step", "tokens", "seconds", "counts")},
-            "norms": list(map(float, at.norms)),
-            "processes": processes.count,
-            "model_config": dataclasses.asdict(model.config),
-            "versions": versions(),
-        }
-    return tensors, documents
+def train(config: Config, processes: Processes) -> int:
+    """Run to the end of the budget, or to the first signal. Returns the exit code."""
+    with Run(config, processes) as run:
+        text = open_text(config, run)
+        config, model = build_model(config, text, processes)
+        device = next(model.parameters()).device
+        with processes.together():
+            optimizers = build_optimizers(model, config)
+        lines = describe_model(model, optimizers, run) + describe_text(text)
+        run.describe(settings_of(config, model, text, processes), lines, device)
+        at = run.resume(
+            LMState(), lambda path: unpack(path, model, optimizers, text.train, processes)
+        )
+        forward = processes.wrap(torch.compile(model) if config.compile else model, device)
+        run.start(at, device, lambda: pack(at, model, optimizers, processes))
+        learn(config, run, text, model, forward, optimizers)
+        if run.completed():
+            finish(config, run, text, model)
+    return run.code
 
 
-def unpack(path: Path, model, optimizers, batches, processes: Processes) -> Position:
-    """Put a checkpoint back in place; the inverse of `pack`.
+def learn(config: Config, run: Run, text: data.Data, model, forward, optimizers) -> None:
+    """The steps."""
+    at, autocast = run.at, autocast_of(config, run.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batch, (at.data, at.epochs) = fetch(run, text.train)
+    run.agree()
+    model.train()
+    while run.goes_on():
+        factor = learning_rate_factor(config, at.step, run.done)
+        set_learning_rates(optimizers, factor)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total, state = backward(model, forward, batch, at.state, config, autocast)
+        here = int((batch[1] != -100).sum())
+        capacity = batch[1].numel() * run.processes.count
+        batch, position = fetch(run, text.train)  # while a GPU is still busy
+        count = run.agree(here)
+        if 0 < count < capacity:
+            for parameter in parameters:
+                parameter.grad *= capacity / count
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
+        run.update(*optimizers)
 
-    The lanes of all processes together are those of the checkpoint, whatever its number of
-    processes was: each process takes its part. (Not every source of data allows that; the random
-    numbers of dropout are others then.)
-    """
-    trainer = json.loads((path / "trainer.json").read_text())
-    same = trainer["processes"] == processes.count
-    checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
-    device = next(model.parameters()).device
-    model.load_state_dict(checkpoint.tensors["model"])
-    load_optimizers(model, optimizers, checkpoint.tensors["optimizer"])
+        at.step += 1
+        at.tokens += int(count)
+        at.state = state
+        at.data, at.epochs = position
+        at.losses.append(total)
+        at.counts.append(count)
+        at.norms.append(norm)
+        run.stepped()
 
-    at = Position(**{key: trainer[key] for key in ("step", "tokens", "seconds", "counts", "norms")})
-    ranks = [processes.rank] if same else range(trainer["processes"])
-    own = [checkpoint.tensors[f"rank-{rank}"] for rank in ranks]
-    for index in range(sum(name.startswith("state.") for name in own[0])):
-        lanes = torch.cat([tensors[f"state.{index}"] for tensors in own])
-        part = lanes if same else lanes.chunk(processes.count)[processes.rank].clone()
-        at.state.append(part.to(device))
-    if same or processes.rank == 0:
-        at.losses = list(sum(tensors["losses"] for tensors in own))
-    else:
-        at.losses = [torch.zeros(())] * len(at.norms)
-    batches.load_state(checkpoint.documents[f"rank-{ranks[0]}"]["data"])
-    if same:
-        set_rng_state(own[0], device)
-    return at
+        evaluating = run.done >= 1.0 or is_due(at.step, config.eval_every)
+        if evaluating or is_due(at.step, config.log_every):
+            with run.noting():
+                report(config, run, text, model, config.lr * factor, evaluating)
+            run.agree()
+        if is_due(at.step, config.checkpoint_every) and run.done < 1.0:
+            run.save()
 
 
-# Pieces of the loop
+def report(config: Config, run: Run, text: data.Data, model, rate: float, evaluating: bool) -> None:
+    """A row of the steps since the last one."""
+    at = run.at
+    losses, norms = at.mean_losses(run.processes), list(map(float, at.norms))
+    tokens_per_second, data_wait = run.rates("tokens")
+    row = {
+        "step": at.step,
+        "tokens": at.tokens,
+        "train/loss_nats": sum(losses) / len(losses),
+        "tok_s": round(tokens_per_second, 1),
+        "data_wait": round(data_wait, 4),
+        "grad_norm": sum(norms) / len(norms),
+        "unitarity": unitarity(model),
+        "lr": rate,
+    }
+    extras = {}
+    if evaluating:
+        autocast = autocast_of(config, run.device)
+        row |= evaluate(model, text.valid, config.segment_length, autocast, run.processes)
+        extras["draw"] = lambda: draw(model)
+        if config.sample_tokens:
+            extras["sample"] = lambda: write_sample(model, text.tokenizer, config, at.step)
+    at.losses, at.counts, at.norms = [], [], []
+    run.log(row, describe(row), **extras)
+
+
+def finish(config: Config, run: Run, text: data.Data, model: LanguageModel) -> None:
+    """Measure the last weights, and write the summary."""
+    at, autocast = run.at, autocast_of(config, run.device)
+    options = config.segment_length, autocast, run.processes
+    result = run.last_row("val/bpb") or evaluate(model, text.valid, *options)
+    test = {} if text.test is None else evaluate(model, text.test, *options, "test")
+    measures = {name: result[name] for name in ("val/bpb", "val/loss_nats")} | test
+    if not run.first:
+        return
+    summary = {
+        **measures,
+        "gzip_bpb": text.baselines["gzip"],
+        "xz_bpb": text.baselines["xz"],
+        "tokens": at.tokens,
+        "epochs": at.epochs,
+        "checkpoint_bytes": run.writer.bytes,
+        "checkpoint_s": run.writer.seconds,
+        "checkpoint_blocked_s": run.writer.blocked,
+        "processes": run.processes.count,
+        "data": {**text.facts, "read": text.train.counts()},
+        "backend": model.backend_report(),
+    }
+    bits = [f"{name} {measures[name]:.4f}" for name in measures if name.endswith("/bpb")]
+    sampler = Path(sys.argv[0]).with_name("sample.py")
+    run.summarize(
+        summary,
+        model,
+        f"{', '.join(bits)}, {describe_baselines(text)}; "
+        f"{at.step:,} steps, {at.tokens:,} tokens, {at.epochs:.2f} epochs",
+        f"sample: python {sampler} {shlex.quote(str(run.directory))} --prompt 'def '\n",
+    )
+
+
+def fetch(run: Run, batches) -> tuple[tuple[Tensor, ...] | None, tuple[dict, float]]:
+    """The next batch, None where that has failed; position and epochs before it."""
+    position, batch = (batches.state(), batches.epochs_read()), None
+    with run.noting(), run.waiting():
+        batch = batches.next()
+    return batch, position
+
+
+# Pieces of a step
 
 
 def backward(
@@ -212,6 +266,10 @@ def backward(
         total += loss.detach()
         after.append([tensor.detach() for tensor in own])
     return total, [torch.cat(parts) for parts in zip(*after)]
+
+
+def autocast_of(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 @torch.no_grad()
@@ -294,37 +352,24 @@ def describe(row: dict) -> str:
     return text
 
 
-def prepare(config: Config, processes: Processes) -> int:
-    """Take the run directory, open the data, and train. Returns the exit code."""
-    keep_freed_memory()
-    stop = Stop()
-    run_dir = Path(config.run_dir)
-    first = processes.rank == 0
-    # The first process before the others
-    with processes.together():
-        _lock, path = claim(run_dir, config.resume) if first else (None, None)
-    path = processes.gather(path)[0]
-    for turn in (first, not first):
+# What a run begins with
+
+
+def open_text(config: Config, run: Run) -> data.Data:
+    """The data of this process; the first process before the others."""
+    processes, text = run.processes, None
+    for turn in (run.first, not run.first):
         with processes.together():
             if turn:
-                share(run_dir, processes.rank)
-                text = data.build(config, run_dir, processes.rank, processes.count)
-    with contextlib.closing(text.train):
-        return train(config, processes, stop, text, path)
+                text = data.build(config, run.directory, processes.rank, processes.count)
+    run.stack.callback(text.train.close)
+    return text
 
 
-def train(
-    config: Config, processes: Processes, stop: Stop, text: data.Data, path: Path | None
-) -> int:
-    """Run to the end of the budget, or to the first signal. Returns the exit code.
-
-    Args:
-        path: the checkpoint to go on from.
-    """
-    run_dir = Path(config.run_dir)
-    first = processes.rank == 0
-
-    # Model
+def build_model(
+    config: Config, text: data.Data, processes: Processes
+) -> tuple[Config, LanguageModel]:
+    """The model on its device; the configuration with the precision that this has."""
     with processes.together():
         device = pick_device(processes.device_name(config.device))
         if device.type == "cuda" and device.index is not None:
@@ -334,345 +379,118 @@ def train(
         if config.sample_tokens:  # or the first evaluation would end the run
             encode_prompt(config.prompt, text.tokenizer)
         torch.manual_seed(config.seed)
-        model = build_model(architecture, device)
+        try:
+            model = LanguageModel(architecture)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"model: {error}") from error
+        model = ready(model, device)
     if config.frozen_factors:
         for name, p in model.named_parameters():
             p.requires_grad_(".factor" not in name)
-    if not first:
+    if processes.rank:
         torch.manual_seed((config.seed + processes.rank) % SEEDS)  # dropout draws of its own
-    with processes.together():
-        optimizers = build_optimizers(model, config)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return config, model
 
-    # What runs
-    settings = {
+
+def settings_of(config: Config, model, text: data.Data, processes: Processes) -> dict:
+    """What is written to config.json."""
+    return {
         **dataclasses.asdict(config),
-        "model_config": dataclasses.asdict(architecture),
+        "model_config": dataclasses.asdict(model.config),
         "processes": processes.count,
         "lanes": processes.count * config.batch_size,
         "train_sha256": text.facts["train"]["sha256"],
         "valid_sha256": text.facts["valid"]["sha256"],
         "tokenizer_sha256": text.tokenizer.sha256,
-        "wandb_id": new_run_id(),
     }
-    settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
-    listed = " ".join(f"{key}={settings[key]!r}" for key in vars(config))
-    print(textwrap.fill(listed, 100, break_on_hyphens=False))
-    print(textwrap.fill(f"model {settings['model_config']}", 100, break_on_hyphens=False))
-    print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
-    print(textwrap.fill(describe_optimizers(optimizers), 100))
-    print(
-        f"backend: {model.backend_report()}; {device}, {torch.get_num_threads()} threads, "
-        f"{processes.count} processes, {settings['lanes']} lanes"
-    )
-    print(f"tokenizer: {text.tokenizer.describe()}")
-    for name, fact in text.facts.items():
-        print(f"{name}: {data.describe(fact)}")
-    rivals = text.rivals
-    if first:
-        print(f"valid, bits per byte: gzip -9 {rivals['gzip']:.4f}, xz {rivals['xz']:.4f}")
-    made_by = {"device": device_name(device), "versions": versions(), "commit": commit()}
-    print(", ".join(f"{key} {value}" for key, value in made_by.items()))
-
-    # Resume
-    at = Position()
-    with processes.together():
-        if first:
-            write_settings(run_dir, settings)
-    with processes.together():
-        if path:
-            try:
-                at = unpack(path, model, optimizers, text.train, processes)
-            except (KeyError, RuntimeError, ValueError, checkpoints.CorruptError) as error:
-                raise UserError(f"{path} cannot be gone on from: {error}") from error
-            print(f"resumed from {path}: step {at.step}, {at.seconds:.0f} s")
-    forward = processes.wrap(torch.compile(model) if config.compile else model, device)
-    metrics = Metrics(run_dir / "metrics.jsonl", at.step) if first else None
-    wandb = Wandb(
-        config.wandb if first else "disabled",
-        run_dir,
-        settings["wandb_id"],
-        settings,
-        project=config.wandb_project,
-        name=config.wandb_name,
-    )
-
-    # Loop
-    began = time.perf_counter() - at.seconds
-    waited, failure = 0.0, None
-    rng = {}  # before the step that is under way; None: the optimizer is changing the weights
-
-    @contextlib.contextmanager
-    def noting() -> Iterator[None]:
-        """An error in the block ends the run once `agree` has told all processes of it."""
-        nonlocal failure
-        try:
-            yield
-        except NonFiniteError:  # all processes have this one
-            raise
-        except Exception as error:
-            failure = failure or error
-
-    def fetch() -> tuple[Tensor, ...] | None:
-        """The next batch, with `following` the position before it; None where that has failed."""
-        nonlocal waited, following
-        start, batch = time.perf_counter(), None
-        following = text.train.state(), text.train.epochs_read()
-        with noting():
-            batch = text.train.next()
-        waited += time.perf_counter() - start
-        return batch
-
-    def clock() -> float:
-        return time.perf_counter() - began if first else 0.0
-
-    def agree(count: int) -> float:
-        """Sum a count over all processes, and note with them what ends the run."""
-        nonlocal stopping
-        events = bool(stop.requested), failure is not None
-        count, signals, failures, at.seconds = processes.sum(count, *events, clock())
-        stopping = bool(signals or failures)
-        return count
-
-    def progress() -> float:
-        """The share of the budget that is spent; 1 ends the run."""
-        by_steps = at.step / config.steps if config.steps else 0.0
-        by_time = at.seconds / (60 * config.minutes) if config.minutes else 0.0
-        return min(1.0, max(by_steps, by_time))
-
-    def schedule() -> float:
-        """Set the learning rates of the next step: the factor returned, times each peak."""
-        factor = learning_rate_factor(config, at.step, done)
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * factor
-        return factor
-
-    def save() -> None:
-        at.mean_losses(processes)
-        (at.seconds,) = processes.sum(clock())
-        parts = pack(at, model, optimizers, processes)
-        writer.save(at.step, *parts, *([metrics.sync] if first else []))
-
-    def report(rate: float, evaluating: bool) -> None:
-        """A row of the steps since the last one."""
-        nonlocal marked, marked_tokens, waited
-        losses, norms = at.mean_losses(processes), list(map(float, at.norms))
-        seconds, sample = time.perf_counter() - marked, ""
-        row = {
-            "step": at.step,
-            "tokens": at.tokens,
-            "train/loss_nats": sum(losses) / len(losses),
-            "tok_s": round((at.tokens - marked_tokens) / seconds, 1),
-            "data_wait": round(waited / seconds, 4),
-            "grad_norm": sum(norms) / len(norms),
-            "unitarity": unitarity(model),
-            "lr": rate,
-        }
-        if evaluating:
-            row |= evaluate(model, text.valid, config.segment_length, autocast, processes)
-        at.losses, at.counts, at.norms = [], [], []
-        if first:
-            metrics.write(row)
-            if evaluating and config.sample_tokens:
-                sample = write_sample(model, text.tokenizer, config, at.step)
-            wandb.log(row, sample, (lambda: draw(model)) if evaluating else None)
-        say(describe(row))
-        if sample:
-            say(textwrap.indent(sample, "    | ", lambda line: True))
-        bar.set_postfix_str(f"step {at.step}", refresh=False)
-        marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    stopping, following = False, None
-    batch = fetch()
-    at.data, at.epochs = following
-    agree(0)
-    done = progress()
-    bar = tqdm(
-        total=1.0,
-        initial=done,
-        disable=not (first and sys.stderr.isatty()),
-        bar_format="{percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}",
-    )
-    say = print if bar.disable else bar.write
-    writer = checkpoints.Writer(run_dir, config.keep, processes, say, at.step if path else None)
-    factor = schedule()
-    model.train()
-    marked, marked_tokens, waited = time.perf_counter(), at.tokens, 0.0  # of the last row
-    try:
-        while done < 1.0 and not stopping:
-            rng = rng_state(device)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            total, state = backward(model, forward, batch, at.state, config, autocast)
-            here = int((batch[1] != -100).sum())
-            capacity = batch[1].numel() * processes.count
-            batch = fetch()  # while a GPU is still busy
-            count = agree(here)
-            if 0 < count < capacity:
-                for parameter in parameters:
-                    parameter.grad *= capacity / count
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
-            rng = None
-            for optimizer in optimizers:
-                optimizer.step()
-
-            at.step += 1
-            at.tokens += int(count)
-            at.state = state
-            at.data, at.epochs = following
-            at.losses.append(total)
-            at.counts.append(count)
-            at.norms.append(norm)
-            rng = {}
-            rate, done = config.lr * factor, progress()
-            factor = schedule()
-            if done >= 1.0:
-                failure = None  # of a batch that is not needed
-
-            evaluating = done >= 1.0 or (config.eval_every > 0 and at.step % config.eval_every == 0)
-            if evaluating or at.step % config.log_every == 0:
-                with noting():
-                    report(rate, evaluating)
-                agree(0)
-            if config.checkpoint_every and at.step % config.checkpoint_every == 0 and done < 1.0:
-                pause = time.perf_counter()
-                save()
-                marked += time.perf_counter() - pause
-            bar.update(done - bar.n)
-
-        writer.wait()
-        if writer.saved_step != at.step:
-            save()
-            writer.wait()
-        code = 0 if writer.saved_step == at.step else 1
-        failures = list(filter(None, processes.gather(failure and (str(failure) or repr(failure)))))
-        if failures:
-            raise failure or UserError(failures[0])
-        again = f"{processes.launcher()} {shlex.join(sys.argv)}"
-        if done < 1.0:
-            reason = stop.requested or "a signal to another process"
-            say(f"stopped by {reason} after step {at.step}; go on with: {again}")
-            return code
-
-        # Result
-        result = metrics.rows[-1] if first and metrics.rows else {}
-        known = result.get("step") == at.step and "val/bpb" in result
-        if processes.sum(known) == [0.0]:  # the budget was lowered
-            result = evaluate(model, text.valid, config.segment_length, autocast, processes)
-        test = {}
-        if text.test is not None:
-            test = evaluate(model, text.test, config.segment_length, autocast, processes, "test")
-        if not first:
-            return code
-        summary = {
-            "val/bpb": result["val/bpb"],
-            "val/loss_nats": result["val/loss_nats"],
-            **test,
-            "gzip_bpb": rivals["gzip"],
-            "xz_bpb": rivals["xz"],
-            "steps": at.step,
-            "tokens": at.tokens,
-            "epochs": at.epochs,
-            "parameters": model.num_parameters,
-            "recurrent_parameters": model.num_recurrent_parameters,
-            "seconds": at.seconds,
-            "checkpoint_bytes": writer.bytes,
-            "checkpoint_s": writer.seconds,
-            "checkpoint_blocked_s": writer.blocked,
-            "processes": processes.count,
-            "data": {**text.facts, "read": text.train.counts()},
-            "backend": model.backend_report(),
-            **made_by,
-        }
-        checkpoints.write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        wandb.summarize(summary)
-        bar.close()
-        sampler = Path(sys.argv[0]).with_name("sample.py")
-        print(
-            f"done: val/bpb {summary['val/bpb']:.4f}, "
-            + (f"test/bpb {test['test/bpb']:.4f}, " if test else "")
-            + f"gzip -9 {rivals['gzip']:.4f}, "
-            f"xz {rivals['xz']:.4f}\n"
-            f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent; "
-            f"{at.step:,} steps, {at.tokens:,} tokens, {at.epochs:.2f} epochs, "
-            f"{at.seconds:.0f} s; everything in {run_dir}\n"
-            f"sample: python {sampler} {shlex.quote(str(run_dir))} --prompt 'def '\n"
-            f"train on: {again}  (with a larger --steps or --minutes)",
-            flush=True,
-        )
-        return code
-    except NonFiniteError as error:
-        writer.wait()
-        bar.close()
-        where = f"stopped after step {at.step}; {last_good(writer)}"
-        if first:
-            hint = "a lower --recurrent-lr, --lr or --clip may help"
-            print(f"error: {error}; {where}; {hint}", file=sys.stderr)
-        return 3
-    except Exception as error:
-        if processes.have_gone(error):
-            raise
-        bar.close()
-        if rng:
-            set_rng_state(rng, device)
-        alone = processes.count == 1 and rng is not None
-        return end_with(error, at.step, writer, save if alone else None, first)
-    finally:
-        bar.close()
-        wandb.finish()
 
 
-def build_model(architecture: LanguageModelConfig, device: torch.device) -> LanguageModel:
-    try:
-        model = LanguageModel(architecture)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"model: {error}") from error
-    return ready(model, device)
+def describe_model(model: LanguageModel, optimizers: list[Optimizer], run: Run) -> list[str]:
+    count = run.processes.count
+    return [
+        f"model {dataclasses.asdict(model.config)}",
+        f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent",
+        describe_optimizers(optimizers),
+        f"backend: {model.backend_report()}; {next(model.parameters()).device}, "
+        f"{torch.get_num_threads()} threads, {count} processes, "
+        f"{count * run.config.batch_size} lanes",
+    ]
 
 
-def end_with(
-    error: Exception,
-    step: int,
-    writer: checkpoints.Writer,
-    save: Callable[[], None] | None,
-    speaks: bool = True,
-) -> int:
-    """Write a checkpoint of the last completed step after an error, and say what happened.
+def describe_text(text: data.Data) -> list[str]:
+    sizes = [f"{name}: {data.describe(fact)}" for name, fact in text.facts.items()]
+    return [
+        f"tokenizer: {text.tokenizer.describe()}",
+        *sizes,
+        f"valid, bits per byte: {describe_baselines(text)}",
+    ]
 
-    Args:
-        step: the last one that is complete.
-        save: hands that step's checkpoint to the writer; None where it cannot be told: an optimizer
-            that fails has changed some of the weights, and other processes are somewhere else.
-        speaks: this process says the errors that all of them have.
 
-    Returns:
-        The exit code, for errors of the user's and of the system; others are raised again.
+def describe_baselines(text: data.Data) -> str:
+    names = {"gzip": "gzip -9", "xz": "xz"}
+    return ", ".join(f"{names[name]} {bits:.4f}" for name, bits in text.baselines.items())
+
+
+# Checkpoint: everything into flat tensors and JSON, and back
+
+
+def pack(at: LMState, model, optimizers, processes: Processes) -> tuple[dict, dict]:
+    """Tensors and JSON documents by file, those of this process, for `checkpoints.Writer`.
+
+    Raises:
+        NonFiniteError: for what is not to be gone on from.
     """
-    if isinstance(error, BrokenPipeError):
-        drop_output()
-    try:
-        writer.wait()
-        if save and step and writer.saved_step != step:
-            save()
-            writer.wait()
-    except Exception as second:  # the first one is to be told
-        print(f"warning: checkpoint of step {step} not written: {second}", file=sys.stderr)
-    where = f"stopped after step {step}, {last_good(writer)}"
-    if not isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError)):
-        print(where, file=sys.stderr)
-        raise error
-    if speaks or not isinstance(error, UserError):
-        print(f"error: {str(error) or 'out of memory'}; {where}", file=sys.stderr)
-    return 2 if isinstance(error, UserError) else 1
+    at.mean_losses(processes)
+    own = {f"state.{index}": tensor for index, tensor in enumerate(at.state)}
+    own["losses"] = torch.tensor(list(map(float, at.losses)), dtype=torch.float64)
+    own |= rng_state(next(model.parameters()).device)
+    name = f"rank-{processes.rank}"
+    tensors, documents = {name: own}, {name: {"data": at.data}}
+    if processes.rank == 0:
+        tensors["model"] = model.state_dict()
+        tensors["optimizer"] = optimizer_tensors(model, optimizers)
+        documents["trainer"] = {
+            **{key: getattr(at, key) for key in ("step", "tokens", "seconds", "counts")},
+            "norms": list(map(float, at.norms)),
+            "processes": processes.count,
+            "model_config": dataclasses.asdict(model.config),
+            "versions": versions(),
+        }
+    return tensors, documents
 
 
-def last_good(writer: checkpoints.Writer) -> str:
-    if writer.saved_step is None:
-        return "no checkpoint was written before it"
-    return f"the last good checkpoint is {checkpoints.folder(writer.run_dir, writer.saved_step)}"
+def unpack(path: Path, model, optimizers, batches, processes: Processes) -> LMState:
+    """Put a checkpoint back in place; the inverse of `pack`.
+
+    The lanes of all processes together are those of the checkpoint, whatever its number of
+    processes was: each process takes its part. (Not every source of data allows that; the random
+    numbers of dropout are others then.)
+    """
+    trainer = json.loads((path / "trainer.json").read_text())
+    same = trainer["processes"] == processes.count
+    checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
+    device = next(model.parameters()).device
+    model.load_state_dict(checkpoint.tensors["model"])
+    load_optimizers(model, optimizers, checkpoint.tensors["optimizer"])
+
+    at = LMState(**{key: trainer[key] for key in ("step", "tokens", "seconds", "counts", "norms")})
+    ranks = [processes.rank] if same else range(trainer["processes"])
+    own = [checkpoint.tensors[f"rank-{rank}"] for rank in ranks]
+    for index in range(sum(name.startswith("state.") for name in own[0])):
+        lanes = torch.cat([tensors[f"state.{index}"] for tensors in own])
+        part = lanes if same else lanes.chunk(processes.count)[processes.rank].clone()
+        at.state.append(part.to(device))
+    if same or processes.rank == 0:
+        at.losses = list(sum(tensors["losses"] for tensors in own))
+    else:
+        at.losses = [torch.zeros(())] * len(at.norms)
+    batches.load_state(checkpoint.documents[f"rank-{ranks[0]}"]["data"])
+    if same:
+        set_rng_state(own[0], device)
+    return at
+
+
+# Main
 
 
 def main() -> None:
@@ -684,7 +502,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first process speaks for all)
     try:
         with one_line(training=True, silent=processes.rank > 0):
-            code = prepare(config, processes)
+            code = train(config, processes)
             leave()
     except RuntimeError as error:
         if not processes.have_gone(error):

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     tokens = torch.randint(256, (config.batch_size, config.segment_length))
     batch = tokens, tokens, torch.zeros_like(tokens, dtype=torch.bool)
-    at = lm.Position()
+    at = lm.LMState()
     seconds = {name: [] for name in ("step", "blocked", "write", "thread")}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         writer = TimedWriter(Path(folder), 1, Processes(), print, None)

@@ -60,6 +60,13 @@ def learning_rate_factor(config: Config, step: int, progress: float) -> float:
     return warmup * (config.lr_floor + (1 - config.lr_floor) * fall)
 
 
+def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:
+    """The factor times the rates that the groups were made with, their `initial_lr`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+
+
 def optimizer_tensors(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state as flat tensors, by parameter name and entry."""
     return {

@@ -15,11 +15,8 @@ B batch, T time, D input features, F features of a state.
 import argparse
 import dataclasses
 import hashlib
-import json
 import math
-import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,38 +28,20 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
-from tqdm import tqdm
 
 from kru_triton import KRU, KRULSTM, diagnostics, unitarity_penalty, unitary_
 from kru_triton.layers.mingru import MinGRU
 from kru_triton.lm.model import LanguageModelConfig, _Block
-from kru_triton.train.lm import (
-    NonFiniteError,
-    end_with,
-    last_good,
-)
 from kru_triton.train.run import checkpoints
-from kru_triton.train.run.checkpoints import write_atomic
-from kru_triton.train.run.device import (
-    device_name,
-    keep_freed_memory,
-    pick_device,
-    rng_state,
-    set_rng_state,
-)
-from kru_triton.train.run.directory import (
-    claim,
-    commit,
-    versions,
-    write_settings,
-)
-from kru_triton.train.run.metrics import Metrics, Wandb, new_run_id
+from kru_triton.train.run.device import pick_device
+from kru_triton.train.run.directory import versions
 from kru_triton.train.run.optimizers import (
     learning_rate_factor,
     load_optimizers,
     optimizer_tensors,
+    set_learning_rates,
 )
-from kru_triton.train.run.processes import Processes, Stop
+from kru_triton.train.run.run import NonFiniteError, Run, TrainState, is_due
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError, check_seed, read_toml
 
@@ -427,263 +406,202 @@ def draw(model: SequenceModel, x: Tensor) -> dict:
 
 
 @dataclass
-class Position:
-    """Where a run is, besides model, optimizer and RNG."""
-
-    step: int = 0
-    seconds: float = 0.0  # in the loop, all legs
-    cpu_seconds: float = 0.0  # of this process in the meantime: what else runs is not in it
+class TaskState(TrainState):
+    cpu_seconds: float = 0.0  # of this process in `seconds`: what else runs is not in it
     best: float | None = None  # the best validation so far
     best_step: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
     stale: int = 0  # evaluations since
-    losses: list[float] = field(default_factory=list)  # of the steps since the last row
-    norms: list[float] = field(default_factory=list)
     before: dict = field(default_factory=dict)  # diagnostics at step 0
 
 
-def unpack(path: Path, model: SequenceModel, optimizer) -> tuple[Position, dict[str, Tensor]]:
-    """Put a checkpoint back in place; the position, and the best weights so far."""
+def pack(at: TaskState, model: SequenceModel, optimizer, cpu_before: float) -> tuple[dict, dict]:
+    """Tensors and JSON documents by file, for `checkpoints.Writer`.
+
+    Args:
+        cpu_before: of all legs, when this process had taken none.
+    """
+    at.cpu_seconds = cpu_before + time.process_time()
+    tensors = {
+        "model": model.state_dict(),
+        "optimizer": optimizer_tensors(model, [optimizer]),
+        "best": at.best_weights,
+        "rng": {"cpu": torch.get_rng_state()},
+    }
+    position = {key: value for key, value in vars(at).items() if key != "best_weights"}
+    return tensors, {"trainer": {"step": at.step, "position": position, "versions": versions()}}
+
+
+def unpack(path: Path, model: SequenceModel, optimizer) -> TaskState:
+    """Put a checkpoint back in place; the inverse of `pack`."""
     checkpoint = checkpoints.load(path)
     model.load_state_dict(checkpoint.tensors["model"])
     load_optimizers(model, [optimizer], checkpoint.tensors["optimizer"])
     torch.set_rng_state(checkpoint.tensors["rng"]["cpu"])
-    return Position(**checkpoint.trainer["position"]), checkpoint.tensors["best"]
+    position = checkpoint.trainer["position"]
+    return TaskState(**position, best_weights=checkpoint.tensors["best"])
 
 
 def train(config: TaskConfig, task: Task) -> int:
     """Run to the end of the budget, or to the first signal. Returns the exit code."""
-    keep_freed_memory()
-    stop = Stop()
-    run_dir = Path(config.run_dir)
-    _lock, path = claim(run_dir, config.resume)
-    device = pick_device(config.device)
+    with Run(config) as run:
+        device = pick_device(config.device)
+        model = build_model(config, task, device)
+        optimizer = torch.optim.Adam(parameter_groups(model, config, task.length), fused=True)
+        settings = {**dataclasses.asdict(config), "model_config": {}, "data_facts": task.facts}
+        run.describe(settings, describe(model, optimizer, task, device), device)
+        x_look = task.batch(0)[0][:4].to(device)  # for the diagnostics
+        at = run.resume(TaskState(), lambda path: unpack(path, model, optimizer))
+        if not run.checkpoint:
+            at.before = diagnose(model, x_look)
+        cpu_before = at.cpu_seconds - time.process_time()
+        run.start(at, device, lambda: pack(at, model, optimizer, cpu_before))
+        if not run.checkpoint:
+            save_figures(run, model, x_look, "before")
+        learn(config, task, run, model, optimizer)
+        if run.completed():
+            save_figures(run, model, x_look, "after")
+            finish(task, run, model, optimizer, diagnose(model, x_look))
+    return run.code
 
-    # Model
+
+def learn(config: TaskConfig, task: Task, run: Run, model: SequenceModel, optimizer) -> None:
+    """The steps."""
+    at, device = run.at, run.device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if is_enough(config, task, at):
+        run.done = 1.0
+    model.train()
+    while run.goes_on():
+        factor = learning_rate_factor(config, at.step, run.done)
+        set_learning_rates([optimizer], factor)
+        x, target = (tensor.to(device) for tensor in task.batch(at.step))
+        optimizer.zero_grad()
+        loss = task.loss(model(x), target)
+        objective = loss
+        if config.unitarity_weight and config.model == "kru":
+            objective = loss + config.unitarity_weight * unitarity_penalty(model)
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
+        run.agree()
+        run.update(optimizer)
+
+        at.step += 1
+        at.losses.append(loss.item())
+        at.norms.append(norm.item())
+        if not (math.isfinite(at.losses[-1]) and math.isfinite(at.norms[-1])):
+            raise NonFiniteError(f"non-finite loss or gradient at step {at.step}")
+        run.stepped()
+
+        evaluating = run.done >= 1.0 or is_due(at.step, config.eval_every)
+        if evaluating or is_due(at.step, config.log_every):
+            row = describe_steps(task, run, model) | {"lr": config.lr * factor}
+            if evaluating:
+                row |= validate(task, run, model)
+                if is_enough(config, task, at):
+                    run.done = 1.0
+            at.losses, at.norms = [], []
+            words = (f"{k} {v:.4g}" if k != "step" else f"step {v}" for k, v in row.items())
+            run.log(row, "  ".join(words))
+        if is_due(at.step, config.checkpoint_every) and run.done < 1.0:
+            run.save()
+
+
+def describe_steps(task: Task, run: Run, model: SequenceModel) -> dict:
+    """Of the steps since the last row."""
+    at = run.at
+    mean = sum(at.losses) / len(at.losses)
+    fraction = {} if task.baseline is None else {"train/fraction": mean / task.baseline}
+    return {
+        "step": at.step,
+        f"train/loss_{task.unit}": mean,
+        **fraction,
+        "steps_s": round(run.rates("step")[0], 2),
+        "grad_norm": sum(at.norms) / len(at.norms),
+        "unitarity": unitarity_penalty(model).item(),
+    }
+
+
+@torch.no_grad()
+def evaluate(task: Task, run: Run, model: SequenceModel, split: str) -> dict[str, float]:
+    model.eval()
+    measures = task.evaluate(lambda x: model(x.to(run.device)).cpu(), split)
+    model.train()
+    if not all(math.isfinite(value) for value in measures.values()):
+        raise NonFiniteError(f"non-finite evaluation after step {run.at.step}: {measures}")
+    return {f"{split}/{name}": value for name, value in measures.items()}
+
+
+def validate(task: Task, run: Run, model: SequenceModel) -> dict[str, float]:
+    """Evaluate, and keep the weights where they are the best so far."""
+    at, measures = run.at, evaluate(task, run, model, "val")
+    value = measures[f"val/{task.best}"]
+    at.stale += 1
+    if at.best is None or (value > at.best if task.higher else value < at.best):
+        at.best, at.best_step, at.stale = value, at.step, 0
+        at.best_weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    return measures
+
+
+def is_enough(config: TaskConfig, task: Task, at: TaskState) -> bool:
+    """Whether `--patience` or `--target` ends the run."""
+    if config.patience and at.stale >= config.patience:
+        return True
+    if not config.target or at.best is None:
+        return False
+    return at.best >= config.target if task.higher else at.best <= config.target
+
+
+def finish(task: Task, run: Run, model: SequenceModel, optimizer, after: dict) -> None:
+    """Test the best weights, and write the summary."""
+    at, best = run.at, f"val/{task.best}"
+    last = run.last_row(best) or validate(task, run, model)
+    model.load_state_dict(at.best_weights)
+    test = evaluate(task, run, model, "test")
+    summary = {
+        **{key: value for key, value in last.items() if key.startswith("val/")},
+        f"best/{task.best}": at.best,
+        **test,
+        "best_step": at.best_step,
+        "cpu_seconds": at.cpu_seconds,
+        "learning_rates": [group["initial_lr"] for group in optimizer.param_groups],
+        "baseline": task.baseline,
+        "diagnostics": {"before": at.before, "after": after},
+        "data": task.facts,
+    }
+    measured = ", ".join(f"{name} {value:.5g}" for name, value in test.items())
+    result = f"{measured} (weights of step {at.best_step} of {at.step})"
+    run.summarize(summary, model, result)
+
+
+def build_model(config: TaskConfig, task: Task, device: torch.device) -> SequenceModel:
     torch.manual_seed(config.seed)
     try:
         model = SequenceModel(config, task.input_size, task.output_size, task.last_only).to(device)
         model(torch.zeros(1, 1, task.input_size, device=device))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model: {error}") from error
-    groups = parameter_groups(model, config, task.length)
-    optimizer = torch.optim.Adam(groups, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return model
 
-    # What runs
-    settings = {
-        **dataclasses.asdict(config),
-        "model_config": {},
-        "data_facts": task.facts,
-        "wandb_id": new_run_id(),
-    }
-    settings = json.loads(json.dumps(settings))  # tuples are lists in JSON
-    listed = " ".join(f"{key}={settings[key]!r}" for key in vars(config))
-    print(textwrap.fill(listed, 100, break_on_hyphens=False))
-    print(f"data: {task.facts}")
-    print(f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent")
-    print(f"learning rates {peaks}; {device}, {torch.get_num_threads()} threads")
+
+def describe(model: SequenceModel, optimizer, task: Task, device: torch.device) -> list[str]:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    lines = [
+        f"data: {task.facts}",
+        f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent",
+        f"learning rates {rates}; {device}, {torch.get_num_threads()} threads",
+    ]
     if task.baseline is not None:
-        print(f"memoryless baseline: {task.baseline:.6g} {task.unit}")
-    made_by = {"device": device_name(device), "versions": versions(), "commit": commit()}
-    print(", ".join(f"{key} {value}" for key, value in made_by.items()))
+        lines.append(f"memoryless baseline: {task.baseline:.6g} {task.unit}")
+    return lines
 
-    # Resume
-    write_settings(run_dir, settings)
-    at, best_weights = Position(), {}
-    x_look = task.batch(0)[0][:4].to(device)  # for the diagnostics
-    if path:
-        try:
-            at, best_weights = unpack(path, model, optimizer)
-        except (KeyError, RuntimeError, ValueError, checkpoints.CorruptError) as error:
-            raise UserError(f"{path} cannot be gone on from: {error}") from error
-        print(f"resumed from {path}: step {at.step}, {at.seconds:.0f} s")
-    else:
-        at.before = diagnose(model, x_look)
-    metrics = Metrics(run_dir / "metrics.jsonl", at.step)
-    wandb = Wandb(
-        config.wandb,
-        run_dir,
-        settings["wandb_id"],
-        settings,
-        project=config.wandb_project,
-        name=config.wandb_name,
-    )
-    began = time.perf_counter() - at.seconds
-    cpu_began = time.process_time() - at.cpu_seconds
-    bar = tqdm(
-        total=1.0, disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar:24}|"
-    )
-    say = print if bar.disable else bar.write
-    writer = checkpoints.Writer(run_dir, config.keep, Processes(), say, at.step if path else None)
 
-    def picture(when: str) -> None:
-        """Write the diagnostics' figures, and hand them to W&B."""
-        figures = draw(model, x_look) if config.pictures else {}
-        for name, figure in figures.items():
-            figure.savefig(run_dir / f"{name}_{when}.png", dpi=120)
-        wandb.log({"step": at.step}, draw=lambda: figures)
-
-    def progress() -> float:
-        """The share of the budget that is spent; 1 ends the run."""
-        if config.patience and at.stale >= config.patience:
-            return 1.0
-        if config.target and at.best is not None:
-            reached = at.best >= config.target if task.higher else at.best <= config.target
-            if reached:
-                return 1.0
-        by_steps = at.step / config.steps if config.steps else 0.0
-        by_time = at.seconds / (60 * config.minutes) if config.minutes else 0.0
-        return min(1.0, max(by_steps, by_time))
-
-    def predict(x: Tensor) -> Tensor:
-        return model(x.to(device)).cpu()
-
-    @torch.no_grad()
-    def evaluate(split: str) -> dict[str, float]:
-        model.eval()
-        measures = task.evaluate(predict, split)
-        model.train()
-        if not all(math.isfinite(value) for value in measures.values()):
-            raise NonFiniteError(f"non-finite evaluation after step {at.step}: {measures}")
-        return {f"{split}/{name}": value for name, value in measures.items()}
-
-    def note_best(value: float) -> None:
-        nonlocal best_weights
-        at.stale += 1
-        if at.best is None or (value > at.best if task.higher else value < at.best):
-            at.best, at.best_step, at.stale = value, at.step, 0
-            best_weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
-
-    def save() -> None:
-        at.seconds = time.perf_counter() - began
-        at.cpu_seconds = time.process_time() - cpu_began
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": optimizer_tensors(model, [optimizer]),
-            "best": best_weights,
-            "rng": {"cpu": torch.get_rng_state()},
-        }
-        document = {"position": dataclasses.asdict(at), "versions": versions()}
-        writer.save(at.step, tensors, {"trainer": {"step": at.step, **document}}, metrics.sync)
-
-    rng = {}  # before the step that is under way; None: the optimizer is changing the weights
-    try:
-        if not path:
-            picture("before")
-        model.train()
-        done = progress()
-        marked, marked_step = time.perf_counter(), at.step
-        while done < 1.0 and not stop.requested:
-            rng = rng_state(device)
-            factor = learning_rate_factor(config, at.step, done)
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * factor
-            x, target = (tensor.to(device) for tensor in task.batch(at.step))
-            optimizer.zero_grad()
-            loss = task.loss(model(x), target)
-            objective = loss
-            if config.unitarity_weight and config.model == "kru":
-                objective = loss + config.unitarity_weight * unitarity_penalty(model)
-            objective.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, foreach=True)
-            rng = None
-            optimizer.step()
-
-            at.step += 1
-            at.seconds = time.perf_counter() - began
-            at.losses.append(loss.item())
-            at.norms.append(norm.item())
-            if not (math.isfinite(at.losses[-1]) and math.isfinite(at.norms[-1])):
-                raise NonFiniteError(f"non-finite loss or gradient at step {at.step}")
-            rng = {}
-            done = progress()
-            evaluating = done >= 1.0 or (config.eval_every and at.step % config.eval_every == 0)
-            if evaluating or at.step % config.log_every == 0:
-                mean = sum(at.losses) / len(at.losses)
-                row = {"step": at.step, f"train/loss_{task.unit}": mean}
-                if task.baseline is not None:
-                    row["train/fraction"] = mean / task.baseline
-                row |= {
-                    "steps_s": round((at.step - marked_step) / (time.perf_counter() - marked), 2),
-                    "grad_norm": sum(at.norms) / len(at.norms),
-                    "unitarity": unitarity_penalty(model).item(),
-                    "lr": config.lr * factor,
-                }
-                if evaluating:
-                    row |= evaluate("val")
-                    note_best(row[f"val/{task.best}"])
-                    done = progress()
-                metrics.write(row)
-                at.losses, at.norms = [], []
-                wandb.log(row)
-                say(
-                    "  ".join(
-                        f"{k} {v:.4g}" if k != "step" else f"step {v}" for k, v in row.items()
-                    )
-                )
-                marked, marked_step = time.perf_counter(), at.step
-            if config.checkpoint_every and at.step % config.checkpoint_every == 0 and done < 1.0:
-                save()
-            bar.update(done - bar.n)
-
-        writer.wait()
-        if writer.saved_step != at.step:
-            save()
-            writer.wait()
-        code = 0 if writer.saved_step == at.step else 1
-        if done < 1.0:
-            again = shlex.join(["python", *sys.argv])
-            say(f"stopped by {stop.requested} after step {at.step}; go on with: {again}")
-            return code
-
-        # Result
-        picture("after")
-        after = diagnose(model, x_look)
-        last = metrics.rows[-1] if metrics.rows else {}
-        if last.get("step") != at.step or f"val/{task.best}" not in last:  # a lower budget
-            last = evaluate("val")
-            note_best(last[f"val/{task.best}"])
-        last = {key: value for key, value in last.items() if key.startswith("val/")}
-        model.load_state_dict(best_weights)
-        test = evaluate("test")
-        summary = {
-            **last,
-            f"best/{task.best}": at.best,
-            **test,
-            "steps": at.step,
-            "best_step": at.best_step,
-            "parameters": model.num_parameters,
-            "recurrent_parameters": model.num_recurrent_parameters,
-            "seconds": at.seconds,
-            "cpu_seconds": at.cpu_seconds,
-            "learning_rates": peaks,
-            "baseline": task.baseline,
-            "diagnostics": {"before": at.before, "after": after},
-            "data": task.facts,
-            **made_by,
-        }
-        write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        wandb.summarize(summary)
-        measured = ", ".join(f"{name} {value:.5g}" for name, value in test.items())
-        print(
-            f"done: {measured} (weights of step {at.best_step} of {at.step}); "
-            f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent; "
-            f"{at.seconds:.0f} s; everything in {run_dir}",
-            flush=True,
-        )
-        return code
-    except NonFiniteError as error:
-        writer.wait()
-        print(f"error: {error}; {last_good(writer)}; a lower --lr may help", file=sys.stderr)
-        return 3
-    except Exception as error:
-        if rng:
-            set_rng_state(rng, device)
-        return end_with(error, at.step, writer, save if rng is not None else None)
-    finally:
-        bar.close()
-        wandb.finish()
+def save_figures(run: Run, model: SequenceModel, x: Tensor, when: str) -> None:
+    """Write the figures of `draw`, and hand them to W&B."""
+    figures = draw(model, x) if run.config.pictures else {}
+    for name, figure in figures.items():
+        figure.savefig(run.directory / f"{name}_{when}.png", dpi=120)
+    run.wandb.log({"step": run.at.step}, draw=lambda: figures)
 
 
 def run(config_and_task: Callable[[], tuple[TaskConfig, Task]]) -> None:

@@ -107,7 +107,7 @@ class Data:
     valid: "Stream"
     test: "Stream | None"  # of --test
     facts: dict  # what is known of "train" and "valid"
-    rivals: dict[str, float]  # bits per byte of gzip and xz on the validation text; rank 0 only
+    baselines: dict[str, float]  # bits per byte of gzip and xz on the validation text; rank 0 only
 
 
 def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> Data:
@@ -168,7 +168,7 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
     else:
         known = facts(train)
         batches = Lanes(Stream(train, tokenizer), *sizes, config.seed, rank, world_size)
-    rivals = compressed_bits_per_byte(held_out) if rank == 0 else {}
+    baselines = compressed_bits_per_byte(held_out) if rank == 0 else {}
     known_facts = {"train": known, "valid": facts(held_out)}
     test = None
     if config.test:
@@ -179,7 +179,7 @@ def build(config: Config, run_dir: Path, rank: int = 0, world_size: int = 1) -> 
         trained = parts.files.intersection(files_by_name(config.test).values())
         if rank == 0 and trained:
             print(f"warning: {len(trained)} files of --test are trained on, as {min(trained)}")
-    return Data(tokenizer, batches, valid, test, known_facts, rivals)
+    return Data(tokenizer, batches, valid, test, known_facts, baselines)
 
 
 # What a run remembers of its data
