@@ -29,7 +29,12 @@ from kru_triton.train.run import directory as run_directory
 from kru_triton.train.run import run as run_module
 from kru_triton.train.run.optimizers import learning_rate_factor
 from kru_triton.train.run.settings import Config, UserError
-from kru_triton.train.text import data, generate, load, streams, tokenizer
+from kru_triton.train.text import data, generate, held_out, load, streams, tokenizer
+from kru_triton.train.text.batches import MemoryBatches
+from kru_triton.train.text.documents import read_documents
+from kru_triton.train.text.rows import START
+from kru_triton.train.text.shards import DataError
+from kru_triton.train.text.streams import Reader, lines_of_rank
 
 TRAIN = Path(__file__).parents[1] / "train"
 TINY = shlex.split(
@@ -173,7 +178,7 @@ def test_val_bpb_is_the_loss_of_each_byte_given_all_bytes_before_it_in_its_docum
 ):
     run_dir, _ = finished
     model, _, _ = load.load_model(str(run_dir), "cpu", "auto")
-    _, ((_, text),) = data.load_documents(corpus[1], corpus[3])
+    ((_, text),) = read_documents(corpus[3])
     tokens = torch.tensor([[256, *text]])
     with torch.no_grad():
         logits, _ = model(tokens[:, :-1])
@@ -425,9 +430,9 @@ def twelve_steps(tmp_path_factory, corpus):
 
 
 FAULTS = {  # what raises in which call, exit code (None: the error itself), steps that are done
-    "shard": (data.Lanes, "next", 8, data.DataError("shard-7", "the server is gone"), 2, 7),
-    "tokenizer": (data.Lanes, "next", 8, UserError("the tokenizer has no tokens for b'x'"), 2, 7),
-    "reader": (data.Lanes, "next", 8, ZeroDivisionError("in a worker"), None, 7),
+    "shard": (MemoryBatches, "next", 8, DataError("shard-7", "the server is gone"), 2, 7),
+    "tokenizer": (MemoryBatches, "next", 8, UserError("no tokens for b'x'"), 2, 7),
+    "reader": (MemoryBatches, "next", 8, ZeroDivisionError("in a worker"), None, 7),
     "evaluation": (lm, "evaluate", 1, UserError("cannot evaluate"), 2, 5),
     "memory": (lm, "evaluate", 1, MemoryError(), 1, 5),
     "result": (lm, "evaluate", 3, RuntimeError("of the last step"), None, 12),
@@ -621,7 +626,7 @@ def test_bad_arguments_and_data_end_with_code_2_and_a_message(
         (["--data", "text:/no/such/file"], "no file matches 'text:/no/such/file'"),
         (
             [*corpus, "--valid", f"text:{tmp_path}/short.txt"],
-            "validation stream too short: 11 tokens",
+            "validation text too short: 11 tokens",
         ),
         ([*corpus, "--factors", "3", "5"], "hidden_size"),
         ([*corpus, "--num-heads", "3"], "num_heads"),
@@ -685,12 +690,12 @@ def texts_of(tokens, starts):
 
 def texts_of_an_epoch(batches):
     """All documents that training reads."""
-    if isinstance(batches, data.Lanes):
+    if isinstance(batches, MemoryBatches):
         return texts_of(batches.stream.tokens, batches.stream.starts)
-    texts, reader = [], streams.Reader(batches.plan)
+    texts, reader = [], Reader(batches.plan)
     for source in range(len(batches.plan.sources)):
-        for line in range(len(streams.lines_of_rank(batches.plan, source, 0))):
-            begin = 0, data.START
+        for line in range(len(lines_of_rank(batches.plan, source, 0))):
+            begin = 0, START
             while begin:
                 block = reader.block(source, 0, line, begin)
                 texts += texts_of(block.tokens, block.starts)
@@ -701,12 +706,12 @@ def texts_of_an_epoch(batches):
 @pytest.mark.parametrize(
     ("kinds", "limit"),
     [
-        ("text", data.MEMORY_LIMIT),
+        ("text", held_out.MEMORY_LIMIT),
         ("text", 1000),
-        ("2:text", data.MEMORY_LIMIT),
-        ("json", data.MEMORY_LIMIT),
-        ("parquet", data.MEMORY_LIMIT),
-        ("text 3:json parquet", data.MEMORY_LIMIT),
+        ("2:text", held_out.MEMORY_LIMIT),
+        ("json", held_out.MEMORY_LIMIT),
+        ("parquet", held_out.MEMORY_LIMIT),
+        ("text 3:json parquet", held_out.MEMORY_LIMIT),
     ],
     ids=lambda value: value if isinstance(value, str) else "large" if value == 1000 else "",
 )
@@ -719,28 +724,28 @@ def test_evaluation_reads_what_the_run_held_out_and_nothing_it_trains_on(
         specs.append(weight + colon + write_corpus(tmp_path / name, name))
     build, built = data.build, []
     monkeypatch.setattr(data, "build", lambda *args: built.append(build(*args)) or built[-1])
-    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(held_out, "MEMORY_LIMIT", limit)
     flags = [*TINY, "--steps", 1, "--run-dir", tmp_path / "run"]
     assert run_in_process(monkeypatch, *flags, *(f"--data={spec}" for spec in specs)) == 0
     trained = set(texts_of_an_epoch(built[0].train))
-    held_out = texts_of(built[0].valid.tokens, built[0].valid.starts)
+    kept = texts_of(built[0].valid.tokens, built[0].valid.starts)
     assert len(trained) > 370
-    assert len(held_out) > 4
-    assert trained.isdisjoint(held_out)
+    assert len(kept) > 4
+    assert trained.isdisjoint(kept)
 
     def read(*data, model=tmp_path / "run"):
         return [text for _, text in evaluate.read_text(EvaluateConfig(str(model), data, True))]
 
-    assert read() == read(*specs) == held_out
-    assert read(*specs, model="exported") == held_out
-    assert [text for spec in specs for text in read(spec)] == held_out
-    assert read(*(spec.replace(str(tmp_path), f"{tmp_path}/.") for spec in specs)) == held_out
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 10**9)  # the run knows what it did
-    assert read() == held_out
+    assert read() == read(*specs) == kept
+    assert read(*specs, model="exported") == kept
+    assert [text for spec in specs for text in read(spec)] == kept
+    assert read(*(spec.replace(str(tmp_path), f"{tmp_path}/.") for spec in specs)) == kept
+    monkeypatch.setattr(held_out, "MEMORY_LIMIT", 10**9)  # the run knows what it did
+    assert read() == kept
     if kinds == "text" and limit > 1000:
         with pytest.raises(UserError, match=r"was trained on .*\.text, of --data text:.*1\*"):
             read(f"text:{tmp_path}/text/1*")
-        (number,) = re.findall(rb"text (\d+) ", held_out[0])
+        (number,) = re.findall(rb"text (\d+) ", kept[0])
         (tmp_path / f"text/{int(number)}.text").write_text("other text")
         with pytest.raises(UserError, match=r"the text that it held out of --data text:.* changed"):
             read()

@@ -25,7 +25,14 @@ from pyarrow import parquet
 from servers import FileServer, HubServer, serve
 
 from kru_triton.train.run.settings import Config, UserError, parse
-from kru_triton.train.text import data, generate, load, sources, streams, tokenizer
+from kru_triton.train.text import data, generate, load, shards, streams, tokenizer
+from kru_triton.train.text.batches import validation_segments
+from kru_triton.train.text.documents import read_documents, statistics
+from kru_triton.train.text.held_out import held_out_documents, held_out_text, split_in_memory
+from kru_triton.train.text.rows import read_shard
+from kru_triton.train.text.shards import DataError, RangeFile, file_system
+from kru_triton.train.text.sources import find_size, find_source
+from kru_triton.train.text.streams import Documents, Plan, StreamBatches, Workers
 
 TRAIN = Path(__file__).parents[1] / "train"
 BYTES = tokenizer.ByteTokenizer()
@@ -65,14 +72,14 @@ def write_shards(folder, texts, shards, kind):
 
 
 def make_plan(*specs, rank=0, world_size=1, seed=0, buffer=16, hold_out=False, tokenizer=BYTES):
-    found = tuple(sources.find_source(spec) for spec in specs)
-    return streams.Plan(found, tokenizer, seed, rank, world_size, buffer, hold_out)
+    found = tuple(find_source(spec) for spec in specs)
+    return Plan(found, tokenizer, seed, rank, world_size, buffer, hold_out)
 
 
 def read_epochs(plan, epochs=1):
     """The texts that one rank reads in each of the first epochs."""
-    workers = streams.Workers(plan, 0)
-    documents = streams.Documents(plan, 0, workers, None)
+    workers = Workers(plan, 0)
+    documents = Documents(plan, 0, workers, None)
     texts = [[] for _ in range(epochs)]
     while True:
         document = documents.take()
@@ -103,13 +110,13 @@ def assert_equal(found, expected):
 @pytest.fixture
 def quick_retries(monkeypatch):
     """Pauses of milliseconds, many small requests."""
-    monkeypatch.setattr(sources, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(sources, "LONGEST_PAUSE", 0.005)
-    monkeypatch.setattr(sources, "STALL", 0.3)
-    monkeypatch.setattr(sources, "CHUNK", 1500)
-    sources.file_system.cache_clear()
+    monkeypatch.setattr(shards, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(shards, "LONGEST_PAUSE", 0.005)
+    monkeypatch.setattr(shards, "STALL", 0.3)
+    monkeypatch.setattr(shards, "CHUNK", 1500)
+    file_system.cache_clear()
     yield
-    sources.file_system.cache_clear()
+    file_system.cache_clear()
 
 
 # Each document once
@@ -148,16 +155,16 @@ def test_more_ranks_than_text_files_read_each_once_per_epoch(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1500])
 def test_lines_cut_anywhere_belong_to_one_piece(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(shards, "CHUNK", chunk)
     (tmp_path / "a.jsonl").write_bytes(
         b'{"text": "ab"}\n\n{"text": "c"}\r\n  {"text": ""}\n{"text":"d"}'
     )
-    source = sources.find_source(f"json:{tmp_path}/a.jsonl")
+    source = find_source(f"json:{tmp_path}/a.jsonl")
     for pieces in range(1, 60):  # the file has 59 bytes
-        rows = [row for p in range(pieces) for row in sources.read(source, 0, -1, p, pieces)]
+        rows = [row for p in range(pieces) for row in read_shard(source, 0, -1, p, pieces)]
         assert [row.text for row in rows] == [b"ab", b"c", b"", b"d"]
     for row in rows:
-        again = list(sources.read(source, 0, row.at, 0, 1))
+        again = list(read_shard(source, 0, row.at, 0, 1))
         assert again[0] == row
 
 
@@ -176,20 +183,20 @@ class Counted(bytes):
 
 
 def test_a_long_line_is_read_once_by_one_piece_and_never_copied_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 4096)
+    monkeypatch.setattr(shards, "CHUNK", 4096)
     long, short = "é" * 500_000, "\\n" * 10
     lines = [f'{{"text": "{text}"}}\n'.encode() for text in (short, long, short, long)]
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
-    source = sources.find_source(f"json:{tmp_path}/a.jsonl")
+    source = find_source(f"json:{tmp_path}/a.jsonl")
     size = source.shards[0].size
-    read = sources.RangeFile.read
-    monkeypatch.setattr(sources.RangeFile, "read", lambda *given: Counted(read(*given)))
+    read = RangeFile.read
+    monkeypatch.setattr(RangeFile, "read", lambda *given: Counted(read(*given)))
     for pieces in (1, 2, 16):
         monkeypatch.setattr(Counted, "touched", 0)
         tracemalloc.start()
         rows = []
         for piece in range(pieces):
-            for row in sources.read(source, 0, -1, piece, pieces):
+            for row in read_shard(source, 0, -1, piece, pieces):
                 rows.append((row.at, row.next, len(row.text)))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -207,7 +214,7 @@ def test_a_long_line_is_read_once_by_one_piece_and_never_copied_again(tmp_path, 
 def test_batches_hold_the_documents_in_order_behind_their_bos(tmp_path):
     texts = make_texts(50)
     plan = make_plan(write_shards(tmp_path, texts, 2, "jsonl"))
-    batches = read_batches(streams.StreamBatches(plan, 3, 32), 200)
+    batches = read_batches(StreamBatches(plan, 3, 32), 200)
     inputs, targets, reset = (torch.cat(parts, 1) for parts in zip(*batches))
     assert torch.equal(targets[:, :-1], inputs[:, 1:])
     assert torch.equal(reset, inputs == 256)
@@ -224,13 +231,13 @@ def test_batches_hold_the_documents_in_order_behind_their_bos(tmp_path):
 def test_held_out_documents_are_never_trained_on(tmp_path):
     texts = make_texts(2000)
     spec = write_shards(tmp_path, texts, 3, "parquet")
-    held_out = data.held_out_documents([sources.find_source(spec)], 10**6)
+    held_out = held_out_documents([find_source(spec)], 10**6)
     held_out = {text.decode() for _, text in held_out}
     assert 10 < len(held_out) < 100
     plan = make_plan(spec, hold_out=True)
     (read,) = read_epochs(plan)
     assert sorted(read) == sorted(set(texts) - held_out)
-    few = data.held_out_documents([sources.find_source(spec)], 500)
+    few = held_out_documents([find_source(spec)], 500)
     assert 500 <= sum(len(text) for _, text in few) < 1000
 
 
@@ -252,8 +259,8 @@ def test_fields_inside_of_objects_and_structs(tmp_path, kind):
             parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / name, row_group_size=7)
 
     def read(spec):
-        source = sources.find_source(f"{kind}:{tmp_path}/{spec}")
-        rows = [row for piece in range(3) for row in sources.read(source, 0, -1, piece, 3)]
+        source = find_source(f"{kind}:{tmp_path}/{spec}")
+        rows = [row for piece in range(3) for row in read_shard(source, 0, -1, piece, 3)]
         return [row.text and row.text.decode() for row in rows]
 
     inner = [None if i in (4, 5) else f"inner {i}" for i in range(30)]
@@ -276,14 +283,14 @@ def test_sources_are_mixed_by_weight_in_tokens(tmp_path):
     long = write_shards(tmp_path / "b", ["b" * 300 + str(i) for i in range(50)], 2, "parquet")
     plan = make_plan(f"3:{short}", f"1.0:{long}")
     assert [source.weight for source in plan.sources] == [3, 1]
-    batches = streams.StreamBatches(plan, 2, 64)
+    batches = StreamBatches(plan, 2, 64)
     text = torch.cat([batches.next()[0] for _ in range(300)])
     state = batches.state()
     share = (text == ord("b")).sum() / text.numel()
     assert 0.2 < share < 0.3
     assert state["sources"][0]["epoch"] > 5  # the short one starts again and again
     batches.close()
-    again = streams.StreamBatches(plan, 2, 64)
+    again = StreamBatches(plan, 2, 64)
     again.load_state(state)
     assert again.state() == state
     again.close()
@@ -307,16 +314,16 @@ def test_stops_change_no_batch(tmp_path, kind, shards, rank, world_size, tokens)
     spec = write_shards(tmp_path, texts, shards, kind)
     own = BYTES if tokens == "bytes" else tokenizer.train_bpe(60, [t.encode() for t in texts])
     plan = make_plan(spec, rank=rank, world_size=world_size, tokenizer=own)
-    whole = read_batches(streams.StreamBatches(plan, 4, 200), 260)  # several epochs
+    whole = read_batches(StreamBatches(plan, 4, 200), 260)  # several epochs
 
     draw = np.random.default_rng(len(spec))
-    batches, found = streams.StreamBatches(plan, 4, 200), []
+    batches, found = StreamBatches(plan, 4, 200), []
     for stop in [*sorted(draw.choice(260, 12, replace=False)), 260]:
         read_until_stop(batches, stop, found)
         state = json.dumps(batches.state())
         assert len(state) < 3000
         batches.close()
-        batches = streams.StreamBatches(plan, 4, 200)
+        batches = StreamBatches(plan, 4, 200)
         batches.load_state(json.loads(state))
         assert json.dumps(batches.state()) == state
     assert_equal(found, whole)
@@ -326,11 +333,11 @@ def test_stops_change_no_batch(tmp_path, kind, shards, rank, world_size, tokens)
 def test_worker_processes_change_no_batch_and_end_with_their_parent(tmp_path):
     spec = write_shards(tmp_path, make_texts(300), 8, "jsonl")
     plan = make_plan(spec)
-    whole = read_batches(streams.StreamBatches(plan, 4, 200), 160)
+    whole = read_batches(StreamBatches(plan, 4, 200), 160)
     # 1, 2 and no workers by turns
-    found, state = [], streams.StreamBatches(plan, 4, 200).state()
+    found, state = [], StreamBatches(plan, 4, 200).state()
     for workers, stop in ((2, 50), (0, 70), (1, 159)):
-        batches = streams.StreamBatches(plan, 4, 200, workers)
+        batches = StreamBatches(plan, 4, 200, workers)
         batches.load_state(state)
         read_until_stop(batches, stop, found)
         state = json.loads(json.dumps(batches.state()))
@@ -342,13 +349,13 @@ def test_worker_processes_change_no_batch_and_end_with_their_parent(tmp_path):
             assert not Path(f"/proc/{process}").exists()  # waited for
         else:  # it is killed, as for lack of memory
             os.kill(process, signal.SIGKILL)
-            with pytest.raises(data.DataError, match="data worker: its process has died"):
+            with pytest.raises(DataError, match="data worker: its process has died"):
                 read_until_stop(batches, 1000, found)
             state = batches.state()
             batches.close()
     del found[160:]
     assert_equal(found, whole)
-    after = streams.StreamBatches(plan, 4, 200)
+    after = StreamBatches(plan, 4, 200)
     after.load_state(state)
     after.next()
     after.close()
@@ -376,10 +383,10 @@ def test_workers_that_end_in_the_middle_of_a_block_do_not_hold_up_the_exit(tmp_p
         "from kru_triton.train.text import sources, streams\n"
         "from kru_triton.train.text.tokenizer import ByteTokenizer\n"
         "if __name__ == '__main__':\n"
-        f"    source = sources.find_source({spec!r})\n"
-        "    plan = streams.Plan((source,), ByteTokenizer(), 0, 0, 1, 1, False)\n"
-        "    workers = [streams.Workers(plan, 1) for _ in range(3)]\n"
-        "    begin = (0, sources.START)\n"
+        f"    source = find_source({spec!r})\n"
+        "    plan = Plan((source,), ByteTokenizer(), 0, 0, 1, 1, False)\n"
+        "    workers = [Workers(plan, 1) for _ in range(3)]\n"
+        "    begin = (0, START)\n"
         "    first = [[w.block(0, 0, 0, begin) for _ in range(8)][0] for w in workers]\n"
         "    for number, (w, future) in enumerate(zip(workers, first)):\n"
         "        future.result()\n"
@@ -401,9 +408,9 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
         "from kru_triton.train.text import sources, streams\n"
         "from kru_triton.train.text.tokenizer import ByteTokenizer\n"
         "if __name__ == '__main__':\n"
-        f"    source = sources.find_source({spec!r})\n"
-        "    plan = streams.Plan((source,), ByteTokenizer(), 0, 0, 1, 8, False)\n"
-        "    batches = streams.StreamBatches(plan, 2, 16, workers=1)\n"
+        f"    source = find_source({spec!r})\n"
+        "    plan = Plan((source,), ByteTokenizer(), 0, 0, 1, 8, False)\n"
+        "    batches = StreamBatches(plan, 2, 16, workers=1)\n"
         "    batches.next()\n"
         "    print(batches.workers.pools[0].submit(os.getpid).result(), flush=True)\n"
         "    time.sleep(600)\n"
@@ -417,16 +424,16 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
 
 def test_a_state_of_something_else_is_refused(tmp_path):
     spec = write_shards(tmp_path, make_texts(50), 2, "jsonl")
-    state = streams.StreamBatches(make_plan(spec), 4, 16).state()
+    state = StreamBatches(make_plan(spec), 4, 16).state()
     other = write_shards(tmp_path / "other", make_texts(51), 2, "jsonl")
     cases = [
         (
-            streams.StreamBatches(make_plan(spec, world_size=2), 4, 16),
+            StreamBatches(make_plan(spec, world_size=2), 4, 16),
             "rank 0 of 1, this is rank 0 of 2",
         ),
-        (streams.StreamBatches(make_plan(spec), 3, 16), r"\[4, 16\], now \[3, 16\]"),
-        (streams.StreamBatches(make_plan(other), 4, 16), "of other data, tokenizer, seed"),
-        (streams.StreamBatches(make_plan(spec, seed=1), 4, 16), "of other data, tokenizer, seed"),
+        (StreamBatches(make_plan(spec), 3, 16), r"\[4, 16\], now \[3, 16\]"),
+        (StreamBatches(make_plan(other), 4, 16), "of other data, tokenizer, seed"),
+        (StreamBatches(make_plan(spec, seed=1), 4, 16), "of other data, tokenizer, seed"),
     ]
     for batches, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -438,7 +445,7 @@ def test_a_state_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "jsonl.gz"])
 def test_faults_lose_nothing_and_change_nothing(tmp_path, quick_retries, monkeypatch, kind, capfd):
-    monkeypatch.setattr(sources, "RETRIES", 30)  # so many faults may come in a row by chance
+    monkeypatch.setattr(shards, "RETRIES", 30)  # so many faults may come in a row by chance
     texts = make_texts(400)
     write_shards(tmp_path, texts, 3, kind)
     draw = np.random.default_rng(3)
@@ -458,12 +465,12 @@ def test_faults_lose_nothing_and_change_nothing(tmp_path, quick_retries, monkeyp
     with serve(FileServer(tmp_path)) as server:
         reader = "parquet" if kind == "parquet" else "json"
         specs = [f"{reader}:{server.url}/{shard}.{kind}" for shard in range(3)]
-        found = [sources.find_source(spec) for spec in specs]
+        found = [find_source(spec) for spec in specs]
         source = found[0].with_shards(shard for one in found for shard in one.shards)
-        plan = streams.Plan((source,), BYTES, 0, 0, 1, 16, False)
-        calm = read_batches(streams.StreamBatches(plan, 4, 200), 40)
+        plan = Plan((source,), BYTES, 0, 0, 1, 16, False)
+        calm = read_batches(StreamBatches(plan, 4, 200), 40)
         server.fault = fault
-        assert_equal(read_batches(streams.StreamBatches(plan, 4, 200), 40), calm)
+        assert_equal(read_batches(StreamBatches(plan, 4, 200), 40), calm)
         epochs = 0
         while server.faults < 200:
             (read,) = read_epochs(plan)
@@ -492,23 +499,23 @@ def test_a_stalled_server_is_left_and_asked_again(tmp_path, quick_retries):
 def test_a_shard_that_stays_broken_is_named_and_the_position_stays_good(
     tmp_path, quick_retries, monkeypatch, fault
 ):
-    monkeypatch.setattr(sources, "RETRIES", 3)
+    monkeypatch.setattr(shards, "RETRIES", 3)
     monkeypatch.setattr(streams, "PANEL", 128)  # so that batches come before the fault
     write_shards(tmp_path, make_texts(400), 1, "jsonl")
     size = (tmp_path / "0.jsonl").stat().st_size
     with serve(FileServer(tmp_path)) as server:
         plan = make_plan(f"json:{server.url}/0.jsonl")
-        calm = read_batches(streams.StreamBatches(plan, 2, 64), 400)
+        calm = read_batches(StreamBatches(plan, 2, 64), 400)
         server.fault = lambda path, begin, end: fault if begin > 0.9 * size else None
-        batches, found = streams.StreamBatches(plan, 2, 64), []
-        with pytest.raises(data.DataError, match=r"http://.*/0\.jsonl: .* \(4 times\)") as error:
+        batches, found = StreamBatches(plan, 2, 64), []
+        with pytest.raises(DataError, match=r"http://.*/0\.jsonl: .* \(4 times\)") as error:
             read_until_stop(batches, 400, found)
         assert error.value.shard == f"{server.url}/0.jsonl"
         assert len(found) > 10
         state = json.loads(json.dumps(batches.state()))
         batches.close()
         server.fault = lambda *_: None
-        batches = streams.StreamBatches(plan, 2, 64)
+        batches = StreamBatches(plan, 2, 64)
         batches.load_state(state)
         assert_equal(found + read_batches(batches, 400 - len(found)), calm)
 
@@ -519,9 +526,9 @@ def test_a_size_is_not_learned_from_a_wrong_reply(tmp_path, quick_retries, fault
     (tmp_path / "empty.jsonl").touch()
     wrong = iter([fault])
     with serve(FileServer(tmp_path, lambda *_: next(wrong, None))) as server:
-        size = sources.find_size(f"{server.url}/0.jsonl", "json")
+        size = find_size(f"{server.url}/0.jsonl", "json")
         assert size == (tmp_path / "0.jsonl").stat().st_size
-        assert sources.find_size(f"{server.url}/empty.jsonl", "json") == 0
+        assert find_size(f"{server.url}/empty.jsonl", "json") == 0
 
 
 @pytest.mark.parametrize(
@@ -539,7 +546,7 @@ def test_a_size_that_cannot_be_learned_is_an_error(tmp_path, quick_retries, faul
     with serve(FileServer(tmp_path, lambda *_: next(replies))) as server:
         where = re.escape(f"{server.url}/0.jsonl")
         with pytest.raises(UserError, match=f"^cannot read {where}: {message}$"):
-            sources.find_source(f"json:{server.url}/0.jsonl")
+            find_source(f"json:{server.url}/0.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
@@ -547,7 +554,7 @@ def test_a_size_that_cannot_be_learned_is_an_error(tmp_path, quick_retries, faul
 def test_a_known_size_that_is_wrong_loses_nothing_without_a_word(
     tmp_path, quick_retries, monkeypatch, kind, known
 ):
-    monkeypatch.setattr(sources, "RETRIES", 2)
+    monkeypatch.setattr(shards, "RETRIES", 2)
     write_shards(tmp_path, make_texts(100), 1, kind)
     content = (tmp_path / f"0.{kind}").read_bytes()
     if known != 18:
@@ -559,8 +566,8 @@ def test_a_known_size_that_is_wrong_loses_nothing_without_a_word(
             rf"0\.{kind}: the server says that it has {len(content):,} bytes; it had {known:,} "
             r"when the run began\. If it has changed, begin a new run \(3 times\)"
         )
-        with pytest.raises(data.DataError, match=message):
-            list(sources.read(source, 0, -1, 0, 1))
+        with pytest.raises(DataError, match=message):
+            list(read_shard(source, 0, -1, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -577,15 +584,15 @@ def test_a_known_size_that_is_wrong_loses_nothing_without_a_word(
 def test_a_reply_that_is_not_of_the_shard_is_named(
     tmp_path, quick_retries, monkeypatch, fault, message
 ):
-    monkeypatch.setattr(sources, "RETRIES", 2)
+    monkeypatch.setattr(shards, "RETRIES", 2)
     texts = make_texts(100)
     write_shards(tmp_path, texts, 1, "jsonl")
     with serve(FileServer(tmp_path)) as server:
-        source = sources.find_source(f"json:{server.url}/0.jsonl")
+        source = find_source(f"json:{server.url}/0.jsonl")
         server.fault = lambda path, begin, end: fault if begin else None
         found = []
-        with pytest.raises(data.DataError, match=message):
-            found.extend(row.text.decode() for row in sources.read(source, 0, -1, 0, 1))
+        with pytest.raises(DataError, match=message):
+            found.extend(row.text.decode() for row in read_shard(source, 0, -1, 0, 1))
         assert 0 < len(found) < 100
         assert found == texts[: len(found)]
 
@@ -594,9 +601,9 @@ def test_a_cache_that_is_stale_is_passed_by(tmp_path, quick_retries, capfd):
     texts = make_texts(50)
     write_shards(tmp_path, texts, 1, "jsonl")
     with serve(FileServer(tmp_path)) as server:
-        source = sources.find_source(f"json:{server.url}/0.jsonl")
+        source = find_source(f"json:{server.url}/0.jsonl")
         server.cached = b'{"text": "old"}\n'
-        assert [row.text.decode() for row in sources.read(source, 0, -1, 0, 1)] == texts
+        assert [row.text.decode() for row in read_shard(source, 0, -1, 0, 1)] == texts
     assert "0.jsonl: the server says that it has 16 bytes; it had" in capfd.readouterr().err
 
 
@@ -605,15 +612,15 @@ def test_a_local_shard_that_has_changed_is_an_error_at_once(tmp_path):
     plan = make_plan(spec)
     lines = (tmp_path / "0.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "0.jsonl").write_bytes(b"".join(lines[:60]))  # cut at a line's end
-    with pytest.raises(data.DataError, match=r"0\.jsonl: \d+ bytes at .*when the run began"):
+    with pytest.raises(DataError, match=r"0\.jsonl: \d+ bytes at .*when the run began"):
         read_epochs(plan)
 
 
 def test_a_shard_that_is_not_whole_on_the_server_is_an_error(tmp_path, quick_retries):
     spec = write_shards(tmp_path, make_texts(100), 1, "parquet")
     (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-300])
-    with pytest.raises(data.DataError, match=r"0\.parquet: "):
-        list(sources.read(sources.find_source(spec), 0, -1, 0, 1))
+    with pytest.raises(DataError, match=r"0\.parquet: "):
+        list(read_shard(find_source(spec), 0, -1, 0, 1))
 
 
 # The Hub
@@ -635,17 +642,17 @@ configs:
 """
 READ = """
 import json, sys
-from kru_triton.train.text import sources
-from kru_triton.train.text import streams
+from kru_triton.train.text import shards
+from kru_triton.train.text.rows import read_shard
+from kru_triton.train.text.sources import find_source
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.text.tokenizer import ByteTokenizer
-sources.FIRST_PAUSE = 0.01
-sources.CHUNK = 700
+shards.FIRST_PAUSE = 0.01
+shards.CHUNK = 700
 for spec in sys.argv[1:]:
     try:
-        source = sources.find_source(spec)
+        source = find_source(spec)
         rows = [r.text.decode() for i in range(len(source.shards))
-                for r in sources.read(source, i, -1, 0, 1)]
+                for r in read_shard(source, i, -1, 0, 1)]
         print(json.dumps({"names": [s.name for s in source.shards], "rows": rows}))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
@@ -806,7 +813,7 @@ def test_a_run_keeps_its_tokenizer_held_out_part_and_shards(tmp_path):
     assert built.facts["train"]["shards"] == 3
     assert 2000 <= built.valid.num_bytes == built.facts["valid"]["bytes"] < 2500
     assert set(built.rivals) == {"gzip", "xz"}
-    counted = [s[1][s[3]] for s in data.validation_segments(built.valid, 4, 64)]
+    counted = [s[1][s[3]] for s in validation_segments(built.valid, 4, 64)]
     counted = torch.cat(counted).tolist()
     text = built.tokenizer.decode(counted)
     assert len(text) == built.valid.num_bytes  # the bits of all tokens are those of all bytes
@@ -834,7 +841,7 @@ def test_a_run_keeps_its_tokenizer_held_out_part_and_shards(tmp_path):
     with pytest.raises(UserError, match="is not the tokenizer that this run began with"):
         data.build(make_config(spec, **settings), run_dir)
     (tmp_path / "data/0.jsonl").write_text('{"text": "short"}\n')
-    with pytest.raises(data.DataError, match=r"0\.jsonl: has 18 bytes; it had .* when the run"):
+    with pytest.raises(DataError, match=r"0\.jsonl: has 18 bytes; it had .* when the run"):
         data.build(make_config(spec, **settings), run_dir)
 
 
@@ -862,15 +869,15 @@ def test_a_run_that_began_with_copies_goes_on_with_them_where_its_folder_is(tmp_
         (tmp_path / f"{number}.txt").write_text(f"text {number}\n" * 20)
     (tmp_path / "0-again.txt").symlink_to("0.txt")
     config, run_dir = make_config(f"text:{tmp_path}/*.txt"), tmp_path / "in memory"
-    earlier = data.split_in_memory(*config.data, "", 1, once=False)
+    earlier = split_in_memory(*config.data, "", 1, once=False)
     (run_dir / "checkpoints").mkdir(parents=True)
-    known = {part: data.facts(getattr(earlier, part)) for part in ("train", "held_out")}
+    known = {part: statistics(getattr(earlier, part)) for part in ("train", "held_out")}
     settings = {"data": config.data, "train_sha256": known["train"]["sha256"]}
     settings["valid_sha256"] = known["held_out"]["sha256"]
     (run_dir / "config.json").write_text(json.dumps(settings))
     assert data.build(config, run_dir).facts["train"] == known["train"]
     assert data.build(config, tmp_path / "new").facts["train"]["documents"] == 38
-    assert data.held_out_text(config.data, run_dir) == earlier.held_out
+    assert held_out_text(config.data, run_dir) == earlier.held_out
 
 
 def test_validation_shards_are_not_trained_on(tmp_path):
@@ -893,7 +900,7 @@ def test_rows_without_text_are_left_out_and_invalid_utf8_is_replaced_both_counte
     rows[7] = b'{"text": ""}'
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
     plan = make_plan(f"json:{tmp_path}/a.jsonl")
-    batches = streams.StreamBatches(plan, 2, 64)
+    batches = StreamBatches(plan, 2, 64)
     read_batches(batches, 200)
     counts = batches.counts()
     assert 0 < counts["documents"] % 37 < 37 or counts["documents"] >= 37
@@ -968,13 +975,13 @@ def test_rows_are_read_as_datasets_reads_them_or_left_out_and_counted(tmp_path, 
         parquet.write_table(pyarrow.table({"text": ["a"]}), files[0])
         columns = {"text": content} if content is not None else {"other": [1, 2]}
         parquet.write_table(pyarrow.table(columns), files[1])
-    source = sources.find_source(f"{kind}:{tmp_path}/*.{kind}")
-    rows = [row for piece in range(3) for row in sources.read(source, 1, -1, piece, 3)]
+    source = find_source(f"{kind}:{tmp_path}/*.{kind}")
+    rows = [row for piece in range(3) for row in read_shard(source, 1, -1, piece, 3)]
     assert [row.text.decode() for row in rows if row.text] == [text for text in texts if text]
     counts = collections.Counter(row.remark.partition(" (")[0] for row in rows if row.remark)
     assert counts == +remarks
     for row in rows:  # from each row on
-        assert list(sources.read(source, 1, row.at, 0, 1)) == rows[rows.index(row) :]
+        assert list(read_shard(source, 1, row.at, 0, 1)) == rows[rows.index(row) :]
     if theirs is not None:
         read = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
         assert [row["text"] for row in read] == ["a", *theirs]
@@ -993,13 +1000,13 @@ def test_shards_without_text_end_no_run_and_change_no_batch(tmp_path, kind, capf
             table = pyarrow.table({"n": [1] * 20} if column is None else {"text": column})
             parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=7)
     plan = make_plan(f"{kind}:{tmp_path}/*.{kind}", buffer=8)
-    whole = read_batches(streams.StreamBatches(plan, 2, 512), 40)  # several epochs
-    batches, found = streams.StreamBatches(plan, 2, 512), []
+    whole = read_batches(StreamBatches(plan, 2, 512), 40)  # several epochs
+    batches, found = StreamBatches(plan, 2, 512), []
     for stop in (3, 17, 18, 40):
         read_until_stop(batches, stop, found)
         state = json.loads(json.dumps(batches.state()))
         batches.close()
-        batches = streams.StreamBatches(plan, 2, 512)
+        batches = StreamBatches(plan, 2, 512)
         batches.load_state(state)
     assert_equal(found, whole)
     counts = batches.counts()
@@ -1071,7 +1078,7 @@ def test_bad_data_is_named(tmp_path, name, content, spec, message):
 def test_a_missing_remote_file_is_named_at_once(tmp_path, quick_retries):
     with serve(FileServer(tmp_path)) as server:
         with pytest.raises(UserError, match=r"cannot read http://.*/a\.jsonl: HTTP 404"):
-            sources.find_source(f"json:{server.url}/a.jsonl")
+            find_source(f"json:{server.url}/a.jsonl")
         assert len(server.requests) == 1
 
 
@@ -1100,7 +1107,7 @@ def test_remote_files_are_unpacked_under_any_name(tmp_path, quick_retries):
             spec = f"json:{server.url}/{name}"
             (read,) = read_epochs(make_plan(spec))
             assert sorted(read) == sorted(texts)
-            assert data.read_documents(spec.replace("json:", "text:"))[0][1] == lines
+            assert read_documents(spec.replace("json:", "text:"))[0][1] == lines
 
 
 def test_several_data_flags_and_a_toml_list(tmp_path):

@@ -40,7 +40,9 @@ from kru_triton.train.run.device import pick_dtype
 from kru_triton.train.run.directory import commit, versions
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.text import data
+from kru_triton.train.text.batches import TokenArray
+from kru_triton.train.text.documents import Document, read_documents, statistics
+from kru_triton.train.text.held_out import held_out_text, run_data
 from kru_triton.train.text.load import load_model
 
 
@@ -80,16 +82,16 @@ class EvaluateConfig:
 
     @property
     def specs(self) -> tuple[str, ...]:
-        return self.data or data.run_data(self.run_dir)
+        return self.data or run_data(self.run_dir)
 
 
-def read_text(config: EvaluateConfig) -> list[data.Document]:
+def read_text(config: EvaluateConfig) -> list[Document]:
     """The documents to predict."""
     limit = config.max_bytes or 1 << 62
     if config.held_out or config.data in ((), ("stdlib",)):
-        documents = data.held_out_text(config.specs, config.run_dir)
+        documents = held_out_text(config.specs, config.run_dir)
     else:
-        documents = [d for spec in config.specs for d in data.read_documents(spec, limit)]
+        documents = [d for spec in config.specs for d in read_documents(spec, limit)]
     kept, total = [], 0
     for name, text in documents:
         if total + len(text) > limit:  # up to the last whole character
@@ -144,7 +146,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     model, tokenizer, folder = load_model(config.model, config.device, config.backend)
     device = next(model.parameters()).device
     documents = read_text(config)
-    stream = data.Stream(documents, tokenizer)
+    stream = TokenArray(documents, tokenizer)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     began = time.perf_counter()
@@ -165,7 +167,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     return {
         "model": str(folder),
         "parameters": model.num_parameters,
-        "data": {"spec": " ".join(config.specs), **data.facts(documents)},
+        "data": {"spec": " ".join(config.specs), **statistics(documents)},
         "tokens": count,
         "results": results,
         "settings": asdict(config) | {"dtype": dtype},
@@ -177,11 +179,11 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 def table(report: dict) -> str:
     """The results for people; the last column is what the carried state gains over the row."""
-    facts = report["data"]
+    text = report["data"]
     lines = [
         f"{report['model']}: {report['parameters']:,} parameters",
-        f"{facts['spec']}: {facts['documents']:,} documents, {facts['bytes']:,} bytes, "
-        f"{report['tokens']:,} tokens predicted, sha256 {facts['sha256'][:16]}",
+        f"{text['spec']}: {text['documents']:,} documents, {text['bytes']:,} bytes, "
+        f"{report['tokens']:,} tokens predicted, sha256 {text['sha256'][:16]}",
         "",
         "state cut      loss (nats)   perplexity   bits per byte   carried gains",
     ]
@@ -192,7 +194,7 @@ def table(report: dict) -> str:
             f"{name:<14} {row['loss_nats']:>11.4f} {row['perplexity']:>12.3f} "
             f"{row['bpb']:>15.4f} {row['bpb'] - carried:>15.4f}"
         )
-    longest = report["tokens"] + facts["documents"]
+    longest = report["tokens"] + text["documents"]
     never = [f"{c:,}" for c in report["settings"]["contexts"] if c >= longest]
     if never:
         lines.append(f"the text is shorter than {', '.join(never)} tokens: nothing was cut there")

@@ -83,7 +83,7 @@ def byte_tokenizer() -> Tokenizer:
     return backend
 
 
-def training_facts(run_dir: Path) -> str:
+def training_summary(run_dir: Path) -> str:
     """What the run's summary says, as a paragraph; empty for a run that has not ended."""
     path = run_dir / "summary.json"
     if not path.exists():
@@ -108,7 +108,7 @@ def export(config: ExportConfig) -> Path:
     model, tokenizer, _ = load_model(config.run_dir, "cpu", "auto")
     causal_lm = KRUForCausalLM.from_language_model(model, bos_token_id=tokenizer.bos)
     tokens = pretrained_tokenizer(tokenizer)
-    card = model_card(causal_lm, training_facts(Path(config.run_dir)))
+    card = model_card(causal_lm, training_summary(Path(config.run_dir)))
     out.mkdir(parents=True, exist_ok=True)
     try:
         (out / "README.md").write_text(card, encoding="utf-8")

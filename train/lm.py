@@ -60,6 +60,8 @@ from kru_triton.train.run.run import NonFiniteError, Run, TrainState, is_due
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import SEEDS, Config, UserError, model_config, parse
 from kru_triton.train.text import data
+from kru_triton.train.text.batches import Batches, TokenArray, validation_segments
+from kru_triton.train.text.documents import describe_statistics
 from kru_triton.train.text.generate import encode_prompt, generate
 from kru_triton.train.text.load import ready
 
@@ -203,7 +205,7 @@ def finish(config: Config, run: Run, text: data.Data, model: LanguageModel) -> N
         "checkpoint_s": run.writer.seconds,
         "checkpoint_blocked_s": run.writer.blocked,
         "processes": run.processes.count,
-        "data": {**text.facts, "read": text.train.counts()},
+        "data": {**text.statistics, "read": text.train.counts()},
         "backend": model.backend_report(),
     }
     bits = [f"{name} {measures[name]:.4f}" for name in measures if name.endswith("/bpb")]
@@ -217,7 +219,7 @@ def finish(config: Config, run: Run, text: data.Data, model: LanguageModel) -> N
     )
 
 
-def fetch(run: Run, batches) -> tuple[tuple[Tensor, ...] | None, tuple[dict, float]]:
+def fetch(run: Run, batches: Batches) -> tuple[tuple[Tensor, ...] | None, tuple[dict, float]]:
     """The next batch, None where that has failed; position and epochs before it."""
     position, batch = (batches.state(), batches.epochs_read()), None
     with run.noting(), run.waiting():
@@ -275,7 +277,7 @@ def autocast_of(config: Config, device: torch.device) -> torch.autocast:
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
-    stream: data.Stream,
+    stream: TokenArray,
     length: int,
     autocast,
     processes: Processes,
@@ -289,7 +291,7 @@ def evaluate(
     nats, count, state = torch.zeros((), dtype=torch.float64, device=device), 0, None
     model.eval()
     with processes.together():
-        for batch in data.validation_segments(stream, EVALUATION_LANES, length):
+        for batch in validation_segments(stream, EVALUATION_LANES, length):
             batch = [tensor.tensor_split(processes.count)[processes.rank] for tensor in batch]
             if not len(batch[0]):  # more processes than lanes
                 break
@@ -399,8 +401,8 @@ def settings_of(config: Config, model, text: data.Data, processes: Processes) ->
         "model_config": dataclasses.asdict(model.config),
         "processes": processes.count,
         "lanes": processes.count * config.batch_size,
-        "train_sha256": text.facts["train"]["sha256"],
-        "valid_sha256": text.facts["valid"]["sha256"],
+        "train_sha256": text.statistics["train"]["sha256"],
+        "valid_sha256": text.statistics["valid"]["sha256"],
         "tokenizer_sha256": text.tokenizer.sha256,
     }
 
@@ -418,7 +420,7 @@ def describe_model(model: LanguageModel, optimizers: list[Optimizer], run: Run) 
 
 
 def describe_text(text: data.Data) -> list[str]:
-    sizes = [f"{name}: {data.describe(fact)}" for name, fact in text.facts.items()]
+    sizes = [f"{name}: {describe_statistics(known)}" for name, known in text.statistics.items()]
     return [
         f"tokenizer: {text.tokenizer.describe()}",
         *sizes,
@@ -459,7 +461,7 @@ def pack(at: LMState, model, optimizers, processes: Processes) -> tuple[dict, di
     return tensors, documents
 
 
-def unpack(path: Path, model, optimizers, batches, processes: Processes) -> LMState:
+def unpack(path: Path, model, optimizers, batches: Batches, processes: Processes) -> LMState:
     """Put a checkpoint back in place; the inverse of `pack`.
 
     The lanes of all processes together are those of the checkpoint, whatever its number of

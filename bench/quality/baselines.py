@@ -38,7 +38,7 @@ from kru_triton.train.reproduce import without_folder
 from kru_triton.train.run.device import keep_freed_memory, pick_dtype
 from kru_triton.train.run.optimizers import build_optimizers
 from kru_triton.train.run.settings import model_config, parse
-from kru_triton.train.text import data
+from kru_triton.train.text.tokenizer import ByteTokenizer
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
 SHAPES = {  # what matters is the ratio: --match-params scales both
@@ -100,9 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def num_parameters(flags: list[str]) -> int:
     with torch.device("meta"):
-        return LanguageModel(
-            model_config(parse(flags), data.ByteTokenizer.vocab_size)
-        ).num_parameters
+        return LanguageModel(model_config(parse(flags), ByteTokenizer.vocab_size)).num_parameters
 
 
 def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str, float]:
@@ -113,7 +111,7 @@ def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str,
     ready, dtype = {}, pick_dtype("auto", torch.device("cpu"))
     for model, flags in settings.items():
         config = parse(flags)
-        net = LanguageModel(model_config(config, data.ByteTokenizer.vocab_size))
+        net = LanguageModel(model_config(config, ByteTokenizer.vocab_size))
         ready[model] = (config, net, build_optimizers(net, config))
     for round_ in range(rounds):
         for model, (config, net, optimizers) in ready.items():
@@ -180,7 +178,7 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
         "parameters": summary and summary["parameters"],
         "recurrent_parameters": summary and summary["recurrent_parameters"],
         "minutes": args.minutes if kind == "wall" else None,
-        "model_config": dataclasses.asdict(model_config(config, data.ByteTokenizer.vocab_size)),
+        "model_config": dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size)),
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         **harness.provenance(torch.device("cpu"), told),
         "threads": 1,

@@ -26,7 +26,8 @@ import torch
 from pyarrow import parquet
 
 from bench import harness
-from kru_triton.train.text import data
+from kru_triton.train.text.batches import MemoryBatches, TokenArray
+from kru_triton.train.text.documents import read_documents
 from kru_triton.train.text.sources import find_source
 from kru_triton.train.text.streams import Plan, StreamBatches
 from kru_triton.train.text.tokenizer import ByteTokenizer, train_bpe
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.rounds, args.megabytes, args.workers = 1, [1, 1], [0]
 
-    documents = data.read_documents("stdlib")
+    documents = read_documents("stdlib")
     documents = [document for document in documents if document[1]]
     if args.quick:
         documents = documents[:40]
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         write_shards(Path(folder), texts)
         cases = {}
         for name, tokenizer in tokenizers.items():
-            lanes = data.Lanes(data.Stream(documents, tokenizer), LANES, LENGTH, seed=0)
+            lanes = MemoryBatches(TokenArray(documents, tokenizer), LANES, LENGTH, seed=0)
             cases["memory", name, 0] = lambda lanes=lanes: lanes
             for kind in ("json", "parquet"):
                 source = find_source(f"{kind}:{folder}/*.{kind}")

@@ -100,7 +100,7 @@ def task(config: Config) -> Task:
         unit="mse",
         best="loss_mse",
         baseline=BASELINE,
-        facts={"T": config.T, "sequences": "drawn"},
+        statistics={"T": config.T, "sequences": "drawn"},
     )
 
 

@@ -100,7 +100,7 @@ def task(config: Config) -> Task:
         unit="nats",
         best="loss_nats",
         baseline=baseline,
-        facts={"T": config.T, "sequences": "drawn"},
+        statistics={"T": config.T, "sequences": "drawn"},
     )
 
 

@@ -157,7 +157,7 @@ class Task:
         best: the measure that picks the weights to test, without its prefix.
         higher: whether more of it is better.
         baseline: loss of the best predictor that remembers nothing; None: not known.
-        facts: about the data, for config.json and summary.json.
+        statistics: about the data, for config.json and summary.json.
     """
 
     input_size: int
@@ -171,7 +171,7 @@ class Task:
     best: str
     higher: bool = False
     baseline: float | None = None
-    facts: dict = field(default_factory=dict)
+    statistics: dict = field(default_factory=dict)
 
 
 # Config
@@ -448,7 +448,7 @@ def train(config: TaskConfig, task: Task) -> int:
         device = pick_device(config.device)
         model = build_model(config, task, device)
         optimizer = torch.optim.Adam(parameter_groups(model, config, task.length), fused=True)
-        settings = {**dataclasses.asdict(config), "model_config": {}, "data_facts": task.facts}
+        settings = {**dataclasses.asdict(config), "model_config": {}, "data_facts": task.statistics}
         run.describe(settings, describe(model, optimizer, task, device), device)
         x_look = task.batch(0)[0][:4].to(device)  # for the diagnostics
         at = run.resume(TaskState(), lambda path: unpack(path, model, optimizer))
@@ -567,7 +567,7 @@ def finish(task: Task, run: Run, model: SequenceModel, optimizer, after: dict) -
         "learning_rates": [group["initial_lr"] for group in optimizer.param_groups],
         "baseline": task.baseline,
         "diagnostics": {"before": at.before, "after": after},
-        "data": task.facts,
+        "data": task.statistics,
     }
     measured = ", ".join(f"{name} {value:.5g}" for name, value in test.items())
     result = f"{measured} (weights of step {at.best_step} of {at.step})"
@@ -587,7 +587,7 @@ def build_model(config: TaskConfig, task: Task, device: torch.device) -> Sequenc
 def describe(model: SequenceModel, optimizer, task: Task, device: torch.device) -> list[str]:
     rates = [group["lr"] for group in optimizer.param_groups]
     lines = [
-        f"data: {task.facts}",
+        f"data: {task.statistics}",
         f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent",
         f"learning rates {rates}; {device}, {torch.get_num_threads()} threads",
     ]

@@ -150,7 +150,7 @@ def read_hub(name: str) -> dict[str, list[np.ndarray]]:
 
 
 def read(data: str) -> tuple[dict[str, list[torch.Tensor]], dict]:
-    """Rolls `(T, 88)` float of train, val and test, and facts."""
+    """Rolls `(T, 88)` float of train, val and test, and statistics."""
     sha256 = None
     if data.startswith("hub:"):
         rolls = read_hub(data.removeprefix("hub:"))
@@ -207,7 +207,7 @@ def nats_of_frames(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
 def task(config: Config) -> Task:
     if config.segment_length < 2:
         raise UserError(f"--segment-length must be at least 2, got {config.segment_length}")
-    parts, facts = read(config.data)
+    parts, statistics = read(config.data)
     pieces = [
         piece
         for roll in parts["train"]
@@ -242,7 +242,7 @@ def task(config: Config) -> Task:
         evaluate=evaluate,
         unit="nats",
         best="loss_nats",
-        facts=facts,
+        statistics=statistics,
     )
 
 

@@ -224,13 +224,13 @@ def load(flag: str, data: str) -> tuple[dict[str, Images], dict[str, str]]:
 
 
 def read(data: str, test: str = "") -> tuple[dict[str, Images], dict]:
-    """Train, val and test, and facts."""
-    found, facts = load("--data", data)
+    """Train, val and test, and statistics."""
+    found, statistics = load("--data", data)
     images, digits = next(iter(found.values()))
     if test:
-        held_out, test_facts = load("--test", test)
+        held_out, test_statistics = load("--test", test)
         *_, last = held_out.values()
-        facts |= {f"test_{key}": value for key, value in test_facts.items()}
+        statistics |= {f"test_{key}": value for key, value in test_statistics.items()}
         check_disjoint(images, last[0], data, test)
         indices = stratified(digits, ("val",))
     elif "all" in found:
@@ -246,7 +246,7 @@ def read(data: str, test: str = "") -> tuple[dict[str, Images], dict]:
         )
     parts = {split: (images[own], digits[own]) for split, own in indices.items()}
     parts |= {} if last is None else {"test": last}
-    return parts, facts | {split: len(digits) for split, (_, digits) in parts.items()}
+    return parts, statistics | {split: len(digits) for split, (_, digits) in parts.items()}
 
 
 def check_disjoint(images: torch.Tensor, test_images: torch.Tensor, data: str, test: str) -> None:
@@ -260,7 +260,7 @@ def check_disjoint(images: torch.Tensor, test_images: torch.Tensor, data: str, t
 
 
 def task(config: Config) -> Task:
-    parts, facts = read(config.data, config.test)
+    parts, statistics = read(config.data, config.test)
     order = torch.arange(PIXELS)
     if config.permuted:
         order = torch.randperm(PIXELS, generator=generator(PERMUTATION_SEED))
@@ -293,7 +293,7 @@ def task(config: Config) -> Task:
         unit="nats",
         best="accuracy",
         higher=True,
-        facts={**facts, "permuted": config.permuted},
+        statistics={**statistics, "permuted": config.permuted},
     )
 
 

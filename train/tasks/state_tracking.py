@@ -194,7 +194,7 @@ def task(config: Config) -> Task:
         unit="nats",
         best=f"accuracy_{config.train_length}",
         higher=True,
-        facts={
+        statistics={
             "task": config.task,
             "answers": answer_count,
             "train_length": config.train_length,

@@ -202,7 +202,7 @@ def padded(utterances: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.T
 
 
 def task(config: Config) -> Task:
-    parts, facts = read(config.data)
+    parts, statistics = read(config.data)
 
     def batch(step: int) -> tuple[torch.Tensor, ...]:
         indices = epoch_batch(len(parts["train"]), config.batch_size, config.seed, step)
@@ -232,7 +232,7 @@ def task(config: Config) -> Task:
         unit="nats",
         best="accuracy",
         higher=True,
-        facts=facts,
+        statistics=statistics,
     )
 
 

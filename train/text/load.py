@@ -11,7 +11,7 @@ from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.device import pick_device
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.text.data import run_tokenizer
+from kru_triton.train.text.record import run_tokenizer
 from kru_triton.train.text.tokenizer import ByteTokenizer, FileTokenizer, read_tokenizer
 
 BOS = "<|endoftext|>"  # the name of BOS in exported byte tokenizers

@@ -33,7 +33,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -43,15 +42,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kru_triton.train.text.sources import START, DataError, Row, Source, read
+from kru_triton.train.text.batches import PANEL, join
+from kru_triton.train.text.held_out import is_held_out
+from kru_triton.train.text.rows import START, Row, read_shard
+from kru_triton.train.text.shards import DataError, Source
 from kru_triton.train.text.tokenizer import ByteTokenizer, FileTokenizer, token_dtype
 
 LINES = 4  # of each rank and source, where there are so many pieces
-PANEL = 8192  # tokens per lane and panel, or one segment
 BLOCK_BYTES = 4 << 20  # a block ends here even if it has fewer documents
-HELD_OUT_SHARE = 0.02  # of the documents, by hash
 
-Position = tuple[int, int]  # in a line: number of the piece, position in its shard
+Offset = tuple[int, int]  # in a line: number of the piece, position in its shard
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Plan:
             [source.weight, source.field, [[shard.name, shard.size] for shard in source.shards]]
             for source in self.sources
         ]
-        facts = [sources, self.tokenizer.sha256, self.seed, self.world_size, self.buffer]
-        return hashlib.sha256(json.dumps([*facts, self.hold_out]).encode()).hexdigest()[:16]
+        content = [sources, self.tokenizer.sha256, self.seed, self.world_size, self.buffer]
+        return hashlib.sha256(json.dumps([*content, self.hold_out]).encode()).hexdigest()[:16]
 
 
 class Block(NamedTuple):
@@ -81,14 +81,9 @@ class Block(NamedTuple):
 
     tokens: np.ndarray
     starts: list[int]  # of each document in `tokens`, and the end
-    places: list[Position]  # shard and position of each document
-    next: Position | None  # where the line's next block begins; None: the line has ended
+    places: list[Offset]  # shard and position of each document
+    next: Offset | None  # where the line's next block begins; None: the line has ended
     counts: dict[str, int]  # documents, bytes, rows with each remark
-
-
-def is_held_out(text: bytes) -> bool:
-    """Whether a document belongs to the held-out part: by its text alone, 1 in 50."""
-    return zlib.crc32(text, 0x6B7275) < HELD_OUT_SHARE * 2**32
 
 
 # Who reads what
@@ -131,7 +126,7 @@ class Reader:
         self.warned = set()
         self.busy = False  # with a block
 
-    def block(self, source: int, epoch: int, line: int, begin: Position) -> Block:
+    def block(self, source: int, epoch: int, line: int, begin: Offset) -> Block:
         """The block of a line that begins at `begin`."""
         plan = self.plan
         at, documents = self.open.pop((source, line), (None, None))
@@ -159,7 +154,7 @@ class Reader:
         tokens, starts = join(plan.tokenizer, [texts[index] for index in order])
         return Block(tokens, starts, [places[index] for index in order], after, dict(counts))
 
-    def warn(self, source: int, place: Position, row: Row) -> None:
+    def warn(self, source: int, place: Offset, row: Row) -> None:
         """Say where the first row with a remark was, and why; the others are counted."""
         if row.remark not in self.warned:
             self.warned.add(row.remark)
@@ -167,19 +162,19 @@ class Reader:
             where = f"{self.plan.sources[source].shards[shard].url}: {row.remark} at {at}"
             print(f"warning: {where}: {row.why}; further ones are counted", file=sys.stderr)
 
-    def documents(self, source: int, pieces: list[Piece], begin: Position) -> Iterator:
+    def documents(self, source: int, pieces: list[Piece], begin: Offset) -> Iterator:
         """(position after it, place, row) of each document of a line from `begin` on."""
         first, at = begin
         for number in range(first, len(pieces)):
             shard, piece, count = pieces[number]
-            for row in read(self.plan.sources[source], shard, at, piece, count):
+            for row in read_shard(self.plan.sources[source], shard, at, piece, count):
                 yield (number, row.next), (shard, row.at), row
             at = START
 
     def find(self, source: int, shard: int, positions: list[int]) -> list[np.ndarray]:
         """The tokens of the documents at some positions of a shard, each behind its BOS."""
         found, missing = {}, set(positions)
-        for row in read(self.plan.sources[source], shard, min(positions), 0, 1):
+        for row in read_shard(self.plan.sources[source], shard, min(positions), 0, 1):
             if row.at in missing:
                 found[row.at], _ = join(self.plan.tokenizer, [row.text])
                 missing.remove(row.at)
@@ -187,19 +182,6 @@ class Reader:
                     return [found[position] for position in positions]
         url = self.plan.sources[source].shards[shard].url
         raise DataError(url, f"no document at {min(missing)} any more, where the run has read one")
-
-
-def join(tokenizer, texts: list[bytes]) -> tuple[np.ndarray, list[int]]:
-    """Tokens of documents in a row, each behind its BOS; where each starts, and the end."""
-    documents = tokenizer.encode_batch(texts)
-    starts = [0]
-    for document in documents:
-        starts.append(starts[-1] + 1 + len(document))
-    tokens = np.empty(starts[-1], token_dtype(tokenizer))
-    tokens[starts[:-1]] = tokenizer.bos
-    for start, document in zip(starts, documents):
-        tokens[start + 1 : start + 1 + len(document)] = document
-    return tokens, starts
 
 
 def start_worker(plan: Plan, alive: Connection) -> None:
@@ -289,7 +271,7 @@ class Workers:
             self.pools, self.work = [Background()], Reader(plan).block
         self.num_processes = count
 
-    def block(self, source: int, epoch: int, line: int, begin: Position) -> Future:
+    def block(self, source: int, epoch: int, line: int, begin: Offset) -> Future:
         pool = self.pools[(source * LINES + line) % len(self.pools)]
         return pool.submit(self.work, source, epoch, line, begin)
 
@@ -309,7 +291,7 @@ class Workers:
 
 class Document(NamedTuple):
     tokens: np.ndarray
-    place: Position
+    place: Offset
 
 
 class Line:
@@ -324,8 +306,8 @@ class Line:
 
     def __init__(
         self,
-        read: Callable[[Position], Future],
-        begin: Position | None,
+        read: Callable[[Offset], Future],
+        begin: Offset | None,
         index: int,
         counts: collections.Counter,
     ):
@@ -371,7 +353,7 @@ class Documents:
         self.lines = []
         for number, position in enumerate(positions or [[0, START, 0]] * len(self.pieces)):
 
-            def read(begin: Position, number: int = number) -> Future:
+            def read(begin: Offset, number: int = number) -> Future:
                 return self.workers.block(self.source, epoch, number, begin)
 
             *begin, index = position or (0,)

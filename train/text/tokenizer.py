@@ -208,7 +208,7 @@ def read_tokenizer(spec: str) -> FileTokenizer:
         if path.exists():
             return FileTokenizer(path.read_text(encoding="utf-8"))
         if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-            from kru_triton.train.text.sources import check_hub
+            from kru_triton.train.text.shards import check_hub
 
             check_hub(f"--tokenizer {spec}")
             from huggingface_hub import hf_hub_download
