@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import types
 
 import pytest
@@ -133,6 +134,22 @@ def test_a_figure_that_fails_costs_only_the_figures(tmp_path, monkeypatch, capsy
     assert wandb.finish()
     assert calls.count("log") == 2
     assert capsys.readouterr().out.count("no figures: division by zero") == 1
+
+
+def test_no_call_waits_for_wandb(tmp_path, monkeypatch):
+    module, calls = broken_wandb("nothing")
+    answers, log = threading.Event(), module.init().log
+    module.init = lambda **_: types.SimpleNamespace(
+        define_metric=lambda *_, **__: answers.wait(), log=log, finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    wandb = Wandb("offline", tmp_path, "id", {})
+    for step in range(300):
+        wandb.log({"step": step})
+    assert calls.count("log") == 0  # W&B has not even begun
+    answers.set()
+    assert wandb.finish()
+    assert calls.count("log") == 300
 
 
 def test_wandb_missing_is_one_line(tmp_path, monkeypatch, capsys):

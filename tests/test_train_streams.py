@@ -486,11 +486,9 @@ def test_a_stalled_server_is_left_and_asked_again(tmp_path, quick_retries):
     write_shards(tmp_path, texts, 1, "jsonl")
     stalls = iter(["stall", None, "stall"])
     with serve(FileServer(tmp_path, lambda *_: next(stalls, None))) as server:
-        server.stall = 2
+        server.stall = 3600  # whoever waits for it does so to the end of the tests
         plan = make_plan(f"json:{server.url}/0.jsonl")
-        began = time.monotonic()
         (read,) = read_epochs(plan)
-        assert time.monotonic() - began < 20
         assert sorted(read) == sorted(texts)
         assert server.faults == 2
 
@@ -718,10 +716,8 @@ def test_hub_configs_splits_fields_faults_and_bad_names(tmp_path):
     for message, error in zip(expected, errors, strict=True):
         assert message in error["error"]
 
-    began = time.monotonic()
     (refused,) = run_hub("http://127.0.0.1:9", tmp_path / "other", ["hub:org/books@small"])
     assert "(the Hub): no connection to 127.0.0.1:9" in refused["error"]
-    assert time.monotonic() - began < 60  # most of it imports
 
 
 def run_hub(url, home, specs):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -44,7 +45,7 @@ def start(script, flags):
 
 def run(script, flags, code=0):
     process = start(script, flags)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
     return out, err
 
@@ -631,6 +632,26 @@ def test_every_model_learns_a_toy_copy(model, tmp_path):
 
 
 # Loop
+
+
+def test_a_task_imports_nothing_of_the_text_pipeline():
+    code = (
+        "import sys, kru_triton.train.tasks.copy_memory; "
+        "print([m for m in sys.modules if m.startswith('kru_triton.train.text') or "
+        "m in ('kru_triton.train.lm', 'kru_triton.train.sample', 'tokenizers', 'transformers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_scripts_import_no_scripts():
+    scripts = {path.stem for path in TRAIN.glob("*.py")} - {"__init__"}
+    assert scripts == {"lm", "sample", "evaluate", "export", "reproduce"}
+    for path in TRAIN.rglob("*.py"):
+        imported = re.findall(
+            r"^ *(?:from|import) kru_triton\.train(?:\.| import )(\w+)", path.read_text(), re.M
+        )
+        assert not scripts & set(imported), path
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def train(config: Config, processes: Processes) -> int:
         text = open_text(config, run)
         config, model = build_model(config, text, processes)
         device = next(model.parameters()).device
-        with processes.together():
+        with processes.raise_together():
             optimizers = build_optimizers(model, config)
         lines = describe_model(model, optimizers, run) + describe_text(text)
         run.describe(settings_of(config, model, text, processes), lines, device)
@@ -133,7 +133,7 @@ def learn(config: Config, run: Run, text: data.Data, model, forward, optimizers)
             optimizer.zero_grad()
         total, state = backward(model, forward, batch, at.state, config, autocast)
         here = int((batch[1] != -100).sum())
-        capacity = batch[1].numel() * run.processes.count
+        capacity = batch[1].numel() * run.processes.world_size
         batch, position = fetch(run, text.train)  # while a GPU is still busy
         count = run.agree(here)
         if 0 < count < capacity:
@@ -204,7 +204,7 @@ def finish(config: Config, run: Run, text: data.Data, model: LanguageModel) -> N
         "checkpoint_bytes": run.writer.bytes,
         "checkpoint_s": run.writer.seconds,
         "checkpoint_blocked_s": run.writer.blocked,
-        "processes": run.processes.count,
+        "processes": run.processes.world_size,
         "data": {**text.statistics, "read": text.train.counts()},
         "backend": model.backend_report(),
     }
@@ -290,9 +290,9 @@ def evaluate(
     device = next(model.parameters()).device
     nats, count, state = torch.zeros((), dtype=torch.float64, device=device), 0, None
     model.eval()
-    with processes.together():
+    with processes.raise_together():
         for batch in validation_segments(stream, EVALUATION_LANES, length):
-            batch = [tensor.tensor_split(processes.count)[processes.rank] for tensor in batch]
+            batch = [tensor.tensor_split(processes.world_size)[processes.rank] for tensor in batch]
             if not len(batch[0]):  # more processes than lanes
                 break
             inputs, targets, reset, counted = (tensor.to(device) for tensor in batch)
@@ -361,9 +361,9 @@ def open_text(config: Config, run: Run) -> data.Data:
     """The data of this process; the first process before the others."""
     processes, text = run.processes, None
     for turn in (run.first, not run.first):
-        with processes.together():
+        with processes.raise_together():
             if turn:
-                text = data.build(config, run.directory, processes.rank, processes.count)
+                text = data.build(config, run.directory, processes.rank, processes.world_size)
     run.stack.callback(text.train.close)
     return text
 
@@ -372,7 +372,7 @@ def build_model(
     config: Config, text: data.Data, processes: Processes
 ) -> tuple[Config, LanguageModel]:
     """The model on its device; the configuration with the precision that this has."""
-    with processes.together():
+    with processes.raise_together():
         device = pick_device(processes.device_name(config.device))
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -399,8 +399,8 @@ def settings_of(config: Config, model, text: data.Data, processes: Processes) ->
     return {
         **dataclasses.asdict(config),
         "model_config": dataclasses.asdict(model.config),
-        "processes": processes.count,
-        "lanes": processes.count * config.batch_size,
+        "processes": processes.world_size,
+        "lanes": processes.world_size * config.batch_size,
         "train_sha256": text.statistics["train"]["sha256"],
         "valid_sha256": text.statistics["valid"]["sha256"],
         "tokenizer_sha256": text.tokenizer.sha256,
@@ -408,7 +408,7 @@ def settings_of(config: Config, model, text: data.Data, processes: Processes) ->
 
 
 def describe_model(model: LanguageModel, optimizers: list[Optimizer], run: Run) -> list[str]:
-    count = run.processes.count
+    count = run.processes.world_size
     return [
         f"model {dataclasses.asdict(model.config)}",
         f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent",
@@ -454,7 +454,7 @@ def pack(at: LMState, model, optimizers, processes: Processes) -> tuple[dict, di
         documents["trainer"] = {
             **{key: getattr(at, key) for key in ("step", "tokens", "seconds", "counts")},
             "norms": list(map(float, at.norms)),
-            "processes": processes.count,
+            "processes": processes.world_size,
             "model_config": dataclasses.asdict(model.config),
             "versions": versions(),
         }
@@ -469,7 +469,7 @@ def unpack(path: Path, model, optimizers, batches: Batches, processes: Processes
     numbers of dropout are others then.)
     """
     trainer = json.loads((path / "trainer.json").read_text())
-    same = trainer["processes"] == processes.count
+    same = trainer["processes"] == processes.world_size
     checkpoint = checkpoints.load(path, ranks=[processes.rank] if same else None)
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.tensors["model"])
@@ -480,7 +480,7 @@ def unpack(path: Path, model, optimizers, batches: Batches, processes: Processes
     own = [checkpoint.tensors[f"rank-{rank}"] for rank in ranks]
     for index in range(sum(name.startswith("state.") for name in own[0])):
         lanes = torch.cat([tensors[f"state.{index}"] for tensors in own])
-        part = lanes if same else lanes.chunk(processes.count)[processes.rank].clone()
+        part = lanes if same else lanes.chunk(processes.world_size)[processes.rank].clone()
         at.state.append(part.to(device))
     if same or processes.rank == 0:
         at.losses = list(sum(tensors["losses"] for tensors in own))

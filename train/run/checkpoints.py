@@ -160,7 +160,7 @@ class Writer:
         saved_step: int | None,
     ):
         self.run_dir, self.keep, self.say = run_dir, keep, say
-        self.processes = processes.apart()
+        self.processes = processes.new_group()
         self.saved_step = saved_step
         self.bytes, self.seconds = 0, 0.0  # of the last checkpoint; of all writes together
         self.blocked = 0.0  # seconds that the training has waited for them

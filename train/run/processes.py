@@ -32,16 +32,16 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of a run: `rank` of `count`. Every method is called by all of them."""
+    """This process among all of a run. Every method is called by all of them."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0  # on this machine
     group: dist.ProcessGroup | None = None
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all processes, in float64: the same bits on every one."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(map(float, values))
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
@@ -49,20 +49,20 @@ class Processes:
 
     def gather(self, item) -> list:
         """What every process passed, by rank. For a few kB."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [item]
-        items = [None] * self.count
+        items = [None] * self.world_size
         dist.all_gather_object(items, item, group=self.group)
         return items
 
-    def apart(self) -> "Processes":
+    def new_group(self) -> "Processes":
         """The same processes with connections of their own, for use in another thread."""
-        if self.count == 1:
+        if self.world_size == 1:
             return self
         return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """An error in the block, on any process, is raised on all of them, after the block.
 
         What is a UserError there is one on all; of any other, those that do not have it are told.
@@ -73,16 +73,16 @@ class Processes:
         except Exception as caught:
             error = caught
         errors = self.gather(None if error is None else str(error) or repr(error))
-        if error is not None and (self.count == 1 or not isinstance(error, UserError)):
+        if error is not None and (self.world_size == 1 or not isinstance(error, UserError)):
             raise error
         for rank, message in enumerate(errors):
             if message is not None:
-                alone = errors.count(message) < self.count
+                alone = errors.count(message) < self.world_size
                 raise UserError(f"process {rank}: {message}" if alone else message)
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """`model` as a module whose gradients are averaged over all processes."""
-        if self.count == 1:
+        if self.world_size == 1:
             return model
         wrapped = DistributedDataParallel(
             model,
@@ -99,21 +99,21 @@ class Processes:
 
     def device_name(self, name: str) -> str:
         """Of `--device cuda` (or auto), the GPU that belongs to this process."""
-        if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        if self.world_size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank}"
         return name
 
     def launcher(self) -> str:
         """What starts a script in this many processes."""
-        if self.count == 1:
+        if self.world_size == 1:
             return "python"
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.count):
-            return f"torchrun --standalone --nproc_per_node {self.count}"
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world_size):
+            return f"torchrun --standalone --nproc_per_node {self.world_size}"
         return "torchrun ..."
 
     def have_gone(self, error: RuntimeError) -> bool:
         """Whether this error says that another process of the run is not there any more."""
-        return self.count > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def join(device: str) -> Processes:
@@ -122,15 +122,15 @@ def join(device: str) -> Processes:
     Args:
         device: as in `--device`.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
         return Processes()
     gpu = torch.cuda.is_available() and not device.startswith("cpu")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot meet the other {count - 1} processes: {error}") from error
-    return Processes(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+        raise UserError(f"cannot meet the other {world_size - 1} processes: {error}") from error
+    return Processes(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def leave() -> None:

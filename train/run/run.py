@@ -89,12 +89,12 @@ class Run:
         keep_freed_memory()
         self.stop = Stop()
         lock = self.checkpoint = None
-        with self.processes.together():
+        with self.processes.raise_together():
             if self.first:
                 lock, self.checkpoint = claim(self.directory, self.config.resume)
                 self.stack.enter_context(lock)
         self.checkpoint = self.processes.gather(self.checkpoint)[0]
-        with self.processes.together():
+        with self.processes.raise_together():
             share(self.directory, self.processes.rank)
         return self
 
@@ -120,14 +120,14 @@ class Run:
             print(textwrap.fill(line, 100, break_on_hyphens=False))
         self.made_by = {"device": device_name(device), "versions": versions(), "commit": commit()}
         print(", ".join(f"{key} {value}" for key, value in self.made_by.items()))
-        with self.processes.together():
+        with self.processes.raise_together():
             if self.first:
                 write_settings(self.directory, settings)
         self.settings = settings
 
     def resume(self, at: State, unpack: Callable[[Path], State]) -> State:
         """What `unpack` puts back in place of the checkpoint to go on from; without one `at`."""
-        with self.processes.together():
+        with self.processes.raise_together():
             if self.checkpoint:
                 try:
                     at = unpack(self.checkpoint)
@@ -370,7 +370,7 @@ class Run:
             set_rng_state(self.rng, self.device)
         try:
             self.writer.wait()
-            alone = self.processes.count == 1 and self.rng is not None
+            alone = self.processes.world_size == 1 and self.rng is not None
             if alone and self.at.step and self.writer.saved_step != self.at.step:
                 self.save()
                 self.writer.wait()
