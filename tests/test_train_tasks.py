@@ -26,7 +26,12 @@ from kru_triton.train.run.device import device_name
 from kru_triton.train.run.settings import UserError, parse
 from kru_triton.train.tasks import adding, copy_memory, music, pixel_mnist, state_tracking, timit
 from kru_triton.train.tasks import loop as task_loop
-from kru_triton.train.tasks.loop import SequenceModel
+from kru_triton.train.tasks.models import (
+    RECURRENT_RATE_TIMES_LENGTH,
+    SequenceModel,
+    parameter_groups,
+)
+from kru_triton.train.tasks.settings import parse as parse_task
 from kru_triton.train.text.tokenizer import character_tokenizer
 
 TRAIN = Path(__file__).parents[1] / "train"
@@ -602,17 +607,17 @@ def test_what_the_recurrence_repeats_learns_at_a_rate_of_its_own():
     config, task = copy_memory.setup(shlex.split("--T 180 --lr 1e-2"))
     model = SequenceModel(config, 10, 10, False)
     rates = {}
-    for group in task_loop.parameter_groups(model, config, task.length):
+    for group in parameter_groups(model, config, task.length):
         rates |= {id(p): group["lr"] for p in group["params"]}
     for name, p in model.named_parameters():
         slow = "factor" in name or "beta" in name
-        expected = task_loop.RECURRENT_RATE_TIMES_LENGTH / 200 if slow else 1e-2
+        expected = RECURRENT_RATE_TIMES_LENGTH / 200 if slow else 1e-2
         assert rates[id(p)] == pytest.approx(expected)
     frozen = "--frozen-factors --recurrent-lr 1e-4"  # beta still learns
     for flags, slow in (("--model lstm", []), ("--model krulstm", []), (frozen, [1e-4])):
         config, _ = copy_memory.setup(shlex.split(flags))
         model = SequenceModel(config, 10, 10, False)
-        groups = task_loop.parameter_groups(model, config, 100)
+        groups = parameter_groups(model, config, 100)
         assert [group["lr"] for group in groups] == [*slow, config.lr]
 
 
@@ -1071,7 +1076,7 @@ def test_every_cell_of_every_table_has_flags_that_its_script_takes(treebank, mus
                     parse(flags)
                 else:
                     script = scripts[cell.script]
-                    task_loop.parse(script.Config, script.PRESETS, flags, "")
+                    parse_task(script.Config, script.PRESETS, flags, "")
 
 
 def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):

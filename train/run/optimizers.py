@@ -60,11 +60,16 @@ def learning_rate_factor(config: Config, step: int, progress: float) -> float:
     return warmup * (config.lr_floor + (1 - config.lr_floor) * fall)
 
 
+def peak_rate(group: dict) -> float:
+    """The learning rate that a parameter group was made with."""
+    return group.setdefault("initial_lr", group["lr"])
+
+
 def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:
-    """The factor times the rates that the groups were made with, their `initial_lr`."""
+    """The factor times the peak rate of each group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+            group["lr"] = factor * peak_rate(group)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:

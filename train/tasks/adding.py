@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as nnf
 
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.tasks.loop import Task, TaskConfig, generator, parse, run
+from kru_triton.train.tasks.loop import Task, generator, run
+from kru_triton.train.tasks.settings import TaskConfig, parse
 
 VALIDATION = 1000  # sequences
 BASELINE = 1 / 6  # variance of the sum of two uniform numbers

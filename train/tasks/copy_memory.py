@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as nnf
 
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.tasks.loop import Task, TaskConfig, generator, parse, run
+from kru_triton.train.tasks.loop import Task, generator, run
+from kru_triton.train.tasks.settings import TaskConfig, parse
 
 SYMBOLS, BLANK, DELIMITER, COUNT = 8, 0, 9, 10
 VALIDATION = 256  # sequences

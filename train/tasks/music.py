@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as nnf
 
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.tasks.loop import Task, TaskConfig, epoch_batch, parse, run
+from kru_triton.train.tasks.loop import Task, epoch_batch, run
+from kru_triton.train.tasks.settings import TaskConfig, parse
 
 KEYS, LOWEST = 88, 21  # keys of a piano, MIDI number of the lowest
 SPLITS = {"train": "train", "val": "valid", "test": "test"}  # ours to the files'

@@ -40,7 +40,8 @@ import torch
 import torch.nn.functional as nnf
 
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.tasks.loop import Task, TaskConfig, epoch_batch, generator, parse, run
+from kru_triton.train.tasks.loop import Task, epoch_batch, generator, run
+from kru_triton.train.tasks.settings import TaskConfig, parse
 
 PIXELS, CLASSES = 784, 10
 SPLIT_SEED, PERMUTATION_SEED = 0, 1  # the same for every run, whatever its --seed

@@ -39,7 +39,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.tasks.loop import Task, TaskConfig, generator, parse, run
+from kru_triton.train.tasks.loop import Task, generator, run
+from kru_triton.train.tasks.settings import TaskConfig, parse
 
 MODULUS = 5
 PLUS, MINUS, TIMES = MODULUS, MODULUS + 1, MODULUS + 2

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as nnf
 
 from kru_triton.train.run.settings import UserError
-from kru_triton.train.tasks.loop import Task, TaskConfig, epoch_batch, parse, run
+from kru_triton.train.tasks.loop import Task, epoch_batch, run
+from kru_triton.train.tasks.settings import TaskConfig, parse
 
 RATE, WINDOW, HOP, MELS = 16000, 400, 160, 40  # samples and bands
 DELTA_WIDTH = 9  # frames that a difference looks at
