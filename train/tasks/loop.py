@@ -121,6 +121,7 @@ def learn(config: TaskConfig, task: Task, run: Run, model: SequenceModel, optimi
     parameters = [p for p in model.parameters() if p.requires_grad]
     if is_enough(config, task, at):
         run.done = 1.0
+    run.agree()
     model.train()
     while run.goes_on():
         factor = learning_rate_factor(config, at.step, run.done)
@@ -153,6 +154,7 @@ def learn(config: TaskConfig, task: Task, run: Run, model: SequenceModel, optimi
             at.losses, at.norms = [], []
             words = (f"{k} {v:.4g}" if k != "step" else f"step {v}" for k, v in row.items())
             run.log(row, "  ".join(words))
+            run.agree()
         if is_due(at.step, config.checkpoint_every) and run.done < 1.0:
             run.save()
 

@@ -24,6 +24,9 @@ PANEL = 8192  # tokens per lane that are read at a time, or one segment
 class Batches(Protocol):
     """Training batches of one rank, endless: those in memory, and those of streams.
 
+    Row k of every batch is *lane* k: it goes on with the text where it was in the batch before, so
+    that the model's state can be carried. `--batch-size` is the number of lanes of a rank.
+
     What they promise of the number of ranks differs: in memory it may change as long as the lanes
     of all ranks together stay, for a position is one number for all of them; a stream deals its
     documents to the ranks, so their number must stay.
