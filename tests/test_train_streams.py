@@ -808,7 +808,7 @@ def test_a_run_keeps_its_tokenizer_held_out_part_and_shards(tmp_path):
     built = data.build(make_config(spec, **settings), run_dir)
     assert built.facts["train"]["shards"] == 3
     assert 2000 <= built.valid.num_bytes == built.facts["valid"]["bytes"] < 2500
-    assert set(built.rivals) == {"gzip", "xz"}
+    assert set(built.baselines) == {"gzip", "xz"}
     counted = [s[1][s[3]] for s in validation_segments(built.valid, 4, 64)]
     counted = torch.cat(counted).tolist()
     text = built.tokenizer.decode(counted)
@@ -822,7 +822,7 @@ def test_a_run_keeps_its_tokenizer_held_out_part_and_shards(tmp_path):
         name: (run_dir / name).read_bytes() for name in ("data.json", "tokenizer.json")
     } == files
     assert other.tokenizer.sha256 == again.tokenizer.sha256 == built.tokenizer.sha256
-    assert other.rivals == {}
+    assert other.baselines == {}
     assert (other.valid.tokens == built.valid.tokens).all()
     assert_equal(read_batches(again.train, 30), batches)
 
