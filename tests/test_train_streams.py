@@ -806,8 +806,8 @@ def test_a_run_keeps_its_tokenizer_held_out_part_and_shards(tmp_path):
     run_dir = tmp_path / "run"
     settings = {"tokenizer": "bpe:50", "shuffle_buffer": 32, "valid_bytes": 2000}
     built = data.build(make_config(spec, **settings), run_dir)
-    assert built.facts["train"]["shards"] == 3
-    assert 2000 <= built.valid.num_bytes == built.facts["valid"]["bytes"] < 2500
+    assert built.statistics["train"]["shards"] == 3
+    assert 2000 <= built.valid.num_bytes == built.statistics["valid"]["bytes"] < 2500
     assert set(built.baselines) == {"gzip", "xz"}
     counted = [s[1][s[3]] for s in validation_segments(built.valid, 4, 64)]
     counted = torch.cat(counted).tolist()
@@ -847,7 +847,7 @@ def test_a_run_that_began_with_copies_goes_on_with_them_where_its_folder_is(tmp_
     write_shards(tmp_path / "data", make_texts(300), 3, "jsonl")
     (tmp_path / "data/again").symlink_to(".")
     config, run_dir = make_config("json:data/**/*.jsonl"), tmp_path / "run"
-    assert data.build(config, run_dir).facts["train"]["shards"] == 3
+    assert data.build(config, run_dir).statistics["train"]["shards"] == 3
     saved = json.loads((run_dir / "data.json").read_text())
     shards = saved["sources"][0]["shards"]
     url, name = f"{tmp_path}/data/again/0.jsonl", "again/0.jsonl"
@@ -871,16 +871,16 @@ def test_a_run_that_began_with_copies_goes_on_with_them_where_its_folder_is(tmp_
     settings = {"data": config.data, "train_sha256": known["train"]["sha256"]}
     settings["valid_sha256"] = known["held_out"]["sha256"]
     (run_dir / "config.json").write_text(json.dumps(settings))
-    assert data.build(config, run_dir).facts["train"] == known["train"]
-    assert data.build(config, tmp_path / "new").facts["train"]["documents"] == 38
+    assert data.build(config, run_dir).statistics["train"] == known["train"]
+    assert data.build(config, tmp_path / "new").statistics["train"]["documents"] == 38
     assert held_out_text(config.data, run_dir) == earlier.held_out
 
 
 def test_validation_shards_are_not_trained_on(tmp_path):
     spec = write_shards(tmp_path, make_texts(300), 3, "jsonl")
     built = data.build(make_config(spec, valid=f"json:{tmp_path}/1.jsonl"), tmp_path / "run")
-    assert built.facts["train"]["shards"] == 2
-    assert built.facts["valid"]["documents"] == 100
+    assert built.statistics["train"]["shards"] == 2
+    assert built.statistics["valid"]["documents"] == 100
     assert not built.train.plan.hold_out
     config = make_config(f"json:{tmp_path}/1.jsonl", valid=f"json:{tmp_path}/*.jsonl")
     with pytest.raises(UserError, match=r"all of its shards are in --valid"):
