@@ -380,7 +380,9 @@ def test_workers_that_end_in_the_middle_of_a_block_do_not_hold_up_the_exit(tmp_p
     script = tmp_path / "parent.py"
     script.write_text(
         "import time\n"
-        "from kru_triton.train.text import sources, streams\n"
+        "from kru_triton.train.text.rows import START\n"
+        "from kru_triton.train.text.sources import find_source\n"
+        "from kru_triton.train.text.streams import Plan, Workers\n"
         "from kru_triton.train.text.tokenizer import ByteTokenizer\n"
         "if __name__ == '__main__':\n"
         f"    source = find_source({spec!r})\n"
@@ -405,7 +407,8 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
-        "from kru_triton.train.text import sources, streams\n"
+        "from kru_triton.train.text.sources import find_source\n"
+        "from kru_triton.train.text.streams import Plan, StreamBatches\n"
         "from kru_triton.train.text.tokenizer import ByteTokenizer\n"
         "if __name__ == '__main__':\n"
         f"    source = find_source({spec!r})\n"

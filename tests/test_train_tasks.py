@@ -231,7 +231,7 @@ def test_pixel_mnist_splits_by_digit_and_permutes(mnist_file):
     }
     assert parts["test"][1].bincount().tolist() == [1] * 10
     assert len({tuple(image.tolist()) for images, _ in parts.values() for image in images}) == 120
-    assert facts["sha256"] == task.facts["sha256"]
+    assert facts["sha256"] == task.statistics["sha256"]
 
     images, digits = task.batch(3)
     assert images.shape == (config.batch_size, 784, 1)
