@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kru_triton.layers.decoding import GraphedStep, why_not_graphed
-from kru_triton.layers.kru import KRU, RecurrentLayers, in_chunks
+from kru_triton.layers.kru import KRU
 from kru_triton.layers.lstm import KRULSTM
 from kru_triton.layers.mingru import MinGRU
+from kru_triton.layers.recurrent import RecurrentLayers, in_chunks
 from kru_triton.unitarity import unitarity_penalty
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
