@@ -4,10 +4,13 @@ import contextlib
 
 import torch
 import triton
+from torch import Tensor
 
 from kru_triton import kronecker
+from kru_triton.ops.arguments import LSTMScan, Scan
 from kru_triton.torch_backend.rows import past_end
 
+from .geometry import Tile, Wide
 from .tile import INTERPRET
 
 
@@ -44,14 +47,16 @@ def whole_groups(x, rows):
     return x[i_row].unflatten(0, (groups, rows))
 
 
-def row_words(flags, rows):
+def row_words(flags: Tensor, rows: int) -> Tensor:
     """Flags (T, B) as words (T, groups) that hold one bit for each row of a group."""
     bits = torch.arange(rows, device=flags.device)[:, None]
     words = (whole_groups(flags.t(), rows).long() << bits).sum(1)
     return words.t().to(torch.int32).contiguous()
 
 
-def group_flags(scan, T, rows):
+def group_flags(
+    scan: Scan | LSTMScan, T: int, rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Words of the rows that keep their state and of those still alive, and steps of each group."""
     keep = alive = steps = None
     if scan.reset is not None:
@@ -64,14 +69,14 @@ def group_flags(scan, T, rows):
     return keep, alive, steps
 
 
-def token_words(tokens, table):
+def token_words(tokens: Tensor, table: Tensor) -> Tensor:
     """Tokens (T, B) as the kernels read them, int32, none outside the table."""
     inside = (tokens >= 0) & (tokens < table.shape[0])
     torch._assert_async(inside.all(), f"a token is outside the table's {table.shape[0]} rows")
     return tokens.clamp(0, table.shape[0] - 1).to(torch.int32).contiguous()
 
 
-def input_arguments(x, tokens, tile):
+def input_arguments(x: Tensor, tokens: Tensor | None, tile: Tile | Wide) -> dict:
     """The kernels' arguments that say where the rows of the input (T, B, F), or table, lie."""
     if tokens is None:
         x = aligned_rows(x, tile)
@@ -93,6 +98,6 @@ def floor_of(dtype) -> float:
     return 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
 
 
-def adjoint(w):
+def adjoint(w: Tensor) -> Tensor:
     """Conjugate transpose of planar factors (parts, H, side, side)."""
     return packed(kronecker.adjoint(w))

@@ -587,8 +587,8 @@ def scan_backward(
         return dx, dh_0
     if dh is None and dh_n is None:
         return dx.zero_(), dh_0
-    wide = is_wide(a, b, h, how.nonlinearity, how.precision)
-    rows = Wide.of(P, b.shape[-1]).rows if wide else tile.rows
+    streamed = is_wide(a, b, h, how.nonlinearity, how.precision)
+    rows = Wide.of(P, b.shape[-1]).rows if streamed else tile.rows
     keep, alive, steps = group_flags(scan, T, rows)
     if alive is not None and dh_n is not None:
         # rows of one program end at different steps: their last gradients go in through dh
@@ -599,7 +599,7 @@ def scan_backward(
     if dh is not None:
         dh = aligned_rows(dh.to(h.dtype), tile)
     recompute = how.nonlinearity == "modtanh"
-    if wide:
+    if streamed:
         source = pre_activations(h, scan, how) if recompute else h
         flags = (keep, alive, steps)
         wide_backward(dx, dh_0, dh, dh_n, source, flags, scan, how, **tuning)

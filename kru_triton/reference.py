@@ -18,8 +18,8 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton.kronecker import group_factors
-from kru_triton.nonlinearity import check_nonlinearity
-from kru_triton.ops.arguments import How, LSTMScan, Scan
+from kru_triton.nonlinearity import NONLINEARITIES
+from kru_triton.ops.arguments import How, LSTMScan, Scan, check_choice
 from kru_triton.torch_backend.rows import last_state, past_end
 from kru_triton.torch_backend.scan import left_block, right_block
 
@@ -115,7 +115,7 @@ def kru_scan_reference(
     With `return_states` the T planar states `(B, parts·H·N)` that the recurrence really used come
     third, each a part of the autograd graph.
     """
-    check_nonlinearity(nonlinearity)
+    check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
     a, b = group_factors(factors)
     if nonlinearity == "modrelu" and beta is None:
         beta = a.new_zeros(a.shape[1] * a.shape[2] * b.shape[2])

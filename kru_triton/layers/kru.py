@@ -24,7 +24,15 @@ from kru_triton.ops.linear import run_linear_scan
 from kru_triton.ops.scan import run_scan
 
 
-def _scan(kru: Recurrence, x: Tensor, suffix: str, h_0, reset=None, lengths=None, table=None):
+def _scan(
+    kru: Recurrence,
+    x: Tensor,
+    suffix: str,
+    h_0: Tensor | None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """h `(T, B, F)` and h_n of `x (T, B, ·)`, or with a table `(V, F)` of tokens `(T, B)`."""
     x, tokens = (kru._project(x, suffix), None) if table is None else (table, x)
     scan = scan_arguments(

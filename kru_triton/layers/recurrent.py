@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kru_triton.kronecker import factor_shapes
 from kru_triton.layers.decoding import LSTMStep, Step
-from kru_triton.nonlinearity import check_nonlinearity
+from kru_triton.nonlinearity import NONLINEARITIES
 from kru_triton.ops.arguments import BACKENDS, PRECISIONS, How, check_choice, check_shape
 from kru_triton.ops.dispatch import why_not_op
 from kru_triton.ops.scan import why_not_triton
@@ -52,7 +52,7 @@ class Recurrence(nn.Module):
         self.factor_shapes = factor_shapes(factors, hidden_size, num_heads)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.field = check_choice("field", field, FIELDS)
-        self.nonlinearity = check_nonlinearity(nonlinearity)
+        self.nonlinearity = check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
         self.backend = check_choice("backend", backend, BACKENDS)
         self.precision = check_choice("precision", precision, PRECISIONS)
         self.has_bias = bias

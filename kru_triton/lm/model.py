@@ -90,11 +90,11 @@ class LanguageModel(nn.Module):
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension; with
             `layers` these behind them, each `(B, T, D)`.
         """
-        found = [] if layers else None
-        x, state = self.time_first(tokens, state, reset, found)
+        read = [] if layers else None
+        x, state = self.time_first(tokens, state, reset, read)
         if head and self.config.frame == "residual":  # the only block of a plain one has the head
             x = nnf.linear(x, self._rows(tokens.device))
-        return x.transpose(0, 1), state, *(found or ())
+        return x.transpose(0, 1), state, *(read or ())
 
     def _rows(self, device: torch.device) -> Tensor:
         """The embedding `(V, D)`: its weight, or all rows as a call returns them, where something
@@ -167,11 +167,11 @@ class LanguageModel(nn.Module):
         if layers is not None:
             x = _added_to(layers, x)
         for block in self.blocks:
-            own = None
+            before = None
             if state is not None:
-                own = state[len(new_state) : len(new_state) + block.mixer.num_states]
-            x, out = block(x, own, reset)
-            new_state += out
+                before = state[len(new_state) : len(new_state) + block.mixer.num_states]
+            x, after = block(x, before, reset)
+            new_state += after
             if layers is not None:
                 x = _added_to(layers, x)
         return x, new_state
@@ -196,8 +196,8 @@ class LanguageModel(nn.Module):
         if key not in self.graphs:
 
             def step(tokens, *others):
-                own, reset = list(others[: len(state)]), others[len(state) :]
-                x, new = self._hidden(tokens, own, reset[0] if reset else None)
+                before, reset = list(others[: len(state)]), others[len(state) :]
+                x, new = self._hidden(tokens, before, reset[0] if reset else None)
                 return [x, *new]
 
             self.graphs[key] = GraphedStep(step, *inputs)

@@ -1,9 +1,13 @@
 """Sizes and choices of a language model, and the named ones."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
+from kru_triton.nonlinearity import Nonlinearity
+from kru_triton.ops.arguments import Backend, Precision
+
+Model = Literal["kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer"]
+MODELS: tuple[str, ...] = get_args(Model)
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,7 @@ class LanguageModelConfig:
     """Every size and choice of a `LanguageModel`; plain values, so it can be stored as JSON."""
 
     vocab_size: int = 257
-    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer"] = "kru"
+    model: Model = "kru"
     frame: Literal["residual", "plain"] = "residual"  # plain: one layer, no embedding, norm or MLP
     d_model: int = 128
     num_layers: int = 2
@@ -21,7 +25,7 @@ class LanguageModelConfig:
     factors: tuple[int, ...] | None = None  # Kronecker models: sizes of square factors; None: two
     num_heads: int = 1  # Kronecker models: independent blocks; transformer: attention heads
     field: Literal["complex", "real"] = "complex"
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
+    nonlinearity: Nonlinearity = "modrelu"
     radius: float = 0.9  # KRU: the recurrent matrix starts as this times a unitary one
     time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
@@ -29,8 +33,8 @@ class LanguageModelConfig:
     token_shift: bool = True  # KRU: mix every input with the one before, by a share per channel
     context_length: int = 256  # transformer: how many earlier positions are attended to
     recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
-    backend: Literal["auto", "triton", "torch"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    backend: Backend = "auto"
+    precision: Precision = "auto"
 
 
 PRESETS = {

@@ -9,16 +9,18 @@ N = P·Q units of a head, F = c·H·N features, V rows of a table.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kru_triton.kronecker import as_one_matrix, check_factors, group_factors, product_shape
-from kru_triton.nonlinearity import check_nonlinearity
+from kru_triton.nonlinearity import NONLINEARITIES
 
-BACKENDS = ("auto", "triton", "torch")
-PRECISIONS = ("auto", "fp32", "bf16")
+Backend = Literal["auto", "triton", "torch"]
+Precision = Literal["auto", "fp32", "bf16"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 class Scan(NamedTuple):
@@ -78,7 +80,7 @@ def scan_arguments(
     Raises:
         ValueError, TypeError: as `kru_scan`.
     """
-    check_nonlinearity(how.nonlinearity)
+    check_choice("nonlinearity", how.nonlinearity, NONLINEARITIES)
     check_choice("backend", how.backend, BACKENDS)
     check_choice("precision", how.precision, PRECISIONS)
     name = "x_proj" if tokens is None else "table"

@@ -9,7 +9,7 @@ import torch
 from kru_triton.ops.library import library
 
 
-def _turned(x):
+def _turned(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.transpose(0, 1)
 
 

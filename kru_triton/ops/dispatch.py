@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def takes_loop(op: str, x: Tensor, backend: str) -> bool:
     return reason is not None
 
 
-def run_loop(loop, scan: Scan | LSTMScan, how: How):
+def run_loop(loop: Callable, scan: Scan | LSTMScan, how: How):
     """`loop(scan, how)`, under autocast by the rule of the ops."""
     device = scan.x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -63,12 +63,12 @@ def intervals(batch: int, time: int, lengths: Tensor | None) -> list[tuple[int, 
     """`(start, end, rows)`: the times in which the same leading rows run; lengths descend."""
     if not batch * time:
         return []
-    found, start = [], 0
+    parts, start = [], 0
     for i, end in enumerate([time] if lengths is None else lengths.flip(0).tolist()):
         if end > start:
-            found.append((start, end, batch - i))
+            parts.append((start, end, batch - i))
             start = end
-    return found
+    return parts
 
 
 def interval(scan: Scan, start: int, end: int, rows: int) -> Scan:

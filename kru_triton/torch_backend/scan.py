@@ -18,6 +18,8 @@ sorted by length: in each interval between two lengths, only the rows that still
 B batch, T time, H heads, c parts (2 complex, 1 real), P, Q sizes of A and B, F = c·H·P·Q features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -202,7 +204,7 @@ def _forward(
     step.planar(state_0[None]).copy_(state[last : last + 1])
 
 
-def _inputs(scan: Scan):
+def _inputs(scan: Scan) -> Callable[[int, int], Tensor]:
     """A function of two steps: the inputs `(n, B, F)` between them."""
     x, tokens = scan.x, scan.tokens
     if tokens is None:
