@@ -4,7 +4,13 @@ import contextlib
 
 import torch
 import triton
+from torch import Tensor
 
+from kru_triton import kronecker
+from kru_triton.ops.arguments import LSTMScan, Scan
+from kru_triton.torch_backend.rows import past_end
+
+from .geometry import Tile, Wide
 from .tile import INTERPRET
 
 
@@ -41,44 +47,46 @@ def whole_groups(x, rows):
     return x[i_row].unflatten(0, (groups, rows))
 
 
-def row_words(flags, rows):
-    """Flags (B, T) as words (T, groups) that hold one bit for each row of a group."""
+def row_words(flags: Tensor, rows: int) -> Tensor:
+    """Flags (T, B) as words (T, groups) that hold one bit for each row of a group."""
     bits = torch.arange(rows, device=flags.device)[:, None]
-    words = (whole_groups(flags, rows).long() << bits).sum(1)
+    words = (whole_groups(flags.t(), rows).long() << bits).sum(1)
     return words.t().to(torch.int32).contiguous()
 
 
-def group_flags(reset, lengths, T, rows, device):
+def group_flags(
+    scan: Scan | LSTMScan, T: int, rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Words of the rows that keep their state and of those still alive, and steps of each group."""
     keep = alive = steps = None
-    if reset is not None:
-        keep = row_words(~reset, rows)
-    if lengths is not None:
-        lengths = lengths.to(device).clamp(0, T)
+    if scan.reset is not None:
+        keep = row_words(~scan.reset, rows)
+    if scan.lengths is not None:
+        lengths = scan.lengths.clamp(0, T)
         steps = whole_groups(lengths, rows).amax(1).to(torch.int32)
         if rows > 1:
-            alive = row_words(torch.arange(T, device=device) < lengths[:, None], rows)
+            alive = row_words(~past_end(T, lengths), rows)
     return keep, alive, steps
 
 
-def token_words(tokens, table):
-    """Tokens (B, T) as the kernels read them, (T, B) int32, none outside the table."""
+def token_words(tokens: Tensor, table: Tensor) -> Tensor:
+    """Tokens (T, B) as the kernels read them, int32, none outside the table."""
     inside = (tokens >= 0) & (tokens < table.shape[0])
     torch._assert_async(inside.all(), f"a token is outside the table's {table.shape[0]} rows")
-    return tokens.clamp(0, table.shape[0] - 1).t().to(torch.int32).contiguous()
+    return tokens.clamp(0, table.shape[0] - 1).to(torch.int32).contiguous()
 
 
-def input_arguments(x_proj, tokens, tile):
-    """The kernels' arguments that say where the rows of the input lie."""
+def input_arguments(x: Tensor, tokens: Tensor | None, tile: Tile | Wide) -> dict:
+    """The kernels' arguments that say where the rows of the input (T, B, F), or table, lie."""
     if tokens is None:
-        x_proj = aligned_rows(x_proj, tile)
-        strides = (x_proj.stride(1), x_proj.stride(0))
+        x = aligned_rows(x, tile)
+        strides = (x.stride(0), x.stride(1))
     else:
-        tokens = token_words(tokens, x_proj)
-        x_proj = aligned_rows(x_proj, tile, dims=(0,))
-        strides = (0, x_proj.stride(0))
+        tokens = token_words(tokens, x)
+        x = aligned_rows(x, tile, dims=(0,))
+        strides = (0, x.stride(0))
     return {
-        "p_x": x_proj,
+        "p_x": x,
         "p_tokens": tokens,
         "x_stride_t": strides[0] // tile.aligned,
         "x_stride_b": strides[1] // tile.aligned,
@@ -90,7 +98,6 @@ def floor_of(dtype) -> float:
     return 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
 
 
-def adjoint(w):
+def adjoint(w: Tensor) -> Tensor:
     """Conjugate transpose of planar factors (parts, H, side, side)."""
-    w = w.transpose(-1, -2)
-    return packed(w) if w.shape[0] == 1 else torch.stack((w[0], -w[1]))
+    return packed(kronecker.adjoint(w))

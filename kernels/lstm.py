@@ -24,6 +24,10 @@ weight-gradient kernel, to which the four gates of a head are four pairs of fact
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kru_triton.ops.arguments import How, LSTMScan, Scan
+from kru_triton.torch_backend.rows import handed_on, last_state
 
 from .geometry import Tile
 from .launch import aligned_rows, device_guard, group_flags, on_nvidia, packed, row_words
@@ -365,50 +369,70 @@ def lstm_backward_kernel(
     store(p_dc_0 + start, o_h, mask, dc, 0, PE, QE, V, V)
 
 
-def lstm_forward(
-    x_proj, a, b, h_0, c_0, reset, lengths=None, *, precision
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `torch_backend.lstm.forward`, of arguments that `why_not` lets pass."""
+    h, c = lstm_forward(scan, how)
+    firsts, lengths = ((h, scan.h_0), (c, scan.c_0)), scan.lengths
+    return h, c, *(last_state(s, torch.float32, first, lengths) for s, first in firsts)
+
+
+def backward(
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    scan: LSTMScan,
+    how: How,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `torch_backend.lstm.backward`."""
+    dx, *firsts = lstm_backward(dh, dh_n, dc_n, h, c, scan, how)
+    lasts = zip(firsts, (dh_n, dc_n))
+    dh_0, dc_0 = (handed_on(d, last, scan.lengths, h.shape[0]) for d, last in lasts)
+    return dx, *lstm_weight_grad(dx, h, scan, how), dh_0, dc_0
+
+
+def lstm_forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor]:
     """States and cells of all steps; beyond a row's length both are zero.
 
     Args:
-        x_proj: (B, T, 4·H·N) float32 or bfloat16, any strides of B and T; gates i, f, g, o.
-        a, b: (4, H, P, P) and (4, H, Q, Q) float32.
-        h_0, c_0: (B, H·N) float32, or None for zeros.
-        reset: (B, T) bool or None; True replaces h and c before that step by zero.
-        lengths: (B,) int64, each from 0 to T, or None.
-        precision: "fp32" or "bf16", of the products.
+        scan: x float32 or bfloat16, all others float32.
+        how: precision is "fp32" or "bf16", of the products.
 
     Returns:
-        h: (T, B, H·N) contiguous, in x_proj's dtype.
+        h: (T, B, H·N) contiguous, in the dtype of x.
         c: (T, B, H·N) contiguous, float32.
     """
-    B, T, _ = x_proj.shape
+    T, B, F = scan.x.shape
+    x, a, b = scan.x, scan.a, scan.b
     _, heads, P, _ = a.shape
-    tile = Tile.of(P, b.shape[-1], x_proj.element_size())
-    allocate = x_proj.new_zeros if lengths is not None else x_proj.new_empty
-    shape = (T, B, heads * P * b.shape[-1])
+    tile = Tile.of(P, b.shape[-1], x.element_size())
+    allocate = x.new_zeros if scan.lengths is not None else x.new_empty
+    shape = (T, B, F // 4)
     h, c = allocate(shape), allocate(shape, dtype=torch.float32)
     if h.numel() == 0:
         return h, c
-    constants, options = lstm_options(tile, heads, precision, backward=False, nvidia=on_nvidia())
-    x_proj = aligned_rows(x_proj, tile)
-    keep, alive, steps = group_flags(reset, lengths, T, tile.rows, x_proj.device)
-    with device_guard(x_proj):
+    constants, options = lstm_options(
+        tile, heads, how.precision, backward=False, nvidia=on_nvidia()
+    )
+    x = aligned_rows(x, tile)
+    keep, alive, steps = group_flags(scan, T, tile.rows)
+    with device_guard(x):
         lstm_forward_kernel[(triton.cdiv(B, tile.rows), heads)](
-            p_x=x_proj,
+            p_x=x,
             p_h=h,
             p_c=c,
             p_a=a.contiguous(),
             p_b=b.contiguous(),
-            p_h_0=packed(h_0),
-            p_c_0=packed(c_0),
+            p_h_0=packed(scan.h_0),
+            p_c_0=packed(scan.c_0),
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
             B=B,
             T=T,
-            x_stride_t=x_proj.stride(1) // tile.aligned,
-            x_stride_b=x_proj.stride(0) // tile.aligned,
+            x_stride_t=x.stride(0) // tile.aligned,
+            x_stride_b=x.stride(1) // tile.aligned,
             **constants,
             **options,
         )
@@ -416,40 +440,42 @@ def lstm_forward(
 
 
 def lstm_backward(
-    dh, dh_n, dc_n, h, c, x_proj, a, b, h_0, c_0, reset, lengths=None, *, precision
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of `lstm_forward` in x_proj, h_0 and c_0.
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    scan: LSTMScan,
+    how: How,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `lstm_forward` in x, h_0 and c_0.
 
     Args:
         dh: (T, B, H·N) gradient of all states, any strides of T and B, or None.
         dh_n, dc_n: (B, H·N) gradients of each row's last state and cell, or None.
         h, c: what lstm_forward returned.
-        x_proj, a, b, h_0, c_0, reset, lengths, precision: as for lstm_forward.
+        scan, how: as for lstm_forward.
 
     Returns:
-        dx_proj: (T, B, 4·H·N) contiguous, in x_proj's dtype; zero beyond a row's length.
-        dh_0, dc_0: (B, H·N) float32.
+        dx: (T, B, 4·H·N) contiguous, in the dtype of x; zero beyond a row's length.
+        dh_0, dc_0: (B, H·N) float32; for a row without a step see `backward`.
     """
     T, B, F = h.shape
+    x, a, b, lengths = scan.x, scan.a, scan.b, scan.lengths
     _, heads, P, _ = a.shape
     tile = Tile.of(P, b.shape[-1], h.element_size())
     allocate = h.new_zeros if lengths is not None else h.new_empty
-    dx_proj = allocate((T, B, 4 * F))
+    dx = allocate((T, B, 4 * F))
     if h.numel() == 0:
-        # without a step, the last state and cell are h_0 and c_0
-        zero = torch.zeros(B, F, device=h.device)
-        return dx_proj, *(zero.clone() if d is None else zero + d for d in (dh_n, dc_n))
-    dh_0 = h.new_empty((B, F), dtype=torch.float32)
-    dc_0 = h.new_empty((B, F), dtype=torch.float32)
-    constants, options = lstm_options(tile, heads, precision, backward=True, nvidia=on_nvidia())
-    x_proj = aligned_rows(x_proj, tile)
+        return dx, *(a.new_zeros(B, F) for _ in range(2))
+    dh_0, dc_0 = (a.new_empty(B, F) for _ in range(2))
+    constants, options = lstm_options(tile, heads, how.precision, backward=True, nvidia=on_nvidia())
+    x = aligned_rows(x, tile)
     dh = aligned_rows(dh.to(h.dtype), tile) if dh is not None else None
-    keep, alive, steps = group_flags(reset, lengths, T, tile.rows, h.device)
+    keep, alive, steps = group_flags(scan, T, tile.rows)
     ends = None
     if alive is not None:
-        ends = row_words(
-            torch.arange(T, device=h.device) == lengths.to(h.device)[:, None] - 1, tile.rows
-        )
+        ends = row_words(torch.arange(T, device=h.device)[:, None] == lengths - 1, tile.rows)
     with device_guard(h):
         lstm_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_dh=dh,
@@ -457,16 +483,16 @@ def lstm_backward(
             p_dc_n=packed(dc_n),
             p_h=h,
             p_c=c,
-            p_x=x_proj,
-            p_dx=dx_proj,
+            p_x=x,
+            p_dx=dx,
             p_dh_0=dh_0,
             p_dc_0=dc_0,
             p_a_adjoint=a.transpose(-1, -2).contiguous(),
             p_b_adjoint=b.transpose(-1, -2).contiguous(),
             p_a=a.contiguous(),
             p_b=b.contiguous(),
-            p_h_0=packed(h_0),
-            p_c_0=packed(c_0),
+            p_h_0=packed(scan.h_0),
+            p_c_0=packed(scan.c_0),
             p_keep=keep,
             p_ends=ends,
             p_steps=steps,
@@ -474,34 +500,23 @@ def lstm_backward(
             T=T,
             d_stride_t=dh.stride(0) // tile.aligned if dh is not None else 0,
             d_stride_b=dh.stride(1) // tile.aligned if dh is not None else 0,
-            x_stride_t=x_proj.stride(1) // tile.aligned,
-            x_stride_b=x_proj.stride(0) // tile.aligned,
+            x_stride_t=x.stride(0) // tile.aligned,
+            x_stride_b=x.stride(1) // tile.aligned,
             **constants,
             **options,
         )
-    if lengths is not None:  # without a step, a row's last state and cell are its h_0 and c_0
-        none = (lengths == 0)[:, None].to(h.device)
-        dh_0 = torch.where(none, 0 if dh_n is None else dh_n, dh_0)
-        dc_0 = torch.where(none, 0 if dc_n is None else dc_n, dc_0)
-    return dx_proj, dh_0, dc_0
+    return dx, dh_0, dc_0
 
 
-def lstm_weight_grad(dx_proj, h, a, b, h_0, reset, *, precision):
+def lstm_weight_grad(dx: Tensor, h: Tensor, scan: LSTMScan, how: How) -> tuple[Tensor, Tensor]:
     """Gradients (da, db) of the factors of all gates, shaped like a and b.
 
     Args:
-        dx_proj: (T, B, 4·H·N), as `lstm_backward` returned it.
+        dx: (T, B, 4·H·N), as `lstm_backward` returned it.
         h: (T, B, H·N), as `lstm_forward` returned it.
-        a, b, h_0, reset, precision: as for `lstm_forward`.
+        scan, how: as for `lstm_forward`.
     """
-    da, db, _ = weight_grad(
-        dx_proj,
-        h,
-        a.flatten(0, 1)[None],
-        b.flatten(0, 1)[None],
-        h_0,
-        reset,
-        nonlinearity="identity",
-        precision=precision,
-    )
-    return da.view_as(a), db.view_as(b)
+    a, b = (w.flatten(0, 1)[None] for w in (scan.a, scan.b))
+    pairs = Scan(dx, a, b, h_0=scan.h_0, reset=scan.reset)
+    da, db, _ = weight_grad(dx, h, pairs, how._replace(nonlinearity="identity"))
+    return da.view_as(scan.a), db.view_as(scan.b)

@@ -21,7 +21,7 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
 
 Limits: 8 to 4096 units a head, factors of up to 64 x 64, zero-padded to powers of two, or powers of
 two up to 128; float32 or bfloat16 in memory (`why_not`). Larger powers of two, and factors
-that the device's memories cannot hold, go to the kernels of `wide` (`why_not.streams`). Rows and
+that the device's memories cannot hold, go to the kernels of `wide` (`why_not.is_wide`). Rows and
 planes are read 16 bytes at a time where P and Q allow: an input whose rows are not aligned to that
 is copied first. Offsets are 64 bit. Results are bitwise repeatable: nothing is accumulated across
 programs. A reset forgets even NaN; without one, a row that is not finite spoils the rows that share
@@ -36,6 +36,10 @@ its tile, at most 31 and none from 256 units on.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kru_triton.ops.arguments import How, Scan, steps_and_rows
+from kru_triton.torch_backend.rows import handed_on, last_state
 
 from .activation import activate, activate_adjoint
 from .geometry import Tile, Wide
@@ -69,7 +73,8 @@ from .tile import (
     to_tile,
     zeros,
 )
-from .why_not import streams
+from .weight_grad import weight_grad
+from .why_not import is_wide
 from .wide import wide_backward, wide_forward
 
 
@@ -475,162 +480,155 @@ def scan_backward_kernel(
         store(p_dh_0 + start, o_h, mask, g, IM, PE, QE, V, V)
 
 
-def scan_forward(
-    x_proj, a, b, beta, h_0, reset, lengths=None, *, nonlinearity, precision, tokens=None, **tuning
-) -> torch.Tensor:
-    """States of the recurrence for all steps; the arguments are those `why_not` lets pass.
+def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
+    """As `torch_backend.scan.forward`, of arguments that `why_not` lets pass."""
+    h = scan_forward(scan, how)
+    return h, last_state(h, scan.a.dtype, scan.h_0, scan.lengths)
+
+
+def backward(
+    dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `torch_backend.scan.backward`."""
+    dx, dh_0 = scan_backward(dh, dh_n, h, scan, how)
+    da, db, d_beta = weight_grad(dx, h, scan, how)
+    d_beta = scan.a.new_zeros(h.shape[2] // scan.a.shape[0]) if d_beta is None else d_beta
+    dh_0 = scan.a.new_zeros(h.shape[1:]) if dh_0 is None else dh_0
+    return dx, da, db, d_beta, handed_on(dh_0, dh_n, scan.lengths, h.shape[0])
+
+
+def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
+    """States of the recurrence for all steps.
 
     Args:
-        x_proj: (B, T, parts·H·N) float32 or bfloat16, any strides of B and T.
-        a, b: (parts, H, P, P) and (parts, H, Q, Q) float32.
-        beta: (H·N,) float32 for modReLU, else None.
-        h_0: (B, parts·H·N) float32 or None for zeros.
-        reset: (B, T) bool or None; True replaces the state before that step by zero.
-        lengths: (B,) int64, each at least 1, or None; beyond a row's length its states are zero.
-        nonlinearity: one of `kru_triton.nonlinearity.NONLINEARITIES`.
-        precision: "fp32" (products of bfloat16 pairs, three per product) or "bf16".
-        tokens: (B, T) integers or None. With tokens, x_proj is a table (rows, parts·H·N) and the
-            input of a step is the row of its token.
+        scan: x float32 or bfloat16, a, b, beta and h_0 float32; lengths at least 1.
+        how: precision is "fp32" (products of bfloat16 pairs, three per product) or "bf16".
         tuning: choices in place of the default ones, by their names in `options.TUNABLE`.
 
     Returns:
-        h: (T, B, parts·H·N) contiguous, in x_proj's dtype.
+        h: (T, B, parts·H·N) contiguous, in the dtype of x; zero beyond a row's length.
     """
-    B, T = x_proj.shape[:2] if tokens is None else tokens.shape
-    F = x_proj.shape[-1]
+    x, a, b, tokens = scan.x, scan.a, scan.b, scan.tokens
+    T, B = steps_and_rows(scan)
+    F = x.shape[-1]
     parts, heads, P, _ = a.shape
-    tile = Tile.of(P, b.shape[-1], x_proj.element_size())
-    allocate = x_proj.new_zeros if lengths is not None else x_proj.new_empty
+    tile = Tile.of(P, b.shape[-1], x.element_size())
+    allocate = x.new_zeros if scan.lengths is not None else x.new_empty
     h = allocate((T, B, F))
     if h.numel() == 0:
         return h
-    if streams(a, b, x_proj, nonlinearity, precision):
-        how = {"nonlinearity": nonlinearity, "precision": precision, **tuning}
-        wide_forward(h, x_proj, a, b, beta, h_0, reset, lengths, tokens, **how)
+    if is_wide(a, b, x, how.nonlinearity, how.precision):
+        wide_forward(h, scan, how, **tuning)
         return h
     if tokens is not None:
         tuning = {"PREFETCH": 0, **tuning}  # the table is in L2, or soon will be
     constants, options = compile_options(
-        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia(), **tuning
+        tile, heads, parts, how.precision, how.nonlinearity, nvidia=on_nvidia(), **tuning
     )
-    keep, alive, steps = group_flags(reset, lengths, T, tile.rows, x_proj.device)
-    with device_guard(x_proj):
+    keep, alive, steps = group_flags(scan, T, tile.rows)
+    with device_guard(x):
         scan_forward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_h=h,
             p_a=packed(a),
             p_b=packed(b),
-            p_beta=packed(beta) if nonlinearity == "modrelu" else None,
-            p_h_0=packed(h_0),
+            p_beta=packed(scan.beta) if how.nonlinearity == "modrelu" else None,
+            p_h_0=packed(scan.h_0),
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
             B=B,
             T=T,
-            **input_arguments(x_proj, tokens, tile),
+            **input_arguments(x, tokens, tile),
             **constants,
             **options,
         )
     return h
 
 
-def states_before(h, h_0, reset) -> torch.Tensor:
+def states_before(h: Tensor, scan: Scan) -> Tensor:
     """keep_t · h_{t-1} for all steps, (T, B, parts·H·N) in h's dtype."""
-    first = torch.zeros_like(h[:1]) if h_0 is None else h_0[None].to(h.dtype)
+    first = torch.zeros_like(h[:1]) if scan.h_0 is None else scan.h_0[None].to(h.dtype)
     before = torch.cat((first, h[:-1]))
-    return before if reset is None else before.masked_fill_(reset.t()[..., None], 0)
+    return before if scan.reset is None else before.masked_fill_(scan.reset[..., None], 0)
 
 
-def pre_activations(h, x_proj, a, b, h_0, reset, precision, tokens) -> torch.Tensor:
+def pre_activations(h: Tensor, scan: Scan, how: How) -> Tensor:
     """z_t of all steps from their states, in float32: a single step of T·B rows."""
-    x_proj = x_proj[tokens.long()] if tokens is not None else x_proj
-    x_proj = x_proj.transpose(0, 1).float().flatten(0, 1)[:, None]
-    before = states_before(h, h_0, reset).flatten(0, 1)
-    how = {"nonlinearity": "identity", "precision": precision}
-    return scan_forward(x_proj, a, b, None, before, None, **how).view(h.shape)
+    x = scan.x if scan.tokens is None else scan.x[scan.tokens.long()]
+    before = states_before(h, scan).flatten(0, 1)
+    step = Scan(x.float().flatten(0, 1)[None], scan.a, scan.b, h_0=before)
+    return scan_forward(step, how._replace(nonlinearity="identity")).view(h.shape)
 
 
 def scan_backward(
-    dh,
-    dh_n,
-    h,
-    x_proj,
-    a,
-    b,
-    beta,
-    h_0,
-    reset,
-    lengths=None,
-    *,
-    nonlinearity,
-    precision,
-    tokens=None,
-    **tuning,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradient of `scan_forward` in x_proj and h_0.
+    dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How, **tuning
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `scan_forward` in x and h_0.
 
     Args:
         dh: (T, B, parts·H·N) gradient of all states, any strides of T and B, or None.
         dh_n: (B, parts·H·N) gradient of each row's last state, or None.
         h: (T, B, parts·H·N), what scan_forward returned.
-        x_proj, tokens: as for scan_forward; read for modtanh alone, else they may be None.
-        a, b, beta, h_0, reset, lengths, nonlinearity, precision, tuning: as for scan_forward.
+        scan: as for scan_forward; x and tokens are read for modtanh alone, else they may be None.
+        how, tuning: as for scan_forward.
 
     Returns:
-        dx_proj: (T, B, parts·H·N) contiguous, in h's dtype; zero beyond a row's length.
+        dx: (T, B, parts·H·N) contiguous, in h's dtype; zero beyond a row's length.
         dh_0: (B, parts·H·N) float32, or None where h_0 is None.
     """
     T, B, F = h.shape
+    a, b, h_0, lengths = scan.a, scan.b, scan.h_0, scan.lengths
     parts, heads, P, _ = a.shape
     tile = Tile.of(P, b.shape[-1], h.element_size())
     allocate = h.new_zeros if lengths is not None else h.new_empty
-    dx_proj = allocate((T, B, F))
-    dh_0 = None
-    if h_0 is not None:
-        dh_0 = h_0.new_zeros(h_0.shape)
-        if T == 0 and dh_n is not None:  # without a step, the last state is h_0
-            dh_0 += dh_n
+    dx = allocate((T, B, F))
+    dh_0 = h_0.new_zeros(h_0.shape) if h_0 is not None else None
     if h.numel() == 0:
-        return dx_proj, dh_0
+        return dx, dh_0
     if dh is None and dh_n is None:
-        return dx_proj.zero_(), dh_0
-    streamed = streams(a, b, h, nonlinearity, precision)
+        return dx.zero_(), dh_0
+    streamed = is_wide(a, b, h, how.nonlinearity, how.precision)
     rows = Wide.of(P, b.shape[-1]).rows if streamed else tile.rows
-    keep, alive, steps = group_flags(reset, lengths, T, rows, h.device)
+    keep, alive, steps = group_flags(scan, T, rows)
     if alive is not None and dh_n is not None:
         # rows of one program end at different steps: their last gradients go in through dh
         dh = torch.zeros_like(h) if dh is None else dh.to(h.dtype, copy=True)
-        ends = (lengths.to(h.device) - 1, torch.arange(B, device=h.device))
+        ends = (lengths - 1, torch.arange(B, device=h.device))
         dh[ends] += dh_n.to(h.dtype)
         dh_n = None
     if dh is not None:
         dh = aligned_rows(dh.to(h.dtype), tile)
-    recompute = nonlinearity == "modtanh"
+    recompute = how.nonlinearity == "modtanh"
     if streamed:
-        how = {"nonlinearity": nonlinearity, "precision": precision, **tuning}
-        source = h
-        if recompute:
-            source = pre_activations(h, x_proj, a, b, h_0, reset, precision, tokens)
+        source = pre_activations(h, scan, how) if recompute else h
         flags = (keep, alive, steps)
-        wide_backward(dx_proj, dh_0, dh, dh_n, source, a, b, beta, *flags, **how)
-        return dx_proj, dh_0
+        wide_backward(dx, dh_0, dh, dh_n, source, flags, scan, how, **tuning)
+        return dx, dh_0
     constants, options = compile_options(
-        tile, heads, parts, precision, nonlinearity, nvidia=on_nvidia(), backward=True, **tuning
+        tile,
+        heads,
+        parts,
+        how.precision,
+        how.nonlinearity,
+        nvidia=on_nvidia(),
+        backward=True,
+        **tuning,
     )
     source = {"p_x": None, "p_tokens": None, "x_stride_t": 0, "x_stride_b": 0}
     if recompute:
-        source = input_arguments(x_proj, tokens, tile)
+        source = input_arguments(scan.x, scan.tokens, tile)
     with device_guard(h):
         scan_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_dh=dh,
             p_dh_n=packed(dh_n),
             p_h=packed(h),
-            p_dx=dx_proj,
+            p_dx=dx,
             p_dh_0=dh_0,
             p_a_adjoint=adjoint(a),
             p_b_adjoint=adjoint(b),
             p_a=packed(a) if recompute else None,
             p_b=packed(b) if recompute else None,
-            p_beta=packed(beta) if nonlinearity == "modrelu" else None,
+            p_beta=packed(scan.beta) if how.nonlinearity == "modrelu" else None,
             p_h_0=packed(h_0) if recompute else None,
             p_keep=keep,
             p_alive=alive,
@@ -644,4 +642,4 @@ def scan_backward(
             **constants,
             **options,
         )
-    return dx_proj, dh_0
+    return dx, dh_0

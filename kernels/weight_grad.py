@@ -27,6 +27,9 @@ products of a size that torch's own are made for, in float32 (`contracted`).
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kru_triton.ops.arguments import How, Scan
 
 from .geometry import Tile
 from .launch import adjoint, device_guard, on_nvidia, packed, row_words
@@ -45,7 +48,7 @@ from .tile import (
     select_operand,
     zeros,
 )
-from .why_not import MAX_PADDED_SIDE, streams
+from .why_not import MAX_PADDED_SIDE, is_wide
 
 CHUNK = 2**24  # values of h that `contracted` takes at a time
 
@@ -257,18 +260,20 @@ def matrices(x, parts, heads, P, Q):
     return joined(x.float().unflatten(-1, (parts, heads, P, Q)).movedim(2, 0))
 
 
-def contracted(dx_proj, h, a, b, h_0, reset, wants_beta):
+def contracted(
+    dx: Tensor, h: Tensor, scan: Scan, wants_beta: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same gradients as matrix products of torch, a chunk of steps at a time."""
     T, B, F = h.shape
-    parts, heads, P, _ = a.shape
-    shape = (parts, heads, P, b.shape[-1])
-    a, b = joined(a), joined(b)
+    h_0, reset = scan.h_0, scan.reset
+    shape = (*scan.a.shape[:3], scan.b.shape[-1])
+    a, b = joined(scan.a), joined(scan.b)
     da, db = torch.zeros_like(a), torch.zeros_like(b)
     dbeta = h.new_zeros(shape[1:], dtype=torch.float32)
     chunk = max(1, CHUNK // (B * F))
     before = torch.zeros_like(h[:1]) if h_0 is None else h_0[None].to(h.dtype)
     for t in range(0, T, chunk):
-        g = matrices(dx_proj[t : t + chunk], *shape)
+        g = matrices(dx[t : t + chunk], *shape)
         x = torch.cat((before, h[t : t + chunk]))
         before = x[-1:]
         if wants_beta:
@@ -276,7 +281,7 @@ def contracted(dx_proj, h, a, b, h_0, reset, wants_beta):
             dbeta += (phase.conj() * g).real.sum((0, 1))
         x = x[:-1]
         if reset is not None:
-            x.masked_fill_(reset[:, t : t + chunk].t()[..., None], 0)
+            x.masked_fill_(reset[t : t + chunk, :, None], 0)
         x = matrices(x, *shape).conj()
         da += torch.einsum("tbhpq,tbhsq->hps", g @ b.conj(), x)
         db += torch.einsum("tbhpq,tbhpr->hqr", a.mH @ g, x)
@@ -284,17 +289,17 @@ def contracted(dx_proj, h, a, b, h_0, reset, wants_beta):
 
 
 def weight_grad(
-    dx_proj, h, a, b, h_0, reset, *, nonlinearity, precision, **tuning
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    dx: Tensor, h: Tensor, scan: Scan, how: How, **tuning
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the factors, and of β for modReLU, from the two scans.
 
     Args:
-        dx_proj: (T, B, parts·H·N) contiguous, as `scan.scan_backward` returned it. It is zero
+        dx: (T, B, parts·H·N) contiguous, as `scan.scan_backward` returned it. It is zero
             beyond a row's length, so lengths do not matter here.
         h: (T, B, parts·S·N), as `scan.scan_forward` returned it. S is H, or divides it: factor k
             then acts on state k mod S (the gates of an LSTM).
-        a, b, reset, nonlinearity, precision, tuning: as for `scan.scan_forward`.
-        h_0: (B, parts·S·N) float32 or None.
+        scan, how, tuning: as for `scan.scan_forward`; of scan a, b, h_0 (B, parts·S·N) and reset
+            are read.
 
     Returns:
         da: (parts, H, P, P) float32.
@@ -302,17 +307,18 @@ def weight_grad(
         dbeta: (H·N,) float32, or None where the nonlinearity has no β.
     """
     T, B, _ = h.shape
+    a, b, reset = scan.a, scan.b, scan.reset
     parts, heads, P, _ = a.shape
     Q = b.shape[-1]
     tile = Tile.of(P, Q, h.element_size())
-    wants_beta = nonlinearity == "modrelu"
+    wants_beta = how.nonlinearity == "modrelu"
     if h.numel() == 0:
         dbeta = a.new_zeros(heads * P * Q) if wants_beta else None
         return torch.zeros_like(a), torch.zeros_like(b), dbeta
-    if max(P, Q) > MAX_PADDED_SIDE or streams(a, b, h, "identity", precision):
-        return contracted(dx_proj, h, a, b, h_0, reset, wants_beta)
+    if max(P, Q) > MAX_PADDED_SIDE or is_wide(a, b, h, "identity", how.precision):
+        return contracted(dx, h, scan, wants_beta)
     constants, options, together = weight_grad_options(
-        tile, heads, parts, precision, h.element_size(), nvidia=on_nvidia(), **tuning
+        tile, heads, parts, how.precision, h.element_size(), nvidia=on_nvidia(), **tuning
     )
     constants["STATES"] = h.shape[-1] // (parts * P * Q)
     rows = tile.rows
@@ -332,11 +338,11 @@ def weight_grad(
     with device_guard(h):
         for p_da, p_db, p_dbeta, share in launches:
             weight_grad_kernel[(programs, chunks, heads * share)](
-                p_dx=packed(dx_proj),
+                p_dx=packed(dx),
                 p_h=packed(h),
                 p_a_adjoint=adjoint(a),
                 p_b=packed(b),
-                p_h_0=packed(h_0),
+                p_h_0=packed(scan.h_0),
                 p_keep=keep,
                 p_da=p_da,
                 p_db=p_db,

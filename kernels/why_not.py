@@ -44,25 +44,25 @@ def has_tensor_memory(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
-def streams(a: torch.Tensor, b: torch.Tensor, x_proj: torch.Tensor, *how: str) -> bool:
+def is_wide(
+    a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, nonlinearity: str, precision: str
+) -> bool:
     """Whether the kernels of `wide` run these factors, not those that hold them in a program.
 
     Args:
         a, b: (parts, H, P, P) and (parts, H, Q, Q).
-        x_proj: gives type and device.
-        how: nonlinearity and precision.
+        x: gives type and device.
     """
-    nonlinearity, precision = how
     P, Q = a.shape[-1], b.shape[-1]
     if max(P, Q) > MAX_HELD_SIDE:
         return True
-    tile = Tile.of(P, Q, x_proj.element_size())
+    tile = Tile.of(P, Q, x.element_size())
     # 24 accumulators of 64 x 64 exceed the tensor memory, and Triton makes a kernel that traps
-    if precision == "fp32" and a.shape[0] * tile.size > 4096 and has_tensor_memory(x_proj.device):
+    if precision == "fp32" and a.shape[0] * tile.size > 4096 and has_tensor_memory(x.device):
         return True
     sets = 2 if nonlinearity == "modtanh" else 1
     needed = shared_bytes(tile, a.shape[0], precision, sets)
-    return needed > max(SHARED_EVERYWHERE, shared_limit(x_proj.device))
+    return needed > max(SHARED_EVERYWHERE, shared_limit(x.device))
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def why_not(
     """Why the kernels cannot run these arguments, in one sentence; None if they can.
 
     Args:
-        x_proj: (B, T, parts·H·N), or any tensor of that last dimension, type and device.
+        x_proj: (T, B, parts·H·N), or any tensor of that last dimension, type and device.
         a, b: (parts, H, P, P) and (parts, H, Q, Q), the grouped factors; parts is 2 for the complex
             field, 1 for the real one and, with lstm, 4 for the gates.
         others: every other tensor of the call (beta, h_0, ...) or None; their device is checked.

@@ -22,6 +22,9 @@ For all other letters see `tile` and `scan`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kru_triton.ops.arguments import How, Scan
 
 from .activation import activate, activate_adjoint
 from .geometry import Wide
@@ -419,73 +422,67 @@ def constant_arguments(a, b, x, wide, constants) -> dict:
     return {"p_k": k, "p_s": packed(s), "p_z": k.new_zeros(shape)}
 
 
-def wide_forward(
-    h, x_proj, a, b, beta, h_0, reset, lengths, tokens, *, nonlinearity, precision, **tuning
-) -> None:
+def wide_forward(h: Tensor, scan: Scan, how: How, **tuning) -> None:
     """Fill h (T, B, parts·H·N); the other arguments are those of `scan.scan_forward`."""
     T, B, _ = h.shape
-    parts, heads, P, _ = a.shape
-    wide = Wide.of(P, b.shape[-1])
+    parts, heads, P, _ = scan.a.shape
+    wide = Wide.of(P, scan.b.shape[-1])
     constants, options = wide_options(
-        wide, heads, parts, precision, nonlinearity, nvidia=on_nvidia(), **tuning
+        wide, heads, parts, how.precision, how.nonlinearity, nvidia=on_nvidia(), **tuning
     )
-    keep, alive, steps = group_flags(reset, lengths, T, wide.rows, h.device)
+    keep, alive, steps = group_flags(scan, T, wide.rows)
     with device_guard(h):
         wide_forward_kernel[(triton.cdiv(B, wide.rows), heads)](
             p_h=h,
-            **constant_arguments(a, b, h, wide, constants),
-            p_beta=packed(beta) if nonlinearity == "modrelu" else None,
-            p_h_0=packed(h_0),
+            **constant_arguments(scan.a, scan.b, h, wide, constants),
+            p_beta=packed(scan.beta) if how.nonlinearity == "modrelu" else None,
+            p_h_0=packed(scan.h_0),
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
             B=B,
             T=T,
-            **input_arguments(x_proj, tokens, wide),
+            **input_arguments(scan.x, scan.tokens, wide),
             **constants,
             **options,
         )
 
 
 def wide_backward(
-    dx_proj,
-    dh_0,
-    dh,
-    dh_n,
-    source,
-    a,
-    b,
-    beta,
-    keep,
-    alive,
-    steps,
-    *,
-    nonlinearity,
-    precision,
+    dx: Tensor,
+    dh_0: Tensor | None,
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    source: Tensor,
+    flags: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scan: Scan,
+    how: How,
     **tuning,
 ) -> None:
-    """Fill dx_proj and dh_0.
+    """Fill dx and dh_0.
 
     Args:
         source: (T, B, parts·H·N), the states, or the pre-activations for modtanh.
-        keep, alive, steps: as `launch.group_flags` returns them.
+        flags: as `launch.group_flags` returns them.
         All others are those of `scan.scan_backward`.
     """
-    T, B, _ = dx_proj.shape
+    T, B, _ = dx.shape
+    a, b = scan.a, scan.b
     parts, heads, P, _ = a.shape
     wide = Wide.of(P, b.shape[-1])
     constants, options = wide_options(
-        wide, heads, parts, precision, nonlinearity, nvidia=on_nvidia(), **tuning
+        wide, heads, parts, how.precision, how.nonlinearity, nvidia=on_nvidia(), **tuning
     )
-    with device_guard(dx_proj):
+    keep, alive, steps = flags
+    with device_guard(dx):
         wide_backward_kernel[(triton.cdiv(B, wide.rows), heads)](
             p_dh=dh,
             p_dh_n=packed(dh_n),
             p_h=packed(source),
-            p_dx=dx_proj,
+            p_dx=dx,
             p_dh_0=dh_0,
-            **constant_arguments(adjoint(a), adjoint(b), dx_proj, wide, constants),
-            p_beta=packed(beta) if nonlinearity == "modrelu" else None,
+            **constant_arguments(adjoint(a), adjoint(b), dx, wide, constants),
+            p_beta=packed(scan.beta) if how.nonlinearity == "modrelu" else None,
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
@@ -493,7 +490,7 @@ def wide_backward(
             T=T,
             d_stride_t=dh.stride(0) if dh is not None else 0,
             d_stride_b=dh.stride(1) if dh is not None else 0,
-            FLOOR=floor_of(dx_proj.dtype),
+            FLOOR=floor_of(dx.dtype),
             **constants,
             **options,
         )

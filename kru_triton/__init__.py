@@ -5,6 +5,7 @@ from kru_triton.convert import from_torch
 from kru_triton.kronecker import group_factors, kron_dense, kron_matvec, nearest_kronecker
 from kru_triton.layers.kru import KRU, KRUCell
 from kru_triton.layers.lstm import KRULSTM
+from kru_triton.ops import batch_first  # noqa: F401 (defines the ops of older programs)
 from kru_triton.ops.linear import kru_linear_scan
 from kru_triton.ops.lstm import kru_lstm_scan, why_not_triton_lstm
 from kru_triton.ops.scan import kru_embedding_scan, kru_scan, kru_step, why_not_triton

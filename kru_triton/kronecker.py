@@ -262,6 +262,12 @@ def as_one_matrix(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return one.view(-1, 1, 1, 1).repeat(1, a.shape[1], 1, 1), _kron(a, b)
 
 
+def adjoint(w: Tensor) -> Tensor:
+    """wᴴ of a planar factor `(parts, H, P, Q)`: `(parts, H, Q, P)`, contiguous."""
+    w = w.transpose(-1, -2)
+    return torch.stack((w[0], -w[1])) if w.shape[0] == 2 else w.contiguous()
+
+
 def _kron(a: Tensor, b: Tensor) -> Tensor:
     rows, columns = a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1]
     if a.ndim == 4 and a.shape[0] == 2:

@@ -256,16 +256,18 @@ def test_empty(form, backend, batch, time):
 def test_opcheck(form, backend):
     leaves, options = arguments(form, batch=2, time=2, act="tanh")
     x, a, b, h_0 = (leaves[k] for k in ("x", "w0", "w1", "h_0"))
+    x = x if "tokens" in form else x.transpose(0, 1)
     flags = (options["reset"], options.get("lengths"), options.get("tokens"))
+    flags = [v if v is None else v.t() for v in flags]
     how = ("tanh", backend, "auto")
     ops = torch.ops.kru_triton
-    torch.library.opcheck(ops.scan.default, (x, a, b, None, h_0, *flags, *how))
+    torch.library.opcheck(ops.recurrence.default, (x, a, b, None, h_0, *flags, *how))
     x, a, b, h_0 = (v.detach() for v in (x, a, b, h_0))
-    h, h_n = ops.scan(x, a, b, None, h_0, *flags, *how)
+    h, h_n = ops.recurrence(x, a, b, None, h_0, *flags, *how)
     source = x if "tokens" in form else None
     saved = (h, source, a, b, None, h_0, *flags, *how)
     cotangents = torch.randn_like(h), torch.randn_like(h_n)
-    torch.library.opcheck(ops.scan_backward.default, (*cotangents, *saved))
+    torch.library.opcheck(ops.recurrence_backward.default, (*cotangents, *saved))
 
 
 @backends

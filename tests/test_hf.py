@@ -818,13 +818,13 @@ def test_a_long_prompt_is_read_in_pieces_of_bounded_size(model, monkeypatch):
     with torch.no_grad():
         expected = model(tokens)
     monkeypatch.setattr(hf.modeling, "PROMPT_CHUNK", 8)
-    hidden, seen = model.model.network.hidden, []
+    time_first, seen = model.model.network.time_first, []
 
     def watched(tokens, *args):
         seen.append(tokens.shape[1])
-        return hidden(tokens, *args)
+        return time_first(tokens, *args)
 
-    monkeypatch.setattr(model.model.network, "hidden", watched)
+    monkeypatch.setattr(model.model.network, "time_first", watched)
     with torch.no_grad():
         output = model(tokens)
     assert seen == [8] * 6 + [2]
@@ -899,14 +899,14 @@ def test_rows_that_have_not_begun_are_saved_too(model, tmp_path):
 
 
 def test_one_token_per_step_and_a_state_of_constant_size(model, monkeypatch):
-    hidden, seen = model.model.network.hidden, []
+    time_first, seen = model.model.network.time_first, []
 
     def watched(tokens, *args):
-        x, state = hidden(tokens, *args)
+        x, state = time_first(tokens, *args)
         seen.append((tokens.shape[1], sum(s.numel() for s in state)))
         return x, state
 
-    monkeypatch.setattr(model.model.network, "hidden", watched)
+    monkeypatch.setattr(model.model.network, "time_first", watched)
     model.generate(tokens_of(), max_new_tokens=200, **FREE)
     assert [length for length, _ in seen] == [7] + [1] * 199
     d = model.config.d_model

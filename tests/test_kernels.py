@@ -7,7 +7,6 @@ float32 sum.
 
 import ast
 import dataclasses
-import functools
 import math
 from pathlib import Path
 
@@ -25,6 +24,7 @@ if DEVICE == "cuda":
 
 from kru_triton.kernels import scan, weight_grad, why_not  # noqa: E402 (after importorskip)
 from kru_triton.nonlinearity import NONLINEARITIES  # noqa: E402
+from kru_triton.ops.arguments import How, Scan  # noqa: E402
 
 # Relative L2 errors. "fp32": a product of bfloat16 pairs is exact to 2^-17, two of them a step, a
 # few steps, and unitary factors keep the sum of errors from growing; gradients pass through it
@@ -330,6 +330,14 @@ def expected(case, inputs, flags, cotangents):
     return {"h": h.detach(), **gradients}
 
 
+def bag(case, x_proj, a, b, beta, h_0, reset, lengths):
+    """What the launchers take, time first, with what the case has."""
+    beta = beta if case.act == "modrelu" else None
+    lengths = lengths if case.lengths else None
+    reset = None if reset is None else reset.t()
+    return Scan(x_proj.transpose(0, 1), a, b, beta, h_0, reset, lengths)
+
+
 def computed(case, inputs, flags, cotangents, **tuning):
     def move(x):
         return None if x is None else guarded_copy(x.to(DEVICE))
@@ -337,25 +345,20 @@ def computed(case, inputs, flags, cotangents, **tuning):
     inputs = {k: move(v) for k, v in inputs.items()}
     flags = {k: move(v) for k, v in flags.items()}
     cotangents = {k: move(v) for k, v in cotangents.items()}
-    x_proj = arranged(inputs.pop("x_proj"), case.layout)
-    if case.act != "modrelu":
-        inputs["beta"] = None
-    if not case.lengths:
-        flags["lengths"] = None
-    how = {"nonlinearity": case.act, "precision": case.precision}
-    assert why_not.why_not(x_proj, inputs["a"], inputs["b"], **how) is None
+    inputs["x_proj"] = arranged(inputs["x_proj"], case.layout)
+    given = bag(case, **inputs, **flags)
+    how = How(case.act, precision=case.precision)
+    words = {"nonlinearity": case.act, "precision": case.precision}
+    assert why_not.why_not(given.x, given.a, given.b, **words) is None
     scans, grads = (
         {k: v for k, v in tuning.items() if (k == "SLICES") == w} for w in (False, True)
     )
-    h = scan.scan_forward(x_proj, **inputs, **flags, **how, **scans)
+    h = scan.scan_forward(given, how, **scans)
     if cotangents["dh"] is not None:
         dh = cotangents["dh"].transpose(0, 1)
         cotangents["dh"] = arranged(dh, case.layout).transpose(0, 1)
-    dx, dh_0 = scan.scan_backward(
-        **cotangents, h=h, x_proj=x_proj, **inputs, **flags, **how, **scans
-    )
-    del inputs["beta"], flags["lengths"]
-    da, db, dbeta = weight_grad.weight_grad(dx, h, **inputs, **flags, **how, **grads)
+    dx, dh_0 = scan.scan_backward(**cotangents, h=h, scan=given, how=how, **scans)
+    da, db, dbeta = weight_grad.weight_grad(dx, h, given, how, **grads)
     result = {"h": h, "dx": dx, "dh_0": dh_0, "da": da, "db": db, "dbeta": dbeta}
     return {k: v.double().cpu() for k, v in result.items() if v is not None}
 
@@ -399,36 +402,32 @@ def test_too_little_shared_memory_streams_the_factors(monkeypatch):
     """Where a device cannot hold 64 x 64 in float32, and for which shapes it can."""
     x_proj = torch.zeros(1, 1, 8192)
     how = ("modrelu", "fp32")
-    assert not why_not.streams(*factors(64, 64), x_proj, *how)
-    assert not why_not.streams(*factors(128, 8), x_proj, *how)
-    assert why_not.streams(*factors(128, 32), x_proj, *how)
+    assert not why_not.is_wide(*factors(64, 64), x_proj, *how)
+    assert not why_not.is_wide(*factors(128, 8), x_proj, *how)
+    assert why_not.is_wide(*factors(128, 32), x_proj, *how)
     monkeypatch.setattr(why_not, "SHARED_INTERPRETED", 101376)  # sm_89, sm_120
-    assert why_not.streams(*factors(64, 64), x_proj, *how)
-    assert not why_not.streams(*factors(32, 64), x_proj, *how)
+    assert why_not.is_wide(*factors(64, 64), x_proj, *how)
+    assert not why_not.is_wide(*factors(32, 64), x_proj, *how)
     monkeypatch.setattr(why_not, "SHARED_INTERPRETED", 65536)
-    assert not why_not.streams(*factors(32, 32), x_proj, *how)
+    assert not why_not.is_wide(*factors(32, 32), x_proj, *how)
 
 
 def test_too_little_tensor_memory_streams_the_factors(monkeypatch):
     x_proj = torch.zeros(1, 1, 8192)
     assert not why_not.has_tensor_memory(x_proj.device)
     monkeypatch.setattr(why_not, "has_tensor_memory", lambda device: True)
-    assert why_not.streams(*factors(64, 64), x_proj, "modrelu", "fp32")
-    assert why_not.streams(*factors(40, 50), x_proj, "modrelu", "fp32")
-    assert not why_not.streams(*factors(64, 64, parts=1), x_proj, "modrelu", "fp32")
-    assert not why_not.streams(*factors(64, 64), x_proj, "modrelu", "bf16")
-    assert not why_not.streams(*factors(32, 64), x_proj, "modrelu", "fp32")
+    assert why_not.is_wide(*factors(64, 64), x_proj, "modrelu", "fp32")
+    assert why_not.is_wide(*factors(40, 50), x_proj, "modrelu", "fp32")
+    assert not why_not.is_wide(*factors(64, 64, parts=1), x_proj, "modrelu", "fp32")
+    assert not why_not.is_wide(*factors(64, 64), x_proj, "modrelu", "bf16")
+    assert not why_not.is_wide(*factors(32, 64), x_proj, "modrelu", "fp32")
 
 
 def arguments_of_scan(case, **changed):
-    """Keyword arguments of scan_forward on the device."""
+    """Arguments of scan_forward on the device."""
     inputs, flags, _ = make(case)
-    values = {**inputs, **flags, "nonlinearity": case.act, "precision": case.precision, **changed}
-    if case.act != "modrelu":
-        values["beta"] = None
-    if not case.lengths:
-        values["lengths"] = None
-    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    values = {k: None if v is None else v.to(DEVICE) for k, v in {**inputs, **flags}.items()}
+    return bag(case, **values)._replace(**changed), How(case.act, precision=case.precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -452,10 +451,11 @@ def test_gradient_near_the_jump_of_modrelu_is_bounded():
     case = Case(16, 16, B=4, T=1, h_0=False, slack=10, **BF16)
     z = torch.full((4, 1, 512), 1e-4)
     beta = torch.linspace(0.01, 1.0, 256)
-    values = arguments_of_scan(case, x_proj=z.bfloat16(), beta=beta)
-    h = scan.scan_forward(**values)
+    x = z.bfloat16().transpose(0, 1).to(DEVICE)
+    given = arguments_of_scan(case, x=x, beta=beta.to(DEVICE))
+    h = scan.scan_forward(*given)
     g = torch.ones_like(h)
-    dx, _ = scan.scan_backward(g, None, h=h, **values)
+    dx, _ = scan.scan_backward(g, None, h, *given)
     assert dx.isfinite().all()
     assert dx.abs().max() <= 2.0**9
 
@@ -463,18 +463,12 @@ def test_gradient_near_the_jump_of_modrelu_is_bounded():
 @pytest.mark.parametrize("shape", [(8, 8), (16, 16)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_a_run_in_two_pieces_equals_one_run(shape):
     case = Case(*shape, B=3, T=6, reset=True)
-    values = arguments_of_scan(case)
-    whole = scan.scan_forward(**values)
-    pieces, state = [], values["h_0"]
+    given, how = arguments_of_scan(case)
+    whole = scan.scan_forward(given, how)
+    pieces, state = [], given.h_0
     for part in (slice(0, 4), slice(4, 6)):
-        piece = scan.scan_forward(
-            **{
-                **values,
-                "x_proj": values["x_proj"][:, part],
-                "reset": values["reset"][:, part],
-                "h_0": state,
-            }
-        )
+        piece = given._replace(x=given.x[part], reset=given.reset[part], h_0=state)
+        piece = scan.scan_forward(piece, how)
         pieces.append(piece)
         state = piece[-1]
     assert torch.equal(torch.cat(pieces), whole)
@@ -513,53 +507,50 @@ TOKEN_CASES = [
 @pytest.mark.parametrize("layout", ["whole", "cut"])
 def test_tokens_are_the_rows_they_stand_for(case, layout):
     """Reading rows of a table inside the kernel gives the very bits of reading gathered rows."""
-    values = arguments_of_scan(case)
+    given, how = arguments_of_scan(case)
     random = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 7, (case.B, case.T), generator=random).to(DEVICE)
-    features = values["x_proj"].shape[-1]
+    tokens = torch.randint(0, 7, (case.B, case.T), generator=random).t().to(DEVICE)
+    features = given.x.shape[-1]
     table = (torch.randn(7, features, generator=random) * 0.5).to(DEVICE, case.dtype)
     if layout == "cut":
         table = arranged(table[None], "odd")[0]
-    gathered = {**values, "x_proj": table[tokens]}
-    values = {**values, "x_proj": table, "tokens": tokens}
-    h = scan.scan_forward(**values)
-    assert torch.equal(h, scan.scan_forward(**gathered))
+    gathered = given._replace(x=table[tokens])
+    given = given._replace(x=table, tokens=tokens)
+    h = scan.scan_forward(given, how)
+    assert torch.equal(h, scan.scan_forward(gathered, how))
     g = torch.randn(h.shape, generator=random).to(DEVICE, case.dtype)
-    dx, _ = scan.scan_backward(g, None, h=h, **values)
-    assert torch.equal(dx, scan.scan_backward(g, None, h=h, **gathered)[0])
+    dx, _ = scan.scan_backward(g, None, h, given, how)
+    assert torch.equal(dx, scan.scan_backward(g, None, h, gathered, how)[0])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion ends the process")
 def test_a_token_outside_the_table_is_refused():
-    values = arguments_of_scan(Case(16, 16, T=2))
-    values["x_proj"] = torch.zeros(7, 512)
+    given, how = arguments_of_scan(Case(16, 16, T=2), x=torch.zeros(7, 512))
     for wrong in (-1, 7):
         with pytest.raises(RuntimeError, match="outside the table's 7 rows"):
-            scan.scan_forward(**values, tokens=torch.full((3, 2), wrong))
+            scan.scan_forward(given._replace(tokens=torch.full((2, 3), wrong)), how)
 
 
 @pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (0, 0)])
 def test_empty(B, T):
     case = Case(16, 16)
-    values = arguments_of_scan(case)
-    values["x_proj"] = values["x_proj"].new_zeros(B, T, 512)
-    values["h_0"] = values["h_0"].new_ones(B, 512)
-    h = scan.scan_forward(**values)
+    x, h_0 = torch.zeros(T, B, 512, device=DEVICE), torch.ones(B, 512, device=DEVICE)
+    given, how = arguments_of_scan(case, x=x, h_0=h_0)
+    h, h_n = scan.forward(given, how)
     assert h.shape == (T, B, 512)
-    dh_n = torch.ones_like(values["h_0"])
-    dx, dh_0 = scan.scan_backward(torch.ones_like(h), dh_n, h=h, **values)
+    dh_n = torch.ones_like(h_0)
+    dx, *gradients, dh_0 = scan.backward(torch.ones_like(h), dh_n, h, given, how)
     assert dx.shape == (T, B, 512)
     # without a step, the last state is h_0 itself
+    assert torch.equal(h_n, h_0)
     assert torch.equal(dh_0, dh_n)
-    del values["x_proj"], values["beta"], values["lengths"]
-    gradients = weight_grad.weight_grad(dx, h, **values)
     assert [not g.any() for g in gradients] == [True, True, True]
 
 
 def test_without_cotangents_the_gradient_is_zero():
-    values = arguments_of_scan(Case(16, 16, T=2))
-    h = scan.scan_forward(**values)
-    dx, dh_0 = scan.scan_backward(None, None, h=h, **values)
+    given = arguments_of_scan(Case(16, 16, T=2))
+    h = scan.scan_forward(*given)
+    dx, dh_0 = scan.scan_backward(None, None, h, *given)
     assert not dx.any()
     assert not dh_0.any()
 
@@ -612,38 +603,39 @@ def test_long_sequences(act, precision):
     """Three rows against float64 step by step, all weight gradients, two runs, a run in pieces."""
     B, T, P, Q = REAL.values()
     case = Case(P, Q, act, B=1, T=1, beta=0.02, slack=2)
-    values = arguments_of_scan(case)
-    a, b, beta = values["a"], values["b"], values["beta"]
+    given, _ = arguments_of_scan(case)
+    a, b, beta = given.a, given.b, given.beta
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     random = torch.Generator(DEVICE).manual_seed(0)
-    how = {"nonlinearity": act, "precision": precision}
+    how = How(act, precision=precision)
 
     def normal(*shape):
         return torch.randn(*shape, generator=random, device=DEVICE, dtype=dtype).mul_(0.5)
 
-    x_proj, h_0 = normal(B, T, 2 * P * Q), normal(B, 2 * P * Q).float()
-    h = scan.scan_forward(x_proj, a, b, beta, h_0, None, **how)
+    x, h_0 = normal(T, B, 2 * P * Q), normal(B, 2 * P * Q).float()
+    given = Scan(x, a, b, beta, h_0)
+    h = scan.scan_forward(given, how)
     rows = torch.tensor([0, B // 2, B - 1], device=DEVICE)
     fa, fb = complex_factor(a, precision), complex_factor(b, precision)
     bias = 0.0 if beta is None else beta.double().view(P, Q)
     state = complex_states(h_0[rows].to(dtype), P, Q)
-    u, states = complex_states(x_proj[rows], P, Q), complex_states(h[:, rows], P, Q)
+    u, states = complex_states(x[:, rows], P, Q), complex_states(h[:, rows], P, Q)
     for t in range(T):
-        state = activate(fa @ state @ fb.mT + u[:, t], bias, act)
+        state = activate(fa @ state @ fb.mT + u[t], bias, act)
         if t + 1 in (T // 64, T // 8, T):
             assert relative_error(states[t], state) < ROUNDING[act, precision](t + 1)
 
-    assert torch.equal(h, scan.scan_forward(x_proj, a, b, beta, h_0, None, **how))
-    first = scan.scan_forward(x_proj[:, : T // 2], a, b, beta, h_0, None, **how)
+    assert torch.equal(h, scan.scan_forward(given, how))
+    first = scan.scan_forward(given._replace(x=x[: T // 2]), how)
     assert torch.equal(h[: T // 2], first)
-    second = scan.scan_forward(x_proj[:, T // 2 :], a, b, beta, first[-1].float(), None, **how)
+    second = scan.scan_forward(given._replace(x=x[T // 2 :], h_0=first[-1].float()), how)
     assert torch.equal(h[T // 2 :], second)
-    del x_proj, u, first, second
+    given = given._replace(x=None)
+    del x, u, first, second
 
     dh = normal(T, B, 2 * P * Q)
-    backward = functools.partial(scan.scan_backward, dh, None, h, None, a, b, beta, h_0, None)
-    dx, dh_0 = backward(**how)
-    assert torch.equal(dx, backward(**how)[0])
+    dx, dh_0 = scan.scan_backward(dh, None, h, given, how)
+    assert torch.equal(dx, scan.scan_backward(dh, None, h, given, how)[0])
     floor = 2.0**-8 if precision == "bf16" else 2.0**-20
     carried = torch.zeros_like(state)
     want = torch.empty_like(states)
@@ -657,8 +649,8 @@ def test_long_sequences(act, precision):
     assert relative_error(complex_states(dh_0[rows], P, Q), carried) < limit
     del dh, want, cotangents
 
-    gradients = weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
-    again = weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+    gradients = weight_grad.weight_grad(dx, h, given, how)
+    again = weight_grad.weight_grad(dx, h, given, how)
     assert all(torch.equal(x, y) for x, y in zip(gradients, again) if x is not None)
     da, db, dbeta = torch.zeros_like(fa), torch.zeros_like(fb), 0.0
     for t in range(T):
@@ -678,10 +670,9 @@ def test_long_sequences(act, precision):
 def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):
     """Beyond in and out: nothing of the size of a sequence, forward and backward."""
     B, T, P, Q = REAL.values()
-    values = arguments_of_scan(Case(P, Q, B=1, T=1, slack=2))
-    x_proj = torch.randn(B, T, 2 * P * Q, device=DEVICE).bfloat16()
-    how = {"nonlinearity": "modrelu", "precision": "bf16"}
-    a, b, beta = values["a"], values["b"], values["beta"]
+    values, _ = arguments_of_scan(Case(P, Q, B=1, T=1, slack=2))
+    x = torch.randn(T, B, 2 * P * Q, device=DEVICE).bfloat16()
+    given, how = Scan(x, values.a, values.b, values.beta), How("modrelu", precision="bf16")
 
     def peak(function):
         """Most bytes that the function held; without a device, all that it allocated."""
@@ -694,34 +685,29 @@ def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):
         result = function()
         return result, sum(tensor.nbytes for tensor, _ in poisoned_memory)
 
-    h, forward = peak(lambda: scan.scan_forward(x_proj, a, b, beta, None, None, **how))
+    h, forward = peak(lambda: scan.scan_forward(given, how))
     small = 2**20 + 8 * GUARD
     assert h.nbytes <= forward < h.nbytes + small
-    dh = x_proj.transpose(0, 1)
-    _, backward = peak(lambda: scan.scan_backward(dh, None, h, None, a, b, beta, None, None, **how))
+    _, backward = peak(lambda: scan.scan_backward(x, None, h, given, how))
     assert h.nbytes <= backward < h.nbytes + small
 
 
 def test_launchers_in_a_cuda_graph(monkeypatch):
     """Replayed on other inputs they give what a call gives; without a device, called again."""
     monkeypatch.undo()  # the guards would be allocations of the graph
-    values = arguments_of_scan(Case(8, 8, B=5, T=2, slack=2, reset=True))
-    x_proj, h_0, how = values["x_proj"], values["h_0"], {"nonlinearity": "modrelu"}
-    a, b, beta, reset = values["a"], values["b"], values["beta"], values["reset"]
+    given, how = arguments_of_scan(Case(8, 8, B=5, T=2, slack=2, reset=True))
 
     def run():
-        fixed = {**how, "precision": "fp32"}
-        h = scan.scan_forward(x_proj, a, b, beta, h_0, reset, **fixed)
-        dx, dh_0 = scan.scan_backward(h, None, h, None, a, b, beta, h_0, reset, **fixed)
-        return h, dx, dh_0, *weight_grad.weight_grad(dx, h, a, b, h_0, reset, **fixed)
+        h = scan.scan_forward(given, how)
+        return h, *scan.backward(h, None, h, given, how)
 
     captured = run()
     if DEVICE == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run()
-    x_proj.mul_(-0.5)
-    reset.logical_not_()
+    given.x.mul_(-0.5)
+    given.reset.logical_not_()
     if DEVICE == "cuda":
         graph.replay()
     else:
@@ -748,10 +734,10 @@ def test_tuning_changes_no_result(tuning):
 
 
 def test_tuning_by_an_unknown_name_is_refused():
-    values = arguments_of_scan(Case(16, 16, T=2))
+    given = arguments_of_scan(Case(16, 16, T=2))
     for name in ("P", "warps", "SLICES"):
         with pytest.raises(TypeError, match=f"tuning: '{name}' is no choice of this kernel"):
-            scan.scan_forward(**values, **{name: 1})
+            scan.scan_forward(*given, **{name: 1})
 
 
 def test_inputs_are_not_changed():

@@ -171,6 +171,7 @@ def count_compilations():
     from triton.runtime import JITFunction, driver
 
     from kru_triton.kernels import scan, weight_grad, wide
+    from kru_triton.ops.arguments import How, Scan
 
     class Absent:
         def get_current_target(self):
@@ -196,7 +197,7 @@ def count_compilations():
         wide.wide_forward_kernel,
         wide.wide_backward_kernel,
     )
-    how = {"nonlinearity": "modrelu", "precision": "bf16"}
+    how = How("modrelu", precision="bf16")
     counts = []
     for P, B, T, layout, extra in [
         (16, 3, 5, "batch", 0),
@@ -217,13 +218,14 @@ def count_compilations():
         a, b, beta = torch.zeros(2, 1, P, P), torch.zeros(2, 1, 16, 16), torch.zeros(units)
         shape = (B, T) if layout == "batch" else (T, B)
         x_proj = torch.zeros(*shape, 2 * units + extra, dtype=torch.bfloat16)[..., : 2 * units]
-        x_proj = x_proj if layout == "batch" else x_proj.transpose(0, 1)
+        x = x_proj.transpose(0, 1) if layout == "batch" else x_proj
         h_0 = torch.zeros(B, 2 * units + 1)[:, 1:]  # not aligned to 16 bytes
         h_0 = h_0 if B % 2 else h_0.contiguous()
-        h = scan.scan_forward(x_proj, a, b, beta, h_0, None, **how)
+        given = Scan(x, a, b, beta, h_0)
+        h = scan.scan_forward(given, how)
         dh = torch.zeros_like(h)
-        dx, _ = scan.scan_backward(dh, None, h, x_proj, a, b, beta, h_0, None, **how)
-        weight_grad.weight_grad(dx, h, a, b, h_0, None, **how)
+        dx, _ = scan.scan_backward(dh, None, h, given, how)
+        weight_grad.weight_grad(dx, h, given, how)
         counts.append([len(kernel.device_caches[0][0]) for kernel in kernels])
     print(json.dumps(counts))
 

@@ -18,6 +18,7 @@ if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
 from kru_triton.kernels import lstm, why_not  # noqa: E402 (after importorskip)
+from kru_triton.ops.arguments import How, LSTMScan  # noqa: E402
 
 # Relative L2 errors: products of bfloat16 pairs are exact to 2^-17. "bf16", against a definition
 # that rounds what the kernel rounds: h is rounded once more at its store (2^-9), c not at all, and
@@ -151,17 +152,14 @@ def test_against_the_definition(case):
         return {k: None if v is None else v.to(DEVICE) for k, v in values.items()}
 
     arguments = move({**inputs, "reset": reset, "lengths": lengths if case.lengths else None})
-    if case.time_first:
-        x_proj = arguments["x_proj"]
-        arguments["x_proj"] = x_proj.transpose(0, 1).contiguous().transpose(0, 1)
-    how = {"precision": case.precision}
-    x_proj, a, b = (arguments[k] for k in ("x_proj", "a", "b"))
-    assert why_not.why_not(x_proj, a, b, lstm=True, **how) is None
-    got_h, got_c = lstm.lstm_forward(**arguments, **how)
-    dx, dh_0, dc_0 = lstm.lstm_backward(**move(cotangents), h=got_h, c=got_c, **arguments, **how)
-    for name in ("x_proj", "c_0", "lengths"):
-        del arguments[name]
-    da, db = lstm.lstm_weight_grad(dx, got_h, **arguments, **how)
+    x = arguments.pop("x_proj").transpose(0, 1)
+    x = x.contiguous() if case.time_first else x
+    arguments["reset"] = None if reset is None else arguments["reset"].t()
+    given, how = LSTMScan(x, **arguments), How("tanh", precision=case.precision)
+    assert why_not.why_not(*given, lstm=True, precision=case.precision) is None
+    got_h, got_c, _, _ = lstm.forward(given, how)
+    grads = lstm.backward(**move(cotangents), h=got_h, c=got_c, scan=given, how=how)
+    dx, da, db, dh_0, dc_0 = grads
     got = {"x_proj": dx, "a": da, "b": db, "h_0": dh_0, "c_0": dc_0}
 
     def error(found, true):
@@ -177,13 +175,12 @@ def test_against_the_definition(case):
 def test_empty():
     a, b = (torch.zeros(4, 1, 16, 16, device=DEVICE) for _ in range(2))
     for B, T in [(0, 2), (2, 0)]:
-        x_proj = torch.zeros(B, T, 1024, device=DEVICE)
-        h, c = lstm.lstm_forward(x_proj, a, b, None, None, None, precision="fp32")
+        given = LSTMScan(torch.zeros(T, B, 1024, device=DEVICE), a, b)
+        how = How("tanh", precision="fp32")
+        h, c, _, _ = lstm.forward(given, how)
         assert h.shape == c.shape == (T, B, 256)
         ones = torch.ones(B, 256, device=DEVICE)
-        dx, dh_0, dc_0 = lstm.lstm_backward(
-            None, ones, None, h, c, x_proj, a, b, None, None, None, precision="fp32"
-        )
+        dx, *_, dh_0, dc_0 = lstm.backward(None, ones, None, h, c, given, how)
         assert dx.shape == (T, B, 1024)
         assert torch.equal(dh_0, ones)
         assert not dc_0.any()

@@ -6,13 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from kru_triton.lm.model import (
-    MODELS,
-    PRESETS,
-    LanguageModel,
-    LanguageModelConfig,
-    match_parameters,
-)
+from kru_triton.lm.model import LanguageModel, match_parameters
+from kru_triton.lm.presets import MODELS, PRESETS, LanguageModelConfig
 
 every_model = pytest.mark.parametrize("model", MODELS)
 VOCAB = 31

@@ -149,13 +149,15 @@ def test_opcheck(block):
     case = Case(square(2, 3), "identity", B=2, T=9, reset=True)
     named, reset, _, _ = leaves(case)
     x, h_0, *factors = named.values()
-    ops, rest = torch.ops.kru_triton, (reset, torch.tensor([9, 4]), block, "auto", "auto")
-    torch.library.opcheck(ops.linear_scan.default, (x, *factors, h_0, *rest))
+    x, ops = x.transpose(0, 1), torch.ops.kru_triton
+    rest = (reset.t(), torch.tensor([9, 4]), None, "identity", "auto", "auto", block)
+    torch.library.opcheck(ops.linear_recurrence.default, (x, *factors, None, h_0, *rest))
     with torch.no_grad():
-        h, h_n = ops.linear_scan(x, *factors, h_0, *rest)
+        h, h_n = ops.linear_recurrence(x, *factors, None, h_0, *rest)
         cotangents = torch.randn_like(h), torch.randn_like(h_n)
-        saved = (h, *(w.detach() for w in (*factors, h_0)))
-        torch.library.opcheck(ops.linear_scan_backward.default, (*cotangents, *saved, *rest))
+        a, b, h_0 = (w.detach() for w in (*factors, h_0))
+        saved = (h, None, a, b, None, h_0)
+        torch.library.opcheck(ops.linear_recurrence_backward.default, (*cotangents, *saved, *rest))
 
 
 def test_compile_makes_one_graph_for_any_length():

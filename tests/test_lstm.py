@@ -29,7 +29,7 @@ from kru_triton import (
     why_not_triton_lstm,
 )
 from kru_triton.layers.lstm import GATES
-from kru_triton.ops import scan as scan_module
+from kru_triton.ops import dispatch
 from kru_triton.reference import kru_lstm_scan_reference
 from kru_triton.torch_backend import lstm as lstm_torch_backend
 
@@ -489,7 +489,7 @@ def test_backend_triton_raises_the_reason():
 
 
 def test_auto_says_once_which_backend_runs_and_why(caplog, monkeypatch):
-    monkeypatch.setattr(scan_module, "_said", set())
+    monkeypatch.setattr(dispatch, "_said", set())
     arguments, _ = inputs(Case(square(4, 3)))
     with caplog.at_level(logging.INFO, logger="kru_triton"):
         kru_lstm_scan(**arguments, backend="torch")
@@ -515,19 +515,22 @@ def test_opcheck(backend, optional):
     case = Case(square(*sides), T=2, B=3, states=states, reset=optional, lengths=optional)
     arguments, cotangents = inputs(case, torch.float32)
     a, b = (w[0].view(4, 1, *w.shape[2:]).clone() for w in arguments.pop("factors"))
-    x, *rest = arguments.values()
-    leaves = [t if t is None else t.to(DEVICE) for t in (x, a, b, *rest)]
+    x, h_0, c_0, reset, lengths = arguments.values()
+    rest = (h_0, c_0, None if reset is None else reset.t(), lengths)
+    leaves = [t if t is None else t.to(DEVICE) for t in (x.transpose(0, 1), a, b, *rest)]
     leaves = [
         t.requires_grad_() if t is not None and t.dtype.is_floating_point else t for t in leaves
     ]
-    how = (backend, "auto")
-    op = torch.ops.kru_triton.ops.lstm
+    how = ("tanh", backend, "auto")
+    op = torch.ops.kru_triton.lstm_recurrence
     torch.library.opcheck(op.default, (*leaves, *how))
     h, c, _, _ = op(*leaves, *how)
     saved = [None if t is None else t.detach() for t in (h, c, *leaves)]
     dh, dh_n, dc_n = (d.to(DEVICE) for d in cotangents.values())
     given = (dh.transpose(0, 1), dh_n, dc_n) if optional else (None, None, dc_n)
-    torch.library.opcheck(torch.ops.kru_triton.lstm_scan_backward.default, (*given, *saved, *how))
+    torch.library.opcheck(
+        torch.ops.kru_triton.lstm_recurrence_backward.default, (*given, *saved, *how)
+    )
 
 
 class Holder(nn.Module):

@@ -211,13 +211,13 @@ def test_padding_is_never_read():
 def test_packed_rows_run_longest_first_and_no_further(monkeypatch):
     """What reaches the operation: lengths in descending order, whatever order was packed."""
     seen = []
-    original = modules.kru_scan
+    original = modules.run_scan
 
-    def spy(*args, lengths, **kwargs):
-        seen.append(lengths.tolist())
-        return original(*args, lengths=lengths, **kwargs)
+    def spy(scan, how):
+        seen.append(scan.lengths.tolist())
+        return original(scan, how)
 
-    monkeypatch.setattr(modules, "kru_scan", spy)
+    monkeypatch.setattr(modules, "run_scan", spy)
     kru = make(5, 12, 2)
     kru(pack_sequence([randn(n, 5) for n in (2, 6, 1, 6)], enforce_sorted=False))
     assert seen == [[6, 6, 2, 1]] * 2

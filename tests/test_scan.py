@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kru_triton import KRU, kru_scan, kru_step, unitary_, why_not_triton
 from kru_triton.nonlinearity import NONLINEARITIES
-from kru_triton.ops import scan as scan_module
+from kru_triton.ops import dispatch
+from kru_triton.ops.arguments import How, Scan
 from kru_triton.reference import kru_scan_reference
 from kru_triton.torch_backend import scan as torch_backend
 
@@ -264,11 +265,10 @@ def test_products_of_a_step(sizes, products, monkeypatch):
         calls.clear()
         b, h = 2, 2 * math.prod(sizes)
         a = [unitary_(torch.empty(2, 1, p, p)) for p in sizes]
-        x, d_n = torch.randn(b, time, h), torch.randn(b, h)
-        how = (None, None, None, "identity")
+        scan, d_n = Scan(torch.randn(time, b, h), *a), torch.randn(b, h)
         with Count():
-            out, _ = torch_backend.scan_forward(x, *a, *how)
-            torch_backend.scan_backward(None, d_n, out, None, *a, *how)
+            out, _ = torch_backend.forward(scan, How("identity"))
+            torch_backend.backward(None, d_n, out, scan._replace(x=None), How("identity"))
         return sum(calls[op] for op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm_))
 
     calls = Counter()
@@ -612,13 +612,16 @@ def test_only_h_is_saved_for_backward(act):
 def test_opcheck(act, dtype, optional):
     case = Case(square(3, 2), act, H=2, T=4, B=2, reset=optional, h_0=optional)
     x, (a, b), beta, h_0, reset, dh, dh_n = inputs(case, dtype)
+    x, dh, reset = x.transpose(0, 1), dh.transpose(0, 1), None if reset is None else reset.t()
     beta = x.new_zeros(12) if act == "modrelu" and beta is None else beta
     leaves = [t if t is None else t.requires_grad_() for t in (x, a, b, beta, h_0)]
-    op, backward = torch.ops.kru_triton.scan.default, torch.ops.kru_triton.scan_backward.default
+    op, backward = (
+        torch.ops.kru_triton.recurrence.default,
+        torch.ops.kru_triton.recurrence_backward.default,
+    )
     options = (None, None, act, "torch", "auto")  # no lengths, no tokens
     torch.library.opcheck(op, (*leaves, reset, *options))
     h, _ = op(*leaves, reset, *options)
-    dh = dh.transpose(0, 1)
     saved = [None if t is None else t.detach() for t in (h, x, a, b, beta, h_0, reset)]
     saved[1] = saved[1] if act == "modtanh" else None
     cotangents = (dh, dh_n) if optional else (dh, None)
@@ -632,9 +635,9 @@ def test_opcheck_backward_of_one_matrix(shapes, field):
     b = reduce(lambda v, w: v * w, factors) if shapes[0] == 1 else factors[0]
     a = torch.eye(len(b), 1, dtype=b.dtype).view(-1, 1, 1, 1)
     options = (*[None] * 5, "tanh", "torch", "auto")
-    h, _ = torch.ops.kru_triton.scan(x, a, b, *options)
+    h, _ = torch.ops.kru_triton.recurrence(x.transpose(0, 1), a, b, *options)
     arguments = (dh.transpose(0, 1), None, h, None, a, b, *options)
-    torch.library.opcheck(torch.ops.kru_triton.scan_backward.default, arguments)
+    torch.library.opcheck(torch.ops.kru_triton.recurrence_backward.default, arguments)
 
 
 class Holder(torch.nn.Module):
@@ -752,7 +755,7 @@ def test_backend_triton_raises_the_reason():
 
 
 def test_auto_says_once_which_backend_runs_and_why(caplog, monkeypatch):
-    monkeypatch.setattr(scan_module, "_said", set())
+    monkeypatch.setattr(dispatch, "_said", set())
     x, factors, *_ = inputs(Case(square(4, 3)))
     with caplog.at_level(logging.INFO, logger="kru_triton"):
         kru_scan(x, factors, backend="torch")

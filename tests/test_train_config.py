@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from kru_triton.lm.model import PRESETS, LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel
+from kru_triton.lm.presets import PRESETS, LanguageModelConfig
 from kru_triton.train.run.settings import TRAINING, Config, UserError, model_config, parse
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from kru_triton.lm.model import PRESETS, LanguageModel, LanguageModelConfig
+from kru_triton.lm.model import LanguageModel
+from kru_triton.lm.presets import PRESETS, LanguageModelConfig
 from kru_triton.train import reproduce
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run import run as run_module

@@ -39,7 +39,7 @@ from kru_triton import (
 )
 from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.nonlinearity import NONLINEARITIES
-from kru_triton.ops import scan as scan_module
+from kru_triton.ops import dispatch
 
 # Relative: what a few hundred roundings of 1e-16 make of the same derivative, and a difference over
 # 2e-6 in float64, whose truncation and rounding are 1e-12 and 1e-10 of it where σ is smooth.
@@ -383,7 +383,7 @@ def test_the_kernels_are_refused_in_words():
 
 
 def test_the_reason_is_told(caplog, monkeypatch):
-    monkeypatch.setattr(scan_module, "_said", set())
+    monkeypatch.setattr(dispatch, "_said", set())
     x, w = torch.randn(2, 4, 128), [v.float() for v in weights(8, 8)]
     lstm = torch.randn(2, 4, 256), [v.float() for v in weights(8, 8, heads=4, parts=1)]
     told = []
@@ -410,19 +410,23 @@ def ops():
     (a, b), gates = weights(2, 3), weights(2, 3, heads=4, parts=1)
     per_gate = [w.view(4, 1, *w.shape[2:]) for w in gates]
     ops, how = torch.ops.kru_triton, ("torch", "auto")
+
+    def called(op, x, *rest):
+        return op(x.transpose(0, 1), *rest)[0]
+
     return {
         "scan": (
-            lambda x: ops.scan(x, a, b, *[None] * 5, "tanh", *how)[0],
+            lambda x: called(ops.recurrence, x, a, b, *[None] * 5, "tanh", *how),
             lambda x: kru_scan(x, [a, b], nonlinearity="tanh")[0],
             randn(2, 4, 12),
         ),
         "linear_scan": (
-            lambda x: ops.linear_scan(x, a, b, *[None] * 3, 2, *how)[0],
+            lambda x: called(ops.linear_recurrence, x, a, b, *[None] * 5, "identity", *how, 2),
             lambda x: kru_linear_scan(x, [a, b], block=2)[0],
             randn(2, 4, 12),
         ),
         "lstm_scan": (
-            lambda x: ops.lstm_scan(x, *per_gate, *[None] * 4, *how)[0],
+            lambda x: called(ops.lstm_recurrence, x, *per_gate, *[None] * 4, "tanh", *how),
             lambda x: kru_lstm_scan(x, gates)[0],
             randn(2, 4, 24),
         ),
@@ -430,6 +434,50 @@ def ops():
 
 
 OPS = ops()
+
+
+def old_ops():
+    """By name: an op as an ExportedProgram of before holds it, the function of today, and x."""
+    torch.manual_seed(7)
+    (a, b), gates = weights(2, 3), weights(2, 3, heads=4, parts=1)
+    h_0, state = randn(2, 12), randn(2, 6)
+    per_gate = [w.view(4, 1, *w.shape[2:]) for w in gates]
+    ops, old, how = torch.ops.kru_triton, (RESET, LENGTHS), ("torch", "auto")
+    new = {"reset": RESET, "lengths": LENGTHS}
+    return {
+        "scan": (
+            lambda x: ops.scan(x, a, b, None, h_0, *old, None, "tanh", *how),
+            lambda x: kru_scan(x, [a, b], None, h_0, nonlinearity="tanh", **new),
+            randn(2, 4, 12),
+        ),
+        "tokens": (
+            lambda x: ops.scan(x, a, b, None, h_0, *old, TOKENS, "tanh", *how),
+            lambda x: kru_embedding_scan(TOKENS, x, [a, b], None, h_0, nonlinearity="tanh", **new),
+            randn(5, 12),
+        ),
+        "linear_scan": (
+            lambda x: ops.linear_scan(x, a, b, h_0, *old, 2, *how),
+            lambda x: kru_linear_scan(x, [a, b], h_0, block=2, **new),
+            randn(2, 4, 12),
+        ),
+        "lstm_scan": (
+            lambda x: ops.lstm_scan(x, *per_gate, state, state, *old, *how),
+            lambda x: kru_lstm_scan(x, gates, state, state, **new),
+            randn(2, 4, 24),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["scan", "tokens", "linear_scan", "lstm_scan"])
+def test_ops_of_programs_exported_before(name):
+    with torch.random.fork_rng():
+        op, function, x = old_ops()[name]
+    old, new = x.clone().requires_grad_(), x.clone().requires_grad_()
+    h, expected = op(old)[0], function(new)[0].transpose(0, 1)
+    assert torch.equal(h, expected)
+    for y in (h, expected):
+        y.sin().sum().backward()
+    assert torch.equal(old.grad, new.grad)
 
 
 @pytest.mark.parametrize(("op", "function", "x"), OPS.values(), ids=OPS.keys())
@@ -507,5 +555,5 @@ def test_onnx_export():
         for got, want in zip(actual, model(*args), strict=True):
             assert (torch.from_numpy(got) - want).abs().max() < 1e-5  # float32
     exported = torch.export.export(model, inputs(2))
-    assert "kru_triton.ops.scan" in str(exported.graph)
-    assert "kru_triton.ops.lstm" in str(exported.graph)
+    assert "kru_triton.recurrence" in str(exported.graph)
+    assert "kru_triton.lstm_recurrence" in str(exported.graph)

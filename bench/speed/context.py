@@ -17,7 +17,8 @@ import torch
 from bench import harness
 from bench.speed.decode import CachedTransformer
 from bench.speed.train_step import config_of
-from kru_triton.lm.model import PRESETS, LanguageModel
+from kru_triton.lm.model import LanguageModel
+from kru_triton.lm.presets import PRESETS
 
 BENCH = "context"
 CONTEXTS = (10, 100, 1_000, 10_000, 100_000)

@@ -41,6 +41,7 @@ import kru_triton
 from bench import harness
 from kru_triton import KRU, kru_linear_scan, kru_scan, unitary_
 from kru_triton.kronecker import group_factors
+from kru_triton.ops.arguments import How, Scan
 from kru_triton.reference import kru_scan_reference
 from kru_triton.torch_backend import scan as torch_backend
 
@@ -300,11 +301,11 @@ def grouped(batch, length, sizes):
 
 
 def run_forward(x, a, b, beta, dh, dh_n):
-    return torch_backend.scan_forward(x, a, b, beta, None, None, "modrelu")[0]
+    return torch_backend.forward(Scan(x.transpose(0, 1), a, b, beta), How("modrelu"))[0]
 
 
 def run_backward(h, x, a, b, beta, dh, dh_n):
-    return torch_backend.scan_backward(dh, dh_n, h, None, a, b, beta, None, None, "modrelu")
+    return torch_backend.backward(dh, dh_n, h, Scan(None, a, b, beta), How("modrelu"))
 
 
 def calls_of(implementation, direction, batch, length, sizes):

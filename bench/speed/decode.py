@@ -20,7 +20,8 @@ import torch.nn.functional as nnf
 from bench import harness
 from bench.harness import Candidate
 from bench.speed import train_step
-from kru_triton.lm.model import LanguageModel, _rotate
+from kru_triton.lm.mixers import _rotate
+from kru_triton.lm.model import LanguageModel
 
 BENCH = "decode"
 RECURRENT = ("kru", "krulstm", "lstm")

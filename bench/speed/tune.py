@@ -32,6 +32,7 @@ from bench import harness
 from bench.harness import Candidate
 from kru_triton import kru_scan, unitary_
 from kru_triton.kernels import why_not
+from kru_triton.ops.arguments import How, Scan
 
 BENCH = "tune"
 
@@ -59,26 +60,24 @@ class Problem:
         )
 
     @property
-    def choices(self) -> dict:
-        return {"nonlinearity": "modrelu", "precision": self.precision}
+    def bags(self) -> tuple[Scan, How]:
+        scan = Scan(self.x.transpose(0, 1), self.a, self.b, self.beta)
+        return scan, How("modrelu", precision=self.precision)
 
     def forward(self, **tuning):
         from kru_triton.kernels import scan  # imports triton
 
-        fixed = (self.x, self.a, self.b, self.beta, None, None)
-        return scan.scan_forward(*fixed, **self.choices, **tuning)
+        return scan.scan_forward(*self.bags, **tuning)
 
     def backward(self, h, dh, **tuning):
         from kru_triton.kernels import scan
 
-        fixed = (dh, None, h, None, self.a, self.b, self.beta, None, None)
-        return scan.scan_backward(*fixed, **self.choices, **tuning)[0]
+        return scan.scan_backward(dh, None, h, *self.bags, **tuning)[0]
 
     def weight_grad(self, dx, h, **tuning):
         from kru_triton.kernels import weight_grad
 
-        fixed = (dx, h, self.a, self.b, None, None)
-        return weight_grad.weight_grad(*fixed, **self.choices, **tuning)
+        return weight_grad.weight_grad(dx, h, *self.bags, **tuning)
 
 
 @dataclass

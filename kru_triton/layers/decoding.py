@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kru_triton.kronecker import group_factors
 from kru_triton.nonlinearity import tiny
-from kru_triton.ops.scan import _state_dtype
+from kru_triton.ops.arguments import state_dtype
 from kru_triton.torch_backend.scan import left_block, right_block
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Step:
         factors, beta = kru.recurrent_factors(layer), kru.beta(layer)
         self.weights = _named(factors, beta, layer)
         a, b = group_factors(factors)
-        dtype = _state_dtype(a)
+        dtype = state_dtype(a)
         self.left, self.right = left_block(a.to(dtype)).clone(), right_block(b.to(dtype))
         self.sizes = a.shape[0], a.shape[1], a.shape[2], b.shape[2]
         self.dtype, self.nonlinearity = dtype, kru.nonlinearity
@@ -98,7 +98,7 @@ class LSTMStep:
         factors = lstm.recurrent_factors(layer)
         self.weights = _named(factors, None, layer)
         a, b = (w[0] for w in group_factors(factors))
-        dtype = _state_dtype(a)
+        dtype = state_dtype(a)
         p, q = a.shape[-1], b.shape[-1]
         self.left = a.to(dtype, copy=True).view(4, lstm.num_heads, 1, p, p)
         right = b.to(dtype, copy=True).view(4, lstm.num_heads, q, q)

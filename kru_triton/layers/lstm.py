@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from kru_triton.kronecker import kron_dense
 from kru_triton.layers.decoding import LSTMStep
-from kru_triton.layers.kru import RecurrentLayers, check_state
-from kru_triton.ops.lstm import kru_lstm_scan, why_not_triton_lstm
-from kru_triton.ops.scan import check_choice
+from kru_triton.layers.recurrent import RecurrentLayers, check_state
+from kru_triton.ops.arguments import check_choice, lstm_arguments
+from kru_triton.ops.lstm import run_lstm_scan, why_not_triton_lstm
 
 GATES = ("i", "f", "g", "o")
 
@@ -178,17 +178,10 @@ class KRULSTM(RecurrentLayers):
         """h `(T, B, F)` and h_n and c_n side by side; arguments as for any recurrence."""
         x_proj = self._project(x, suffix) if table is None else nnf.embedding(x, table)
         h_0, c_0 = (None, None) if h_0 is None else h_0.chunk(2, -1)
-        h, last = kru_lstm_scan(
-            x_proj.transpose(0, 1),
-            self._factors(suffix),
-            h_0,
-            c_0,
-            reset=reset,
-            lengths=lengths,
-            backend=self.backend,
-            precision=self.precision,
-        )
-        return h.transpose(0, 1), torch.cat(last, -1)
+        given = {"reset": reset, "lengths": lengths, "time_first": True}
+        scan = lstm_arguments(x_proj, self._factors(suffix), h_0, c_0, self.how, **given)
+        h, last = run_lstm_scan(scan, self.how)
+        return h, torch.cat(last, -1)
 
     def _why_not(self, x_proj: Tensor, factors: list[Tensor]) -> str | None:
         return why_not_triton_lstm(x_proj, factors, precision=self.precision)

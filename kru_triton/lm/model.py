@@ -14,10 +14,7 @@ B batch, T time, V vocab_size, D d_model, L num_layers. Inside, tensors are time
 
 import contextlib
 import dataclasses
-import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -25,39 +22,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kru_triton.layers.decoding import GraphedStep, why_not_graphed
-from kru_triton.layers.kru import KRU, RecurrentLayers, in_chunks
-from kru_triton.layers.lstm import KRULSTM
-from kru_triton.layers.mingru import MinGRU
+from kru_triton.layers.recurrent import in_chunks
+from kru_triton.lm.mixers import Mixer, mixer_of
+from kru_triton.lm.presets import MODELS, LanguageModelConfig
 from kru_triton.unitarity import unitarity_penalty
-
-MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
-
-
-@dataclass(frozen=True)
-class LanguageModelConfig:
-    """Every size and choice of a `LanguageModel`; plain values, so it can be stored as JSON."""
-
-    vocab_size: int = 257
-    model: Literal["kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer"] = "kru"
-    frame: Literal["residual", "plain"] = "residual"  # plain: one layer, no embedding, norm or MLP
-    d_model: int = 128
-    num_layers: int = 2
-    hidden_size: int = 256  # units per recurrent layer (complex ones for a complex KRU)
-    mlp_ratio: float = 2.0
-    dropout: float = 0.0
-    factors: tuple[int, ...] | None = None  # Kronecker models: sizes of square factors; None: two
-    num_heads: int = 1  # Kronecker models: independent blocks; transformer: attention heads
-    field: Literal["complex", "real"] = "complex"
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
-    radius: float = 0.9  # KRU: the recurrent matrix starts as this times a unitary one
-    time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
-    gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
-    input_gated: bool = True  # KRU: multiply the input by sigmoid(I x) before the recurrence
-    token_shift: bool = True  # KRU: mix every input with the one before, by a share per channel
-    context_length: int = 256  # transformer: how many earlier positions are attended to
-    recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
-    backend: Literal["auto", "triton", "torch"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 class LanguageModel(nn.Module):
@@ -122,11 +90,11 @@ class LanguageModel(nn.Module):
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension; with
             `layers` these behind them, each `(B, T, D)`.
         """
-        found = [] if layers else None
-        x, state = self.hidden(tokens, state, reset, found)
+        read = [] if layers else None
+        x, state = self.time_first(tokens, state, reset, read)
         if head and self.config.frame == "residual":  # the only block of a plain one has the head
-            x = nnf.linear(x.transpose(0, 1), self._rows(tokens.device)).transpose(0, 1)
-        return x, state, *(found or ())
+            x = nnf.linear(x, self._rows(tokens.device))
+        return x.transpose(0, 1), state, *(read or ())
 
     def _rows(self, device: torch.device) -> Tensor:
         """The embedding `(V, D)`: its weight, or all rows as a call returns them, where something
@@ -153,6 +121,17 @@ class LanguageModel(nn.Module):
             layers: a list that what the first block reads and what each block returns is added to,
                 `(B, T, D)` each; nothing is recomputed then. A plain frame adds nothing.
         """
+        x, state = self.time_first(tokens, state, reset, layers)
+        return x.transpose(0, 1), state
+
+    def time_first(
+        self,
+        tokens: Tensor,
+        state: list[Tensor] | None = None,
+        reset: Tensor | None = None,
+        layers: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `hidden`, but what the head reads is `(T, B, D)`."""
         embedded = tokens.is_floating_point() and self.config.frame == "residual"
         if tokens.dim() != 2 + embedded:
             rule = "(B, T, D), rows of the embedding, if not integers" if embedded else "(B, T)"
@@ -165,12 +144,12 @@ class LanguageModel(nn.Module):
         return self._hidden(tokens, state, reset, layers)
 
     def _hidden(self, tokens, state, reset, layers=None) -> tuple[Tensor, list[Tensor]]:
-        """As `hidden`, of checked arguments."""
+        """As `time_first`, of checked arguments."""
         steps = self.config.recompute
         if self.config.frame == "plain":
             x = nnf.one_hot(tokens.t(), self.config.vocab_size).to(self.blocks[0].bias.dtype)
             x, state = in_chunks(self, self._run_blocks, steps, x, state, reset)
-            return x.transpose(0, 1), state
+            return x, state
         embedded = tokens.is_floating_point()
         x = tokens.transpose(0, 1) if embedded else self.embedding(tokens.t())
         x = self.dropout(x * math.sqrt(self.config.d_model))
@@ -178,7 +157,7 @@ class LanguageModel(nn.Module):
             x, state = in_chunks(self, self._run_blocks, steps, x, state, reset)
         else:
             x, state = self._run_blocks(x, state, reset, layers=layers)
-        return self.norm(x).transpose(0, 1), state
+        return self.norm(x), state
 
     def _run_blocks(
         self, x: Tensor, state, reset, lengths=None, layers: list[Tensor] | None = None
@@ -188,11 +167,11 @@ class LanguageModel(nn.Module):
         if layers is not None:
             x = _added_to(layers, x)
         for block in self.blocks:
-            own = None
+            before = None
             if state is not None:
-                own = state[len(new_state) : len(new_state) + block.mixer.num_states]
-            x, out = block(x, own, reset)
-            new_state += out
+                before = state[len(new_state) : len(new_state) + block.mixer.num_states]
+            x, after = block(x, before, reset)
+            new_state += after
             if layers is not None:
                 x = _added_to(layers, x)
         return x, new_state
@@ -217,8 +196,8 @@ class LanguageModel(nn.Module):
         if key not in self.graphs:
 
             def step(tokens, *others):
-                own, reset = list(others[: len(state)]), others[len(state) :]
-                x, new = self._hidden(tokens, own, reset[0] if reset else None)
+                before, reset = list(others[: len(state)]), others[len(state) :]
+                x, new = self._hidden(tokens, before, reset[0] if reset else None)
                 return [x, *new]
 
             self.graphs[key] = GraphedStep(step, *inputs)
@@ -239,12 +218,12 @@ class LanguageModel(nn.Module):
             ...     _, state = model(torch.tensor([[1, 2, 3]]))  # the prompt
             ...     logits, state = model(torch.tensor([[4]]), state)
         """
-        graphed = why_not_graphed(self) is None and self._why_not_triton() is None
+        graphed = why_not_graphed(self) is None and self.why_not_triton() is None
         self.graphs = {} if graphed else None
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "graphs", None)
-            for layers in self._recurrences():
-                stack.enter_context(layers.decoding())
+            for mixer in self.mixers():
+                stack.enter_context(mixer.decoding())
             yield
 
     @property
@@ -293,21 +272,18 @@ class LanguageModel(nn.Module):
 
     def backend_report(self) -> str:
         """One line: what runs the time loop on the model's device, and why."""
-        reason = self._why_not_triton()
-        op = {"kru": "kru_scan", "krulstm": "kru_lstm_scan"}.get(self.config.model)
+        reason, op = self.why_not_triton(), self.mixers()[0].op
         if op is None:
             return f"{self.config.model}: torch.nn"
         return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
 
-    def _recurrences(self) -> list[RecurrentLayers]:
-        """The Kronecker layers themselves, whatever stands around them."""
-        return [module for module in self.modules() if isinstance(module, RecurrentLayers)]
+    def mixers(self) -> list[Mixer]:
+        """The mixers of all blocks, whatever stands around them."""
+        return [module for module in self.modules() if isinstance(module, Mixer)]
 
-    def _why_not_triton(self) -> str | None:
+    def why_not_triton(self) -> str | None:
         """Why no kernel runs the time loop on the model's device; None: one does."""
-        for layers in self._recurrences():
-            return layers.why_not_triton()
-        return "its layers are torch.nn's"
+        return self.mixers()[0].why_not_triton()
 
 
 def _added_to(layers: list[Tensor], x: Tensor) -> Tensor:
@@ -328,7 +304,7 @@ class _Block(nn.Module):
         d = config.d_model
         inner = max(1, round(config.mlp_ratio * d))
         self.mixer_norm = nn.LayerNorm(d, bias=False)
-        self.mixer = _mixer(config)
+        self.mixer = mixer_of(config)
         self.mlp_norm = nn.LayerNorm(d, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(d, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, d)
@@ -353,7 +329,7 @@ class _PlainBlock(nn.Module):
             )
         sizes = {"d_model": config.vocab_size, "gated": False}
         sizes |= {"input_gated": False, "token_shift": False}
-        self.mixer = _mixer(dataclasses.replace(config, **sizes))
+        self.mixer = mixer_of(dataclasses.replace(config, **sizes))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         for name, p in self.mixer.named_parameters():
             if name.endswith("weight_ih_l0"):
@@ -362,202 +338,6 @@ class _PlainBlock(nn.Module):
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
         y, state = self.mixer(x, state, reset)
         return y + self.bias, state
-
-
-def _mixer(config: LanguageModelConfig) -> nn.Module:
-    kinds = {
-        "kru": _KRUMixer,
-        "krulstm": _KRULSTMMixer,
-        "mingru": _MinGRUMixer,
-        "transformer": _AttentionMixer,
-    }
-    return kinds.get(config.model, _RNNMixer)(config)
-
-
-class _KRUMixer(nn.Module):
-    """V (norm(KRU(x · sigmoid(I x))) · silu(G x)), where x_t may be mixed with x_{t-1}."""
-
-    def __init__(self, config: LanguageModelConfig):
-        super().__init__()
-        self.kru = KRU(
-            config.d_model,
-            config.hidden_size,
-            factors=config.factors,
-            num_heads=config.num_heads,
-            field=config.field,
-            nonlinearity=config.nonlinearity,
-            time_parallel=config.time_parallel,
-            backend=config.backend,
-            precision=config.precision,
-        )
-        factors = self.kru.recurrent_factors(0)
-        with torch.no_grad():
-            for w in factors:
-                w.mul_(config.radius ** (1 / len(factors)))
-        features = self.kru.output_size
-        plain = config.frame == "plain"
-        self.norm = nn.Identity() if plain else nn.LayerNorm(features, bias=False)
-        self.gate = nn.Linear(config.d_model, features) if config.gated else None
-        d = config.d_model
-        self.input_gate = nn.Linear(d, d) if config.input_gated else None
-        self.shift = nn.Parameter(torch.empty(d)) if config.token_shift else None
-        self.num_states = 1 if self.shift is None else 2  # h_n, and the last x
-        self.reset_parameters()
-        self.projection = nn.Linear(features, config.d_model, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Start without a share of the token before; the layers draw their own weights."""
-        if self.shift is not None:
-            nn.init.zeros_(self.shift)
-
-    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        last = []
-        if self.shift is not None:
-            x, *last = self._shifted(x, None if state is None else state[1], reset)
-        read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()
-        h, h_n = self.kru(read, None if state is None else state[0][None], reset=reset)
-        h = self.norm(h)
-        if self.gate is not None:
-            gate = nnf.silu(self.gate(x))
-            h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
-        return self.projection(h), [h_n[0], *last]
-
-    def _shifted(
-        self, x: Tensor, last: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x_t + s · (x_{t-1} − x_t), with zeros for the x before the first of a document; and the
-        last x, in memory of its own: a state must not hold the sequence that it has seen."""
-        first = x.new_zeros(1, *x.shape[1:]) if last is None else last[None].to(x.dtype)
-        seen = torch.cat((first, x))
-        before = seen[:-1]
-        if reset is not None:
-            before = before.masked_fill(reset.t()[..., None], 0)
-        return x + self.shift.to(x.dtype) * (before - x), seen[-1].clone()
-
-
-class _KRULSTMMixer(nn.Module):
-    """A projected Kronecker LSTM."""
-
-    num_states = 2
-
-    def __init__(self, config: LanguageModelConfig):
-        super().__init__()
-        self.lstm = KRULSTM(
-            config.d_model,
-            config.hidden_size,
-            factors=config.factors,
-            num_heads=config.num_heads,
-            backend=config.backend,
-            precision=config.precision,
-        )
-        self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
-
-    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        hx = None if state is None else tuple(s[None] for s in state)
-        h, last = self.lstm(x, hx, reset=reset)
-        return self.projection(h), [s[0] for s in last]
-
-
-class _RNNMixer(nn.Module):
-    """A projected `torch.nn` LSTM, GRU or RNN; a reset splits the sequence where it falls."""
-
-    def __init__(self, config: LanguageModelConfig):
-        super().__init__()
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[config.model]
-        self.rnn = kind(config.d_model, config.hidden_size)
-        self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
-        self.num_states = 2 if config.model == "lstm" else 1
-
-    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        time, batch = x.shape[:2]
-        if state is None:
-            state = [x.new_zeros(batch, self.rnn.hidden_size) for _ in range(self.num_states)]
-        cuts = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
-        outputs = []
-        bounds = [0, *(t for t in cuts if t), time]
-        for start, end in itertools.pairwise(bounds):
-            if start in cuts:
-                state = [s.masked_fill(reset[:, start, None], 0) for s in state]
-            hidden = [s[None].contiguous() for s in state]
-            hidden = tuple(hidden) if self.num_states == 2 else hidden[0]
-            y, hidden = self.rnn(x[start:end], hidden)
-            state = [s[0] for s in (hidden if self.num_states == 2 else (hidden,))]
-            outputs.append(y)
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.projection(y), state
-
-
-class _MinGRUMixer(nn.Module):
-    """A projected minGRU."""
-
-    num_states = 1
-
-    def __init__(self, config: LanguageModelConfig):
-        super().__init__()
-        self.rnn = MinGRU(config.d_model, config.hidden_size)
-        self.projection = nn.Linear(config.hidden_size, config.d_model, bias=False)
-
-    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        h, h_n = self.rnn(x, None if state is None else state[0][None], reset)
-        return self.projection(h), [h_n[0]]
-
-
-class _AttentionMixer(nn.Module):
-    """Causal attention within a document over the last `context_length` positions.
-
-    The state holds those positions' keys and values (before the rotary embedding) and, per
-    position, how many document starts lie between it and the end of what was read so far.
-    """
-
-    num_states = 3
-
-    def __init__(self, config: LanguageModelConfig):
-        super().__init__()
-        d, heads = config.d_model, config.num_heads
-        if d % heads or d // heads % 2:
-            raise ValueError(
-                f"num_heads: must divide d_model into even parts, got num_heads={heads} and "
-                f"d_model={d}"
-            )
-        self.heads, self.context = heads, config.context_length
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.projection = nn.Linear(d, d, bias=False)
-
-    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        time, batch, d = x.shape
-        q, k, v = self.qkv(x).view(time, batch, 3, self.heads, -1).permute(2, 1, 3, 0, 4)
-        starts = x.new_zeros(batch, time, dtype=torch.int64) if reset is None else reset.long()
-        document = starts.cumsum(1)
-        if state is not None:
-            k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
-            document = torch.cat((-state[2], document), 1)
-        total = k.shape[2]
-        key, query = (
-            torch.arange(total, device=x.device),
-            torch.arange(total - time, total, device=x.device),
-        )
-        q, keys = _rotate(q, query), _rotate(k, key)
-        if state is None and reset is None and time <= self.context + 1:
-            y = nnf.scaled_dot_product_attention(q, keys, v, is_causal=True)  # the fused kernel
-        else:
-            distance = query[:, None] - key
-            visible = (distance >= 0) & (distance <= self.context)
-            visible = visible & (document[:, -time:, None] == document[:, None, :])
-            y = nnf.scaled_dot_product_attention(q, keys, v, attn_mask=visible[:, None])
-        y = y.permute(2, 0, 1, 3).reshape(time, batch, d)
-        kept = slice(max(0, total - self.context), None)
-        age = document[:, -1:] - document[:, kept]
-        return self.projection(y), [k[:, :, kept], v[:, :, kept], age]
-
-
-def _rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) of `x (B, H, T, E)` at `position (T,)`."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelConfig:
@@ -591,23 +371,3 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
             f"{count} that this {config.model} comes; change num_layers, hidden_size or vocab_size"
         )
     return scaled(best)
-
-
-PRESETS = {
-    "tiny": LanguageModelConfig(
-        d_model=72, num_layers=3, hidden_size=192, num_heads=2, nonlinearity="identity"
-    ),
-    "small": LanguageModelConfig(
-        d_model=144, num_layers=3, hidden_size=256, num_heads=4, nonlinearity="identity"
-    ),
-    "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
-    "ptb": LanguageModelConfig(
-        frame="plain",
-        num_layers=1,
-        hidden_size=411,
-        factors=(3, 137),
-        nonlinearity="relu",
-        radius=1.0,
-    ),
-    "large": LanguageModelConfig(d_model=768, num_layers=12, hidden_size=4096, num_heads=16),
-}

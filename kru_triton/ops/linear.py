@@ -28,19 +28,20 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton import reference
-from kru_triton.ops.scan import (
-    _check,
-    _check_places,
-    _grouped,
-    _state_dtype,
+from kru_triton.kronecker import adjoint
+from kru_triton.ops import scan as scan_op
+from kru_triton.ops.arguments import How, Scan, check_lengths, scan_arguments
+from kru_triton.ops.dispatch import run_loop, takes_loop
+from kru_triton.ops.library import (
+    adjoint_schema,
+    bags,
+    empty_like,
     refuse_forward_mode,
     refuse_second_derivatives,
     register_autocast,
-    run_loop,
-    run_scan,
-    run_scan_backward,
-    takes_loop,
+    schema,
 )
+from kru_triton.torch_backend.rows import handed_on, last_state, past_end
 
 
 def kru_linear_scan(
@@ -82,17 +83,18 @@ def kru_linear_scan(
         raise TypeError(f"block: must be an int or None, got {type(block).__name__}")
     if block is not None and block < 1:
         raise ValueError(f"block: must be at least 1 step, got {block}")
-    _check(x_proj, factors, None, h_0, "identity", reset, backend, precision, lengths)
-    dtype = _state_dtype(x_proj)
-    a, b = _grouped(factors, dtype)
-    h_0 = None if h_0 is None else h_0.to(dtype)
-    if takes_loop("kru_linear_scan", x_proj, backend):
-        _check_places(x_proj, lengths, None)
-        args = (x_proj, a, b, None, h_0, reset, "identity", lengths)
-        h, h_n = run_loop(reference.scan_forward, *args)
-    else:
-        h, h_n = _linear_scan(x_proj, a, b, h_0, reset, lengths, block or 0, backend, precision)
+    how = How("identity", backend, precision)
+    scan = scan_arguments(x_proj, factors, None, h_0, how, reset=reset, lengths=lengths)
+    h, h_n = run_linear_scan(scan, how, block or 0)
     return h.transpose(0, 1), h_n
+
+
+def run_linear_scan(scan: Scan, how: How, block: int = 0) -> tuple[Tensor, Tensor]:
+    """As `run_scan` of `ops.scan`, without tokens; a block of 0 steps as one of None."""
+    if takes_loop("kru_linear_scan", scan.x, how.backend):
+        check_lengths(scan.lengths, scan.x.shape[0])
+        return run_loop(reference.scan_forward, scan, how)
+    return _linear_scan(*scan, *how, block)
 
 
 def _block(time: int, block: int) -> int:
@@ -101,14 +103,15 @@ def _block(time: int, block: int) -> int:
 
 
 def _rows(x: Tensor, block: int) -> Tensor:
-    """`(B, T, …)` as `(B·m, block, …)`, zero behind T: row b·m + j is block j of row b."""
-    blocks = -(-x.shape[1] // block)
-    pad = [0, 0] * (x.dim() - 2) + [0, blocks * block - x.shape[1]]
-    return nnf.pad(x, pad).reshape(x.shape[0] * blocks, block, *x.shape[2:])
+    """`(T, B, …)` as `(block, B·m, …)`, zero behind T: row b·m + j is block j of row b."""
+    blocks = -(-x.shape[0] // block)
+    pad = [0, 0] * (x.dim() - 1) + [0, blocks * block - x.shape[0]]
+    x = nnf.pad(x, pad).unflatten(0, (blocks, block))
+    return x.movedim(0, 2).reshape(block, x.shape[2] * blocks, *x.shape[3:])
 
 
 def _joined(y: Tensor, batch: int, time: int) -> Tensor:
-    """The inverse, time-first: `(block, B·m, F)` to `(T, B, F)`."""
+    """The inverse: `(block, B·m, F)` to `(T, B, F)`."""
     y = y.view(y.shape[0], batch, -1, y.shape[-1]).permute(2, 0, 1, 3)
     return y.reshape(-1, batch, y.shape[-1])[:time]
 
@@ -131,149 +134,133 @@ def _power(a: Tensor, b: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
     return tuple(w.to(a.dtype) for w in planar)
 
 
-def _adjoint(w: Tensor) -> Tensor:
-    """wᴴ of planar w."""
-    w = w.transpose(-1, -2)
-    return torch.stack((w[0], -w[1])) if w.shape[0] == 2 else w.contiguous()
+def _between(first: Tensor | None, ends: Tensor, scan: Scan, how: How, block: int) -> Tensor:
+    """s_j `(m, B, F)` from s_0 `(B, F)` and e_j `(m, B, F)`, with the factors of `scan`; its reset
+    `(m, B)` says where a block is cut inside, and its end does not depend on its start."""
+    first = torch.zeros_like(ends[0]) if first is None else first
+    cuts = None if scan.reset is None else scan.reset[:-1]
+    between = Scan(ends[:-1], *_power(scan.a, scan.b, block), h_0=first, reset=cuts)
+    states, _ = scan_op.forward(between, how)
+    return torch.cat((first[None], states))
 
 
-def _between(first: Tensor | None, ends: Tensor, a, b, block: int, cuts, backend, precision):
-    """s_j `(B, m, F)` from s_0 `(B, F)` and e_j `(B, m, F)`; `cuts (B, m)` bool where a block is
-    cut inside, so that its end does not depend on its start."""
-    first = torch.zeros_like(ends[:, 0]) if first is None else first
-    cuts = None if cuts is None else cuts[:, :-1]
-    states, _ = run_scan(
-        *(ends[:, :-1], *_power(a, b, block), None, first, cuts, None, None),
-        *("identity", backend, precision),
-    )
-    return torch.cat((first[:, None], states.transpose(0, 1)), 1)
+def _by_block(x: Tensor, batch: int) -> Tensor:
+    """Of each block `(B·m, F)`: `(m, B, F)`."""
+    return x.unflatten(0, (batch, -1)).transpose(0, 1)
 
 
-@torch.library.custom_op("kru_triton::linear_scan", mutates_args=())
-def _linear_scan(
-    x_proj: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h_0: Tensor | None,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    block: int,
-    backend: str,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    refuse_forward_mode("kru_linear_scan")
-    batch, time, features = x_proj.shape
-    options = "identity", backend, precision
+def _forward(scan: Scan, how: How, block: int) -> tuple[Tensor, Tensor]:
+    time, batch = scan.x.shape[:2]
     block = _block(time, block)
     if block >= time or not batch:
-        return run_scan(x_proj, a, b, None, h_0, reset, lengths, None, *options)
-    _check_places(x_proj, lengths, None)
-    x = _rows(x_proj, block)
-    cuts = None if reset is None else _rows(reset, block)
-    _, ends = run_scan(x, a, b, None, None, cuts, None, None, *options)
-    starts = _between(
-        *(h_0, ends.view(batch, -1, features), a, b, block),
-        *(None if cuts is None else cuts.any(1).view(batch, -1), backend, precision),
-    )
-    h, _ = run_scan(x, a, b, None, starts.flatten(0, 1), cuts, None, None, *options)
+        return scan_op.forward(scan, how)
+    check_lengths(scan.lengths, time)
+    cuts = None if scan.reset is None else _rows(scan.reset, block)
+    blocks = Scan(_rows(scan.x, block), scan.a, scan.b, reset=cuts)
+    _, ends = scan_op.forward(blocks, how)
+    cut = None if cuts is None else _by_block(cuts.any(0), batch)
+    steps = scan._replace(reset=cut)
+    starts = _between(scan.h_0, _by_block(ends, batch), steps, how, block)
+    starts = starts.transpose(0, 1).flatten(0, 1)
+    h, _ = scan_op.forward(blocks._replace(h_0=starts), how)
     h = _joined(h, batch, time)
-    if lengths is not None:
-        h.masked_fill_(_behind(lengths, time).t()[..., None], 0)
-    return h, reference.last_state(h, a.dtype, h_0, lengths)
+    if scan.lengths is not None:
+        h.masked_fill_(past_end(time, scan.lengths)[..., None], 0)
+    return h, last_state(h, scan.a.dtype, scan.h_0, scan.lengths)
 
 
-def _behind(lengths: Tensor, time: int) -> Tensor:
-    """`(B, T)`, True behind the length of a row."""
-    return torch.arange(time, device=lengths.device) >= lengths[:, None]
-
-
-@_linear_scan.register_fake
-def _(x_proj, a, b, h_0, reset, lengths, block, backend, precision):
-    batch, time, features = x_proj.shape
-    return x_proj.new_empty(time, batch, features), a.new_empty(batch, features)
-
-
-@torch.library.custom_op("kru_triton::linear_scan_backward", mutates_args=())
-def _linear_scan_backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    h: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h_0: Tensor | None,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    block: int,
-    backend: str,
-    precision: str,
+def _backward(
+    dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How, block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    refuse_forward_mode("kru_linear_scan", dh, dh_n)
     time, batch, features = h.shape
-    options = "identity", backend, precision
     block = _block(time, block)
     if block >= time or not batch:
-        dx, da, db, _, dh_0 = run_scan_backward(
-            dh, dh_n, h, None, a, b, None, h_0, reset, lengths, None, *options
-        )
+        dx, da, db, _, dh_0 = scan_op.backward(dh, dh_n, h, scan, how)
         return dx, da, db, dh_0
+    dh = _rows(_with_last(dh, dh_n, h, scan.lengths), block)
+    cuts = None if scan.reset is None else _rows(scan.reset, block)
+    none = torch.zeros_like(dh[:1])
+    backwards = Scan(torch.cat((dh.flip(0), none)), adjoint(scan.a), adjoint(scan.b))
+    if cuts is not None:  # to the state before
+        backwards = backwards._replace(reset=torch.cat((torch.zeros_like(cuts[:1]), cuts.flip(0))))
+    _, d_starts = scan_op.forward(backwards, how)
+    d_starts = _by_block(d_starts, batch).flip(0)
+    cut = None if cuts is None else _by_block(cuts.any(0), batch).flip(0)
+    nothing = torch.zeros_like(d_starts[0])  # behind the last block
+    d_ends = _between(nothing, d_starts, backwards._replace(reset=cut), how, block).flip(0)
+    first = torch.zeros_like(nothing) if scan.h_0 is None else scan.h_0
+    starts = torch.cat((first[None], h[block - 1 : time - 1 : block].to(scan.a.dtype)))
+    d_ends, starts = (x.transpose(0, 1).flatten(0, 1) for x in (d_ends, starts))  # (B·m, F)
+    blocks = Scan(None, scan.a, scan.b, h_0=starts, reset=cuts)
+    dx, da, db, _, d_starts = scan_op.backward(dh, d_ends, _rows(h, block), blocks, how)
+    dh_0 = d_starts.view(batch, -1, features)[:, 0].contiguous()
+    return _joined(dx, batch, time), da, db, handed_on(dh_0, dh_n, scan.lengths, time)
+
+
+def _with_last(dh: Tensor | None, dh_n: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor:
+    """The gradients of all states `(T, B, F)`, with those of the last ones among them."""
+    time, batch, _ = h.shape
     dh = torch.zeros_like(h) if dh is None else dh.clone()
     if lengths is not None:
-        dh.masked_fill_(_behind(lengths, time).t()[..., None], 0)
+        dh.masked_fill_(past_end(time, lengths)[..., None], 0)
     if dh_n is not None:
         rows = torch.arange(batch, device=h.device)
         ends = rows.new_full((batch,), time) if lengths is None else lengths
         dh_end = dh_n.masked_fill((ends == 0)[:, None], 0)
         dh[(ends - 1).clamp_min(0), rows] += dh_end.to(dh.dtype)
-    dh = _rows(dh.transpose(0, 1), block)
-    cuts = None if reset is None else _rows(reset, block)
-    backwards = torch.cat((dh.flip(1), torch.zeros_like(dh[:, :1])), 1)  # to the state before
-    cuts_backwards = None
-    if cuts is not None:
-        cuts_backwards = torch.cat((torch.zeros_like(cuts[:, :1]), cuts.flip(1)), 1)
-    adjoint = _adjoint(a), _adjoint(b)
-    _, d_starts = run_scan(backwards, *adjoint, None, None, cuts_backwards, None, None, *options)
-    d_starts = d_starts.view(batch, -1, features).flip(1)
-    d_ends = _between(  # behind the last block there is nothing
-        *(torch.zeros_like(d_starts[:, 0]), d_starts, *adjoint, block),
-        *(None if cuts is None else cuts.any(1).view(batch, -1).flip(1), backend, precision),
-    ).flip(1)
-    starts = h[block - 1 : time - 1 : block].transpose(0, 1).to(a.dtype)  # (B, m - 1, F)
-    first = torch.zeros_like(starts[:, 0]) if h_0 is None else h_0
-    starts = torch.cat((first[:, None], starts), 1)
-    dx, da, db, _, d_starts = run_scan_backward(
-        *(dh.transpose(0, 1), d_ends.flatten(0, 1)),
-        *(_rows(h.transpose(0, 1), block).transpose(0, 1).contiguous(), None, a, b, None),
-        *(starts.flatten(0, 1), cuts, None, None, *options),
-    )
-    dh_0 = d_starts.view(batch, -1, features)[:, 0].contiguous()
-    if lengths is not None and dh_n is not None:  # a row without a step hands it on
-        dh_0 = torch.where(lengths[:, None] > 0, dh_0, dh_n.to(dh_0.dtype))
-    return _joined(dx, batch, time), da, db, dh_0
+    return dh
+
+
+@torch.library.custom_op(
+    "kru_triton::linear_recurrence",
+    mutates_args=(),
+    schema=f"({schema(Scan)}, int block) -> (Tensor, Tensor)",
+)
+def _linear_scan(*flat):
+    refuse_forward_mode("kru_linear_scan")
+    return _forward(*bags(Scan, flat))
+
+
+@_linear_scan.register_fake
+def _(*flat):
+    scan, *_ = bags(Scan, flat)
+    return scan.x.new_empty(scan.x.shape), scan.a.new_empty(scan.x.shape[1:])
+
+
+@torch.library.custom_op(
+    "kru_triton::linear_recurrence_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dh, Tensor? dh_n, Tensor h, {adjoint_schema(Scan)}, int block) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_scan_backward(dh, dh_n, h, *flat):
+    refuse_forward_mode("kru_linear_scan", dh, dh_n)
+    return _backward(dh, dh_n, h, *bags(Scan, flat))
 
 
 @_linear_scan_backward.register_fake
-def _(dh, dh_n, h, a, b, h_0, reset, lengths, block, backend, precision):
-    like = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h, a, b))
-    return *like, a.new_empty(h.shape[1:])
+def _(dh, dh_n, h, *flat):
+    scan, *_ = bags(Scan, flat)
+    return *(empty_like(x) for x in (h, scan.a, scan.b)), scan.a.new_empty(h.shape[1:])
 
 
 def _setup_context(ctx, inputs, output):
-    _, *saved, ctx.block, ctx.backend, ctx.precision = inputs
-    ctx.save_for_backward(output[0], *saved)
+    scan, ctx.how, ctx.block = bags(Scan, inputs)
+    ctx.save_for_backward(output[0], *scan._replace(x=None))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dh, dh_n):
+def _autograd(ctx, dh, dh_n):
+    unused = (None,) * (len(How._fields) + 1)
     if dh is None and dh_n is None:
-        return (None,) * 9
+        return *(None,) * len(Scan._fields), *unused
     refuse_forward_mode("kru_linear_scan", dh, dh_n)
-    dx, da, db, dh_0 = _linear_scan_backward(
-        dh, dh_n, *ctx.saved_tensors, ctx.block, ctx.backend, ctx.precision
-    )
-    dh_0 = None if ctx.saved_tensors[3] is None else dh_0
-    return dx.transpose(0, 1), da, db, dh_0, *(None,) * 5
+    h, *saved = ctx.saved_tensors
+    dx, da, db, dh_0 = _linear_scan_backward(dh, dh_n, h, *saved, *ctx.how, ctx.block)
+    dh_0 = None if Scan(*saved).h_0 is None else dh_0
+    return *Scan(dx, da, db, h_0=dh_0), *unused
 
 
-_linear_scan.register_autograd(_backward, setup_context=_setup_context)
+_linear_scan.register_autograd(_autograd, setup_context=_setup_context)
 refuse_second_derivatives("kru_linear_scan", _linear_scan_backward)
-register_autocast("linear_scan", _linear_scan, _linear_scan_backward)
+register_autocast("linear_recurrence", _linear_scan, _linear_scan_backward)

@@ -15,24 +15,26 @@ from torch import Tensor
 
 from kru_triton import reference
 from kru_triton.kernels.why_not import why_not as why_not_kernels
-from kru_triton.ops.scan import (
-    _check,
-    _check_places,
-    _check_same,
-    _check_shape,
-    _grouped,
-    _kernel_precision,
-    _state_dtype,
-    _way_out,
+from kru_triton.ops.arguments import How, LSTMScan, check_lengths, lstm_arguments
+from kru_triton.ops.dispatch import (
     choose_triton,
+    for_kernels,
+    run_loop,
+    takes_loop,
+    way_out,
+    why_not_op,
+)
+from kru_triton.ops.library import (
+    bags,
+    empty_like,
     refuse_forward_mode,
     refuse_second_derivatives,
     register_autocast,
-    run_loop,
-    takes_loop,
-    why_not_op,
+    schema,
 )
-from kru_triton.torch_backend import lstm as lstm_torch_backend
+from kru_triton.torch_backend import lstm as torch_backend
+
+ACTIVATION = "tanh"  # of the cell, and all that there is to choose
 
 
 def kru_lstm_scan(
@@ -82,17 +84,10 @@ def kru_lstm_scan(
         >>> h.shape, h_n.shape, c_n.shape
         (torch.Size([2, 5, 6]), torch.Size([2, 6]), torch.Size([2, 6]))
     """
-    _check_lstm(x_proj, factors, h_0, c_0, reset, lengths, backend, precision)
-    dtype = _state_dtype(x_proj)
-    a, b = _grouped_gates(factors, dtype)
-    h_0, c_0 = (None if s is None else s.to(dtype) for s in (h_0, c_0))
-    args = (x_proj, a, b, h_0, c_0, reset, lengths)
-    if takes_loop("kru_lstm_scan", x_proj, backend):
-        _check_places(x_proj, lengths, None)
-        h, _, h_n, c_n = run_loop(reference.lstm_forward, *args)
-    else:
-        h, _, h_n, c_n = _lstm_scan(*args, backend, precision)
-    return h.transpose(0, 1), (h_n, c_n)
+    how = How(ACTIVATION, backend, precision)
+    scan = lstm_arguments(x_proj, factors, h_0, c_0, how, reset=reset, lengths=lengths)
+    h, last = run_lstm_scan(scan, how)
+    return h.transpose(0, 1), last
 
 
 def why_not_triton_lstm(
@@ -114,137 +109,116 @@ def why_not_triton_lstm(
         >>> why_not_triton_lstm(x, [torch.zeros(1, 4, 256, 256, device="meta")]) is None
         False
     """
-    _check_lstm(x_proj, factors, h_0, c_0, reset, lengths, "auto", precision)
-    a, b = _grouped_gates(factors, _state_dtype(x_proj))
-    return why_not_op() or _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision)
+    how = How(ACTIVATION, precision=precision)
+    scan = lstm_arguments(x_proj, factors, h_0, c_0, how, reset=reset, lengths=lengths)
+    return why_not_op() or _why_not(scan, how)
 
 
-def _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision) -> str | None:
-    precision = _kernel_precision(x_proj, precision)
-    tensors = (x_proj, a, b, h_0, c_0, reset, lengths)
-    return why_not_kernels(*tensors, precision=precision, lstm=True)
+def run_lstm_scan(scan: LSTMScan, how: How) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """As `kru_lstm_scan`, with sequences `(T, B, …)`."""
+    if takes_loop("kru_lstm_scan", scan.x, how.backend):
+        check_lengths(scan.lengths, scan.x.shape[0])
+        h, _, *last = run_loop(reference.lstm_forward, scan, how)
+    else:
+        h, _, *last = _lstm_scan(*scan, *how)
+    return h, tuple(last)
 
 
-def _grouped_gates(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B of every gate, `(4, H, P, P)` and `(4, H, Q, Q)`."""
-    return tuple(w.view(4, w.shape[1] // 4, *w.shape[2:]) for w in _grouped(factors, dtype))
+def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the op computes, on the backend that it takes: h, c `(T, B, F)`, h_n, c_n `(B, F)`."""
+    check_lengths(scan.lengths, scan.x.shape[0])
+    if not _on_triton(scan, how):
+        return torch_backend.forward(scan, how)
+    from kru_triton.kernels import lstm as kernels
+
+    with way_out():
+        return kernels.forward(scan, for_kernels(how, scan.x))
 
 
-def _check_lstm(x_proj, factors, h_0, c_0, reset, lengths, backend, precision) -> None:
-    """Check every argument of `kru_lstm_scan`: a real recurrence on 4·H heads, and what differs."""
-    _check(x_proj, factors, None, None, "tanh", reset, backend, precision, lengths)
-    parts, heads = factors[0].shape[:2]
-    if parts != 1 or heads % 4:
-        raise ValueError(
-            "factors: must be real, (1, 4·H, P, Q) with the H heads of the gates i, f, g and o, "
-            f"got {tuple(factors[0].shape)}"
-        )
-    for name, state in (("h_0", h_0), ("c_0", c_0)):
-        if state is not None:
-            _check_same(name, state, x_proj)
-            _check_shape(name, state, (x_proj.shape[0], x_proj.shape[2] // 4), "(B, H·N)")
-
-
-@torch.library.custom_op("kru_triton::lstm_scan", mutates_args=())
-def _lstm_scan(
-    x_proj: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    backend: str,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    refuse_forward_mode("kru_lstm_scan")
-    args = (x_proj, a, b, h_0, c_0, reset, lengths)
-    _check_places(x_proj, lengths, None)
-    if not _on_triton(*args, backend, precision):
-        return lstm_torch_backend.lstm_forward(*args)
-    from kru_triton.kernels.lstm import lstm_forward
-
-    with _way_out():
-        h, c = lstm_forward(*args, precision=_kernel_precision(x_proj, precision))
-    h_n, c_n = (reference.last_state(*s, lengths) for s in ((h, a.dtype, h_0), (c, a.dtype, c_0)))
-    return h, c, h_n, c_n
-
-
-def _on_triton(x_proj, a, b, h_0, c_0, reset, lengths, backend, precision) -> bool:
-    if backend == "torch":
-        return False
-    reason = _why_not(x_proj, a, b, h_0, c_0, reset, lengths, precision)
-    return choose_triton("kru_lstm_scan", x_proj, backend, reason)
-
-
-@_lstm_scan.register_fake
-def _(x_proj, a, b, h_0, c_0, reset, lengths, backend, precision):
-    batch, time, features = x_proj.shape
-    h = x_proj.new_empty(time, batch, features // 4)
-    return h, a.new_empty(h.shape), *(a.new_empty(h.shape[1:]) for _ in range(2))
-
-
-@torch.library.custom_op("kru_triton::lstm_scan_backward", mutates_args=())
-def _lstm_scan_backward(
+def backward(
     dh: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     h: Tensor,
     c: Tensor,
-    x_proj: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    backend: str,
-    precision: str,
+    scan: LSTMScan,
+    how: How,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    refuse_forward_mode("kru_lstm_scan", dh, dh_n, dc_n)
-    grads, args = (dh, dh_n, dc_n), (x_proj, a, b, h_0, c_0, reset, lengths)
-    if not _on_triton(*args, backend, precision):
-        return lstm_torch_backend.lstm_backward(*grads, h, c, *args)
-    from kru_triton.kernels.lstm import lstm_backward, lstm_weight_grad
+    """Gradients of x, a, b, h_0 and c_0 from those of h, h_n and c_n."""
+    if not _on_triton(scan, how):
+        return torch_backend.backward(dh, dh_n, dc_n, h, c, scan, how)
+    from kru_triton.kernels import lstm as kernels
 
-    precision = _kernel_precision(x_proj, precision)
-    with _way_out():
-        dx, dh_0, dc_0 = lstm_backward(*grads, h, c, *args, precision=precision)
-        da, db = lstm_weight_grad(dx, h, a, b, h_0, reset, precision=precision)
-    return dx, da, db, dh_0, dc_0
+    with way_out():
+        return kernels.backward(dh, dh_n, dc_n, h, c, scan, for_kernels(how, scan.x))
+
+
+def _on_triton(scan: LSTMScan, how: How) -> bool:
+    if how.backend == "torch":
+        return False
+    return choose_triton("kru_lstm_scan", scan.x, how.backend, _why_not(scan, how))
+
+
+def _why_not(scan: LSTMScan, how: How) -> str | None:
+    return why_not_kernels(*scan, precision=for_kernels(how, scan.x).precision, lstm=True)
+
+
+@torch.library.custom_op(
+    "kru_triton::lstm_recurrence",
+    mutates_args=(),
+    schema=f"({schema(LSTMScan)}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _lstm_scan(*flat):
+    refuse_forward_mode("kru_lstm_scan")
+    return forward(*bags(LSTMScan, flat))
+
+
+@_lstm_scan.register_fake
+def _(*flat):
+    scan, _ = bags(LSTMScan, flat)
+    time, batch, features = scan.x.shape
+    h = scan.x.new_empty(time, batch, features // 4)
+    return h, scan.a.new_empty(h.shape), *(scan.a.new_empty(h.shape[1:]) for _ in range(2))
+
+
+@torch.library.custom_op(
+    "kru_triton::lstm_recurrence_backward",
+    mutates_args=(),
+    schema="(Tensor? dh, Tensor? dh_n, Tensor? dc_n, Tensor h, Tensor c, "
+    f"{schema(LSTMScan)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _lstm_scan_backward(dh, dh_n, dc_n, h, c, *flat):
+    refuse_forward_mode("kru_lstm_scan", dh, dh_n, dc_n)
+    return backward(dh, dh_n, dc_n, h, c, *bags(LSTMScan, flat))
 
 
 @_lstm_scan_backward.register_fake
-def _(dh, dh_n, dc_n, h, c, x_proj, a, b, h_0, c_0, reset, lengths, backend, precision):
-    time, batch, features = h.shape
-    return (
-        x_proj.new_empty(time, batch, 4 * features),
-        torch.empty_like(a, memory_format=torch.contiguous_format),
-        torch.empty_like(b, memory_format=torch.contiguous_format),
-        a.new_empty(batch, features),
-        a.new_empty(batch, features),
-    )
+def _(dh, dh_n, dc_n, h, c, *flat):
+    scan, _ = bags(LSTMScan, flat)
+    gradients = (empty_like(x) for x in (scan.x, scan.a, scan.b))
+    return *gradients, *(scan.a.new_empty(h.shape[1:]) for _ in range(2))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend, ctx.precision = inputs
+    scan, ctx.how = bags(LSTMScan, inputs)
     h, c, _, _ = output
-    ctx.save_for_backward(h, c, *tensors)
+    ctx.save_for_backward(h, c, *scan)
     ctx.mark_non_differentiable(c)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dh, dc, dh_n, dc_n):
+    unused = (None,) * len(How._fields)
     if dh is None and dh_n is None and dc_n is None:
-        return (None,) * 9
+        return *(None,) * len(LSTMScan._fields), *unused
     refuse_forward_mode("kru_lstm_scan", dh, dh_n, dc_n)
-    h, c, x_proj, a, b, h_0, c_0, reset, lengths = ctx.saved_tensors
-    args = (h, c, x_proj, a, b, h_0, c_0, reset, lengths, ctx.backend, ctx.precision)
-    dx, da, db, dh_0, dc_0 = _lstm_scan_backward(dh, dh_n, dc_n, *args)
-    dh_0, dc_0 = None if h_0 is None else dh_0, None if c_0 is None else dc_0
-    return dx.transpose(0, 1), da, db, dh_0, dc_0, None, None, None, None
+    h, c, *saved = ctx.saved_tensors
+    dx, da, db, dh_0, dc_0 = _lstm_scan_backward(dh, dh_n, dc_n, h, c, *saved, *ctx.how)
+    scan = LSTMScan(*saved)
+    dh_0, dc_0 = None if scan.h_0 is None else dh_0, None if scan.c_0 is None else dc_0
+    return *LSTMScan(dx, da, db, dh_0, dc_0), *unused
 
 
 _lstm_scan.register_autograd(_backward, setup_context=_setup_context)
 refuse_second_derivatives("kru_lstm_scan", _lstm_scan_backward)
-register_autocast("lstm_scan", _lstm_scan, _lstm_scan_backward)
+register_autocast("lstm_recurrence", _lstm_scan, _lstm_scan_backward)

@@ -23,6 +23,8 @@ B batch, T time, H heads, P, Q sizes of A_k and B_k, F = H·P·Q features of a s
 import torch
 from torch import Tensor
 
+from kru_triton.ops.arguments import How, LSTMScan
+from kru_triton.torch_backend.rows import past_end
 from kru_triton.torch_backend.scan import CHUNK_STEPS
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer of gates
@@ -107,34 +109,25 @@ class _Layout:
         """`(T, 1, 1, B, 1)` True where a state is cut, and the list of steps where any is."""
         if reset is None:
             return None, [False] * self.time
-        mask = reset.t().contiguous().view(self.time, 1, 1, self.batch, 1)
-        return mask, reset.any(0).tolist()
+        mask = reset.contiguous().view(self.time, 1, 1, self.batch, 1)
+        return mask, reset.any(1).tolist()
 
     def ends(self, lengths: Tensor | None):
         """`(T, B)` True beyond a row's length, and the rows that end with a step (-1: no step)."""
         if lengths is None:
             return None, {self.time - 1: slice(None)}
-        steps = torch.arange(self.time, device=lengths.device)
         rows = {}
         for row, length in enumerate(lengths.tolist()):
             rows.setdefault(length - 1, []).append(row)
-        return steps[:, None] >= lengths, rows
+        return past_end(self.time, lengths), rows
 
 
-def lstm_forward(
-    x_proj: Tensor,  # (B, T, 4·F)
-    a: Tensor,  # (4, H, P, P)
-    b: Tensor,  # (4, H, Q, Q)
-    h_0: Tensor | None,  # (B, F)
-    c_0: Tensor | None,  # (B, F)
-    reset: Tensor | None,  # (B, T) bool
-    lengths: Tensor | None,  # (B,) int64
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h `(T, B, F)` in the dtype of x_proj; c alike, h_n and c_n `(B, F)` in that of a."""
-    batch, time, features = x_proj.shape
+def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h `(T, B, F)` in the dtype of x; c alike, h_n and c_n `(B, F)` in that of a."""
+    x, a, b, h_0, c_0, reset, lengths = scan
+    time, batch, features = x.shape
     layout = _Layout(time, batch, a, b)
-    x = x_proj.transpose(0, 1)
-    h = x_proj.new_empty(time, batch, features // 4)
+    h = x.new_empty(time, batch, features // 4)
     c = a.new_empty(h.shape)
     h_n, c_n = a.new_zeros(h.shape[1:]), a.new_zeros(h.shape[1:])
     state, cell = layout.states(layout.chunk + 1), layout.states(layout.chunk + 1)
@@ -186,26 +179,21 @@ def lstm_forward(
     return h, c, h_n, c_n
 
 
-def lstm_backward(
+def backward(
     dh: Tensor | None,  # (T, B, F)
     dh_n: Tensor | None,  # (B, F)
     dc_n: Tensor | None,  # (B, F)
     h: Tensor,  # (T, B, F)
     c: Tensor,  # (T, B, F)
-    x_proj: Tensor,  # (B, T, 4·F)
-    a: Tensor,  # (4, H, P, P)
-    b: Tensor,  # (4, H, Q, Q)
-    h_0: Tensor | None,  # (B, F)
-    c_0: Tensor | None,  # (B, F)
-    reset: Tensor | None,  # (B, T) bool
-    lengths: Tensor | None,  # (B,) int64
+    scan: LSTMScan,
+    how: How,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x_proj as `(T, B, 4·F)`, and of a, b, h_0 and c_0."""
+    """Gradients of x as `(T, B, 4·F)`, and of a, b, h_0 and c_0."""
+    x, a, b, h_0, c_0, reset, lengths = scan
     time, batch, features = h.shape
     layout = _Layout(time, batch, a, b)
     chunk, heads = layout.chunk, layout.heads
-    x = x_proj.transpose(0, 1)
-    dx = x_proj.new_empty(time, batch, 4 * features)
+    dx = x.new_empty(time, batch, 4 * features)
     before, cell = layout.states(chunk), layout.states(chunk + 1)
     tanh_c, slope = layout.states(chunk), layout.states(chunk)
     grad = layout.states(chunk + 1)  # slot 0: the gradient handed to the chunk before

@@ -18,11 +18,15 @@ sorted by length: in each interval between two lengths, only the rows that still
 B batch, T time, H heads, c parts (2 complex, 1 real), P, Q sizes of A and B, F = c·H·P·Q features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kru_triton.kronecker import as_one_matrix
 from kru_triton.nonlinearity import PHASE_NONLINEARITIES, tiny
+from kru_triton.ops.arguments import How, Scan, steps_and_rows
+from kru_triton.torch_backend.rows import by_length, descending, in_order, interval, intervals
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer; half of the L2 cache of a current server core
 DENSE_UNITS = 64  # heads of no more are one product a step: two small ones take longer
@@ -84,17 +88,17 @@ def _merged_grad(d: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class _Step:
     """Sizes, constants, chunk buffers and their per-step views for one call."""
 
-    def __init__(self, x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype):
+    def __init__(self, h: Tensor, a: Tensor, b: Tensor):
         self.parts, self.heads, self.p = a.shape[:3]
         self.q = b.shape[-1]
-        self.batch, self.time = x.shape[:2]
-        self.dtype, self.device = dtype, x.device
-        step_bytes = max(1, self.batch * x.shape[2]) * dtype.itemsize
+        self.time, self.batch, features = h.shape
+        self.dtype, self.device = a.dtype, a.device
+        step_bytes = max(1, self.batch * features) * self.dtype.itemsize
         self.chunk = max(1, min(self.time, CHUNK_STEPS, CHUNK_BYTES // step_bytes))
         self.has_left = self.p > 1  # a 1×1 A is the identity: B is then the whole matrix
-        self.right = right_block(b.to(dtype))
+        self.right = right_block(b)
         if self.has_left:
-            left = left_block(a.to(dtype))[:, None].expand(-1, self.batch, -1, -1)
+            left = left_block(a)[:, None].expand(-1, self.batch, -1, -1)
             # one small product per (head, row): stride 0 over rows, a copy only with several heads
             self.left = left.reshape(-1, *left.shape[2:])
 
@@ -140,67 +144,46 @@ class _Step:
         """`(T, 1, B, 1, 1, 1)` True where a state is cut, and the list of steps where any is."""
         if reset is None:
             return None, [False] * self.time
-        mask = reset.t().contiguous().view(self.time, 1, self.batch, 1, 1, 1)
-        return mask, reset.any(0).tolist()
+        mask = reset.contiguous().view(self.time, 1, self.batch, 1, 1, 1)
+        return mask, reset.any(1).tolist()
 
 
-def scan_forward(
-    x_proj: Tensor,  # (B, T, F), or with tokens the table (V, F)
-    a: Tensor,  # (c, H, P, P)
-    b: Tensor,  # (c, H, Q, Q)
-    beta: Tensor | None,  # (H·N,)
-    h_0: Tensor | None,  # (B, F)
-    reset: Tensor | None,  # (B, T) bool
-    nonlinearity: str,
-    lengths: Tensor | None = None,  # (B,) int64, from 0 to T
-    tokens: Tensor | None = None,  # (B, T) int64
-) -> tuple[Tensor, Tensor]:
-    """h `(T, B, F)` in the dtype of x_proj, and h_n `(B, F)` in that of a."""
-    batch, time = (x_proj if tokens is None else tokens).shape[:2]
-    a, b = _merged(a, b)
-    if lengths is not None and not _descending(lengths):
-        order, back = _by_length(lengths)
-        if tokens is None:
-            x_proj = x_proj[order]
-        h, h_n = scan_forward(
-            *(x_proj, a, b, beta, _rows(h_0, order), _rows(reset, order), nonlinearity),
-            *(lengths[order], _rows(tokens, order)),
-        )
+def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
+    """h `(T, B, F)` in the dtype of x, and h_n `(B, F)` in that of a."""
+    time, batch = steps_and_rows(scan)
+    x, lengths, h_0 = scan.x, scan.lengths, scan.h_0
+    a, b = _merged(scan.a, scan.b)
+    scan = scan._replace(a=a, b=b)
+    if lengths is not None and not descending(lengths):
+        order, back = by_length(lengths)
+        h, h_n = forward(in_order(scan, order), how)
         return h[:, back], h_n[back]
     allocate = torch.empty if lengths is None else torch.zeros  # zero beyond a row's length
-    h = allocate(time, batch, x_proj.shape[-1], dtype=x_proj.dtype, device=x_proj.device)
+    h = allocate(time, batch, x.shape[-1], dtype=x.dtype, device=x.device)
     h_n = h.new_zeros(h.shape[1:], dtype=a.dtype) if h_0 is None else h_0.to(a.dtype, copy=True)
-    for start, end, rows in _intervals(batch, time, lengths):
-        _forward(
-            h[start:end, :rows],
-            _inputs(x_proj, tokens, start, end, rows),
-            *(a, b, beta, h_n[:rows]),
-            None if reset is None else reset[:rows, start:end],
-            nonlinearity,
-        )
+    for start, end, rows in intervals(batch, time, lengths):
+        part = interval(scan, start, end, rows)
+        _forward(h[start:end, :rows], h_n[:rows], part, how.nonlinearity)
     return h, h_n
 
 
 def _forward(
     out: Tensor,  # (T, B, F), written
-    inputs,  # see `_inputs`
-    a: Tensor,
-    b: Tensor,
-    beta: Tensor | None,
     state_0: Tensor,  # (B, F), the state before the first step; the last one is written over it
-    reset: Tensor | None,
+    scan: Scan,
     nonlinearity: str,
 ) -> None:
     """All rows for all steps of one interval."""
-    step = _Step(out.transpose(0, 1), a, b, a.dtype)
+    step = _Step(out, scan.a, scan.b)
+    inputs = _inputs(scan)
     state = step.buffer(step.chunk + 1)
     step.load(state[:1], state_0[None])
     rows, blocks = step.rows(state), step.blocks(state)
     if step.has_left:
         middle = step.buffer(1)
         middle_rows, middle_block = step.rows(middle)[0], step.blocks(middle)[0]
-    activate = _activation(step, state, nonlinearity, beta)
-    cut, cuts = step.cut(reset)
+    activate = _activation(step, state, nonlinearity, scan.beta)
+    cut, cuts = step.cut(scan.reset)
     last = 0
     for start, end in step.chunks():
         if start:
@@ -221,39 +204,12 @@ def _forward(
     step.planar(state_0[None]).copy_(state[last : last + 1])
 
 
-def _inputs(x_proj: Tensor, tokens: Tensor | None, start: int, end: int, rows: int):
-    """A function of two steps, counted from `start`: the inputs `(n, rows, F)` between them."""
+def _inputs(scan: Scan) -> Callable[[int, int], Tensor]:
+    """A function of two steps: the inputs `(n, B, F)` between them."""
+    x, tokens = scan.x, scan.tokens
     if tokens is None:
-        x = x_proj[:rows, start:end].transpose(0, 1)
         return lambda i, j: x[i:j]
-    tokens = tokens[:rows, start:end].t()
-    return lambda i, j: x_proj[tokens[i:j]]
-
-
-def _intervals(batch: int, time: int, lengths: Tensor | None) -> list[tuple[int, int, int]]:
-    """`(start, end, rows)`: the times in which the same leading rows run; lengths descend."""
-    if not batch * time:
-        return []
-    intervals, start = [], 0
-    for i, end in enumerate([time] if lengths is None else lengths.flip(0).tolist()):
-        if end > start:
-            intervals.append((start, end, batch - i))
-            start = end
-    return intervals
-
-
-def _descending(lengths: Tensor) -> bool:
-    return bool((lengths[1:] <= lengths[:-1]).all())
-
-
-def _by_length(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of rows by descending length, and the order that undoes it."""
-    order = lengths.argsort(descending=True, stable=True)
-    return order, order.argsort()
-
-
-def _rows(x: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if x is None else x[order]
+    return lambda i, j: x[tokens[i:j]]
 
 
 def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | None):
@@ -307,82 +263,65 @@ def _parts(x: Tensor) -> list[Tensor]:
     return [x[..., k : k + 1, :] for k in range(x.shape[-2])]
 
 
-def scan_backward(
+def backward(
     dh: Tensor | None,  # (T, B, F)
     dh_n: Tensor | None,  # (B, F)
     h: Tensor,  # (T, B, F)
-    x_proj: Tensor | None,  # as in the forward; for modtanh only
-    a: Tensor,  # (c, H, P, P)
-    b: Tensor,  # (c, H, Q, Q)
-    beta: Tensor | None,  # (H·N,)
-    h_0: Tensor | None,  # (B, F)
-    reset: Tensor | None,  # (B, T) bool
-    nonlinearity: str,
-    lengths: Tensor | None = None,  # (B,) int64, from 0 to T
-    tokens: Tensor | None = None,  # (B, T) int64, for modtanh only
+    scan: Scan,  # x, and tokens, for modtanh only
+    how: How,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a step's input as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
+    a, b, lengths, h_0 = scan.a, scan.b, scan.lengths, scan.h_0
     merged = _merged(a, b)
     if merged[0].shape != a.shape:
-        inputs = (*merged, beta, h_0, reset, nonlinearity, lengths, tokens)
-        dx, _, d, d_beta, dh_0 = scan_backward(dh, dh_n, h, x_proj, *inputs)
+        scan = scan._replace(a=merged[0], b=merged[1])
+        dx, _, d, d_beta, dh_0 = backward(dh, dh_n, h, scan, how)
         return dx, *_merged_grad(d, a, b), d_beta, dh_0
     time, batch, features = h.shape
-    if lengths is not None and not _descending(lengths):
-        order, back = _by_length(lengths)
-        if x_proj is not None and tokens is None:
-            x_proj = x_proj[order]
-        dx, da, db, d_beta, dh_0 = scan_backward(
-            *(None if dh is None else dh[:, order], _rows(dh_n, order), h[:, order], x_proj),
-            *(a, b, beta, _rows(h_0, order), _rows(reset, order), nonlinearity),
-            *(lengths[order], _rows(tokens, order)),
-        )
-        return dx[:, back], da, db, d_beta, dh_0[back]
+    if lengths is not None and not descending(lengths):
+        order, back = by_length(lengths)
+        dh = None if dh is None else dh[:, order]
+        dh_n = None if dh_n is None else dh_n[order]
+        dx, *d_weights, dh_0 = backward(dh, dh_n, h[:, order], in_order(scan, order), how)
+        return dx[:, back], *d_weights, dh_0[back]
     allocate = torch.empty if lengths is None else torch.zeros
     dx = allocate(h.shape, dtype=h.dtype, device=h.device)
     dh_0 = a.new_zeros(batch, features) if dh_n is None else dh_n.to(a.dtype, copy=True)
     first = a.new_zeros(batch, features) if h_0 is None else h_0
     d_weights = [torch.zeros_like(a), torch.zeros_like(b), a.new_zeros(features // a.shape[0])]
-    for start, end, rows in reversed(_intervals(batch, time, lengths)):
-        parts = _backward(
-            dx[start:end, :rows],
-            None if dh is None else dh[start:end, :rows],
-            h[start:end, :rows],
-            None if x_proj is None else _inputs(x_proj, tokens, start, end, rows),
-            *(a, b, beta, h[start - 1, :rows] if start else first[:rows], dh_0[:rows]),
-            None if reset is None else reset[:rows, start:end],
-            nonlinearity,
-        )
-        for total, part in zip(d_weights, parts):
-            total += part
+    for start, end, rows in reversed(intervals(batch, time, lengths)):
+        before = h[start - 1, :rows] if start else first[:rows]
+        part = interval(scan, start, end, rows)._replace(h_0=before)
+        at = slice(start, end), slice(rows)
+        d_out = None if dh is None else dh[at]
+        added = _backward(dx[at], dh_0[:rows], d_out, h[at], part, how.nonlinearity)
+        for total, more in zip(d_weights, added):
+            total += more
     return dx, *d_weights, dh_0
 
 
 def _backward(
     dx: Tensor,  # (T, B, F), written
+    d_state: Tensor,  # (B, F), gradient of the last state; that of h_0 is written over it
     dh: Tensor | None,  # (T, B, F)
     h: Tensor,  # (T, B, F)
-    inputs,  # see `_inputs`; for modtanh only
-    a: Tensor,
-    b: Tensor,
-    beta: Tensor | None,
-    state_0: Tensor,  # (B, F), the state before the first step
-    d_state: Tensor,  # (B, F), gradient of the last state; that of state_0 is written over it
-    reset: Tensor | None,
+    scan: Scan,
     nonlinearity: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All rows for all steps of one interval; returns the gradients of a, b and beta."""
-    step = _Step(h.transpose(0, 1), a, b, a.dtype)
+    step = _Step(h, scan.a, scan.b)
+    inputs = None if scan.x is None else _inputs(scan)
     grad = step.buffer(step.chunk + 1)  # slot 0: the gradient handed to the chunk before
     states = step.buffer(step.chunk + 1)  # slot i: h before step i of the chunk
     weights = _WeightGrads(step)
-    adjoint = _Adjoint(step, grad, states, nonlinearity, beta, torch.finfo(h.dtype).eps / 2)
+    rounding = torch.finfo(h.dtype).eps / 2
+    adjoint = _Adjoint(step, grad, states, nonlinearity, scan.beta, rounding)
     grad_rows, right_t = step.rows(grad), step.right.transpose(-1, -2)
     if step.has_left:
         inner = step.buffer(step.chunk)  # Aᴴ G_t, as it falls out of the loop
         left_t, grad_blocks = step.left.transpose(-1, -2), step.blocks(grad)
         inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
-    cut, cuts = step.cut(reset)
+    cut, cuts = step.cut(scan.reset)
     carry = step.buffer(1)
     step.load(carry, d_state[None])
     for start, end in reversed(step.chunks()):
@@ -394,7 +333,7 @@ def _backward(
         grad[n].add_(carry[0])
         grad[0].zero_()
         step.load(states[1 : n + 1], h[start:end])
-        step.load(states[:1], h[start - 1 : start] if start else state_0[None])
+        step.load(states[:1], h[start - 1 : start] if start else scan.h_0[None])
         before = states[:n]
         if any(cuts[start:end]):
             before = before.masked_fill(cut[start:end], 0)

@@ -3,6 +3,7 @@
 import torch
 
 from kru_triton.kernels import scan
+from kru_triton.ops.arguments import How, Scan
 
 from . import machine, ptx
 from .count import per_step
@@ -16,9 +17,8 @@ def test_a_step_of_256_units():
     a, b = (torch.eye(16).expand(2, 1, 16, 16).contiguous() for _ in range(2))
 
     def call(T):
-        x = torch.ones(1, T, 512, dtype=torch.bfloat16)
-        how = {"nonlinearity": "modrelu", "precision": "bf16"}
-        scan.scan_forward(x, a, b, torch.zeros(256), None, None, **how)
+        x = torch.ones(T, 1, 512, dtype=torch.bfloat16)
+        scan.scan_forward(Scan(x, a, b, torch.zeros(256)), How("modrelu", precision="bf16"))
 
     counts = per_step(call, "sm_90")["scan_forward_kernel"]
     assert counts["load bytes"] == counts["store bytes"] == 512 * 2

@@ -21,7 +21,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from kru_triton.lm.model import PRESETS, LanguageModelConfig, match_parameters
+from kru_triton.lm.model import match_parameters
+from kru_triton.lm.presets import PRESETS, LanguageModelConfig
 
 # Training settings of the presets. Their steps count where neither --steps nor --minutes is given.
 # fmt: off

@@ -1,0 +1,57 @@
+"""Sizes and choices of a language model, and the named ones."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kru_triton.nonlinearity import Nonlinearity
+from kru_triton.ops.arguments import Backend, Precision
+
+Model = Literal["kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer"]
+MODELS: tuple[str, ...] = get_args(Model)
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Every size and choice of a `LanguageModel`; plain values, so it can be stored as JSON."""
+
+    vocab_size: int = 257
+    model: Model = "kru"
+    frame: Literal["residual", "plain"] = "residual"  # plain: one layer, no embedding, norm or MLP
+    d_model: int = 128
+    num_layers: int = 2
+    hidden_size: int = 256  # units per recurrent layer (complex ones for a complex KRU)
+    mlp_ratio: float = 2.0
+    dropout: float = 0.0
+    factors: tuple[int, ...] | None = None  # Kronecker models: sizes of square factors; None: two
+    num_heads: int = 1  # Kronecker models: independent blocks; transformer: attention heads
+    field: Literal["complex", "real"] = "complex"
+    nonlinearity: Nonlinearity = "modrelu"
+    radius: float = 0.9  # KRU: the recurrent matrix starts as this times a unitary one
+    time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
+    gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
+    input_gated: bool = True  # KRU: multiply the input by sigmoid(I x) before the recurrence
+    token_shift: bool = True  # KRU: mix every input with the one before, by a share per channel
+    context_length: int = 256  # transformer: how many earlier positions are attended to
+    recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
+    backend: Backend = "auto"
+    precision: Precision = "auto"
+
+
+PRESETS = {
+    "tiny": LanguageModelConfig(
+        d_model=72, num_layers=3, hidden_size=192, num_heads=2, nonlinearity="identity"
+    ),
+    "small": LanguageModelConfig(
+        d_model=144, num_layers=3, hidden_size=256, num_heads=4, nonlinearity="identity"
+    ),
+    "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
+    "ptb": LanguageModelConfig(
+        frame="plain",
+        num_layers=1,
+        hidden_size=411,
+        factors=(3, 137),
+        nonlinearity="relu",
+        radius=1.0,
+    ),
+    "large": LanguageModelConfig(d_model=768, num_layers=12, hidden_size=4096, num_heads=16),
+}
