@@ -38,7 +38,7 @@ def traffic(body):
 
 
 def test_bank_conflicts():
-    """Two warps: one wavefront each for neighbouring words or one word, 32 for words in one bank."""
+    """Neighbouring words and one word take a wavefront a warp, words of one bank take 32."""
     plain = traffic("st.shared.b32 [%r6], %r1;")
     assert plain == {"wavefronts": 2, "wavefronts without conflicts": 2}
     assert traffic("st.shared.b32 [%r5], 7;") == plain
