@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension; with
             `layers` these behind them, each `(B, T, D)`.
         """
-        read = [] if layers else None
+        read: list[Tensor] | None = [] if layers else None
         x, state = self.time_first(tokens, state, reset, read)
         if head and self.config.frame == "residual":  # the only block of a plain one has the head
             x = nnf.linear(x, self._rows(tokens.device))

@@ -143,8 +143,10 @@ def kru_embedding_scan(
         (torch.Size([1, 3, 12]), torch.Size([1, 12]))
     """
     check_tensor("tokens", tokens)
-    how, cuts = How(nonlinearity, backend, precision), {"reset": reset, "lengths": lengths}
-    scan = scan_arguments(table, factors, beta, h_0, how, tokens=tokens, **cuts)
+    how = How(nonlinearity, backend, precision)
+    scan = scan_arguments(
+        table, factors, beta, h_0, how, reset=reset, lengths=lengths, tokens=tokens
+    )
     h, h_n = run_scan(scan, how)
     return h.transpose(0, 1), h_n
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kru_triton.ops.arguments import How, LSTMScan
-from kru_triton.torch_backend.rows import past_end
+from kru_triton.torch_backend.rows import handed_on, past_end
 from kru_triton.torch_backend.scan import CHUNK_STEPS
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer of gates
@@ -113,7 +113,7 @@ class _Layout:
         return mask, reset.any(1).tolist()
 
     def ends(self, lengths: Tensor | None):
-        """`(T, B)` True beyond a row's length, and the rows that end with a step (-1: no step)."""
+        """`(T, B)` True beyond a row's length, and the rows that end with a step."""
         if lengths is None:
             return None, {self.time - 1: slice(None)}
         rows = {}
@@ -213,7 +213,7 @@ def backward(
     slopes, forgets = list(slope.unbind(0)), list(gates[:, :, 2].unbind(0))
     cut, cuts = layout.cut(reset)
     beyond, ends = layout.ends(lengths)
-    dh_n, dc_n = (None if d is None else layout.flat(d[None])[0] for d in (dh_n, dc_n))
+    last_dh, last_dc = (None if d is None else layout.flat(d[None])[0] for d in (dh_n, dc_n))
     grads[0].zero_()
     for start, end in reversed(layout.chunks()):
         n = end - start
@@ -221,11 +221,10 @@ def backward(
         if dh is None:
             grad[1:n].zero_()
         else:
-            dh_chunk = dh[start:end]
-            if beyond is not None:
-                dh_chunk = dh_chunk.masked_fill(beyond[start:end, :, None], 0)
-            grad[1:n].copy_(layout.flat(dh_chunk[:-1]))
-            grads[n].add_(layout.flat(dh_chunk[-1:])[0])
+            d = dh[start:end]
+            d = d if beyond is None else d.masked_fill(beyond[start:end, :, None], 0)
+            grad[1:n].copy_(layout.flat(d[:-1]))
+            grads[n].add_(layout.flat(d[-1:])[0])
         _load_before(layout, before[:n], h, h_0, start)
         _load_before(layout, cell[:n], c, c_0, start)
         cell[n].copy_(layout.flat(c[end - 1 : end])[0])
@@ -240,20 +239,12 @@ def backward(
         layout.rows(gates[:n]).baddbmm_(layout.rows(forward[:n]), right[: 4 * n * heads])
         gates[:n, :, :3].sigmoid_()
         gates[:n, :, 3].tanh_()
-        o, i, f, g = gates[:n].unbind(2)
-        for formula, source, value, target in (
-            (tanh_backward, o, tanh_c[:n], slope[:n]),
-            (sigmoid_backward, tanh_c[:n], o, dz[:n, :, 0]),
-            (sigmoid_backward, g, i, dz[:n, :, 1]),
-            (sigmoid_backward, cell[:n], f, dz[:n, :, 2]),
-            (tanh_backward, i, g, dz[:n, :, 3]),
-        ):
-            formula(source, value, grad_input=target)
+        _coefficients(gates[:n], cell[:n], tanh_c[:n], slope[:n], dz[:n])
         for k in range(n - 1, -1, -1):
             dh_t = grads[k + 1]
             if start + k in ends:
-                _add_rows(dh_t, dh_n, ends[start + k])
-                _add_rows(dc, dc_n, ends[start + k])
+                _add_rows(dh_t, last_dh, ends[start + k])
+                _add_rows(dc, last_dc, ends[start + k])
             dc.addcmul_(dh_t, slopes[k])
             outputs[k].mul_(dh_t)
             others[k].mul_(dc[:, None])
@@ -271,11 +262,23 @@ def backward(
         pairs = layout.left_out(back[:n]) @ layout.left_in(before[:n]).transpose(-1, -2)
         d_left += pairs.view(n, *d_left.shape).sum(0)
         layout.store_gates(dx[start:end], dz[:n])
-    if -1 in ends:
-        _add_rows(grads[0], dh_n, ends[-1])
-        _add_rows(dc, dc_n, ends[-1])
-    dh_0, dc_0 = (d.permute(2, 0, 1, 3).reshape(batch, features) for d in (grads[0], dc))
+    firsts = (d.permute(2, 0, 1, 3).reshape(batch, features) for d in (grads[0], dc))
+    dh_0, dc_0 = (handed_on(d, last, lengths, time) for d, last in zip(firsts, (dh_n, dc_n)))
     return dx, layout.left_grad(d_left), layout.right_grad(d_right), dh_0, dc_0
+
+
+def _coefficients(gates: Tensor, cell: Tensor, tanh_c: Tensor, slope: Tensor, dz: Tensor) -> None:
+    """Of a chunk, fill `slope` with what dh adds to dc, and `dz` with what dh (gate o) and dc (all
+    others) are multiplied by; `cell` holds c_{t-1}."""
+    o, i, f, g = gates.unbind(2)
+    for formula, source, value, target in (
+        (tanh_backward, o, tanh_c, slope),
+        (sigmoid_backward, tanh_c, o, dz[:, :, 0]),
+        (sigmoid_backward, g, i, dz[:, :, 1]),
+        (sigmoid_backward, cell, f, dz[:, :, 2]),
+        (tanh_backward, i, g, dz[:, :, 3]),
+    ):
+        formula(source, value, grad_input=target)
 
 
 def _load_before(layout: _Layout, slots: Tensor, x: Tensor, first: Tensor | None, start: int):
