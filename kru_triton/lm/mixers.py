@@ -92,7 +92,7 @@ class KRUMixer(Mixer):
             nn.init.zeros_(self.shift)
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
-        last = []
+        last: list[Tensor] = []
         if self.shift is not None:
             x, *last = self._shifted(x, None if state is None else state[1], reset)
         read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()

@@ -83,8 +83,8 @@ class LanguageModel(nn.Module):
             tokens: `(B, T)` int64.
             state: what the last call returned (detach it between training steps); None: zeros.
             reset: `(B, T)` bool, True where a document starts.
-            head: False returns what the head reads, as `hidden` does, in place of logits.
-            layers: return what `hidden` adds to its list as well.
+            head: False returns what the head reads, `(B, T, D)`, in place of logits.
+            layers: return what `time_first` adds to its list as well.
 
         Returns:
             logits `(B, T, V)` and a list of tensors, each with B as its first dimension; with
@@ -105,14 +105,14 @@ class LanguageModel(nn.Module):
                 return weight
         return self.embedding(torch.arange(self.config.vocab_size, device=device))
 
-    def hidden(
+    def time_first(
         self,
         tokens: Tensor,
         state: list[Tensor] | None = None,
         reset: Tensor | None = None,
         layers: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the head reads, `(B, T, D)` (the logits of a plain frame, whose block has the head),
+        """What the head reads, `(T, B, D)` (the logits of a plain frame, whose block has the head),
         and the state.
 
         Args:
@@ -121,17 +121,6 @@ class LanguageModel(nn.Module):
             layers: a list that what the first block reads and what each block returns is added to,
                 `(B, T, D)` each; nothing is recomputed then. A plain frame adds nothing.
         """
-        x, state = self.time_first(tokens, state, reset, layers)
-        return x.transpose(0, 1), state
-
-    def time_first(
-        self,
-        tokens: Tensor,
-        state: list[Tensor] | None = None,
-        reset: Tensor | None = None,
-        layers: list[Tensor] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `hidden`, but what the head reads is `(T, B, D)`."""
         embedded = tokens.is_floating_point() and self.config.frame == "residual"
         if tokens.dim() != 2 + embedded:
             rule = "(B, T, D), rows of the embedding, if not integers" if embedded else "(B, T)"
@@ -163,7 +152,7 @@ class LanguageModel(nn.Module):
         self, x: Tensor, state, reset, lengths=None, layers: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """All blocks on `x (T, B, D)`."""
-        new_state = []
+        new_state: list[Tensor] = []
         if layers is not None:
             x = _added_to(layers, x)
         for block in self.blocks:
