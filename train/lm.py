@@ -28,6 +28,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -410,9 +411,9 @@ def settings_of(config: Config, model, text: data.Data, processes: Processes) ->
 def describe_model(model: LanguageModel, optimizers: list[Optimizer], run: Run) -> list[str]:
     count = run.processes.world_size
     return [
-        f"model {dataclasses.asdict(model.config)}",
+        textwrap.fill(f"model {dataclasses.asdict(model.config)}", 100, break_on_hyphens=False),
         f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent",
-        describe_optimizers(optimizers),
+        textwrap.fill(describe_optimizers(optimizers), 100),
         f"backend: {model.backend_report()}; {next(model.parameters()).device}, "
         f"{torch.get_num_threads()} threads, {count} processes, "
         f"{count * run.config.batch_size} lanes",

@@ -109,15 +109,16 @@ class Run:
 
         Args:
             settings: those of `config`, and whatever else makes the run what it is.
-            lines: further words; those that are too long are wrapped.
+            lines: further words.
 
         Raises:
             UserError: the directory is of a run with other settings.
         """
         settings = json.loads(json.dumps({**settings, "wandb_id": new_run_id()}))
         listed = " ".join(f"{key}={settings[key]!r}" for key in vars(self.config))
-        for line in [listed, *lines]:
-            print(textwrap.fill(line, 100, break_on_hyphens=False))
+        print(textwrap.fill(listed, 100, break_on_hyphens=False))
+        for line in lines:
+            print(line)
         self.made_by = {"device": device_name(device), "versions": versions(), "commit": commit()}
         print(", ".join(f"{key} {value}" for key, value in self.made_by.items()))
         with self.processes.raise_together():
