@@ -4,6 +4,7 @@ device.py  the device, the commit; cli.py  flags; rows.py  rows and their checks
 """
 
 from bench.harness.cli import (
+    cases_main,
     chosen,
     command_line,
     device_for,
@@ -44,39 +45,3 @@ from bench.harness.rows import (
     latest,
     read_rows,
 )
-
-__all__ = [
-    "RESULTS",
-    "ROOT",
-    "SCRATCH",
-    "Candidate",
-    "Clock",
-    "Results",
-    "Unavailable",
-    "append_row",
-    "captured",
-    "ceilings",
-    "check_row",
-    "chosen",
-    "command_line",
-    "commit",
-    "cpu_name",
-    "device_for",
-    "device_name",
-    "free_memory",
-    "is_out_of_memory",
-    "latest",
-    "parser",
-    "pick_device",
-    "plain_parser",
-    "provenance",
-    "pyplot_for",
-    "quantiles",
-    "race",
-    "read_rows",
-    "reason_of",
-    "row_flags",
-    "slug",
-    "synchronize",
-    "version",
-]

@@ -3,11 +3,13 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench.harness.device import pick_device
+from bench.harness.device import free_memory, pick_device
+from bench.harness.rows import Results
 
 
 def plain_parser(doc: str, name: str) -> argparse.ArgumentParser:
@@ -53,6 +55,37 @@ def chosen(names: list[str], wanted: list[str] | None, options_parser) -> list[s
         if not any(n.startswith(name) for n in names):
             options_parser.error(f"--case: no case {name!r}; there are {', '.join(names)}")
     return [n for n in names if any(n.startswith(w) for w in wanted)]
+
+
+def cases_main(
+    doc: str,
+    bench: str,
+    argv: list[str] | None,
+    cases_of: Callable[[argparse.Namespace, torch.device], dict],
+    run: Callable[[Results, object, argparse.Namespace, torch.device], None],
+    made: argparse.ArgumentParser | None = None,
+) -> int:
+    """The main of a benchmark with cases: runs the chosen ones while there is time.
+
+    Args:
+        cases_of: (options, device) -> what `run` takes, by the names of the cases.
+        run: (results, case, options, device).
+        made: `parser(doc, bench)` with more flags.
+    """
+    made = made or parser(doc, bench)
+    options = made.parse_args(argv)
+    device = device_for(options, made)
+    cases = cases_of(options, device)
+    names = chosen(list(cases), options.case, made)
+    if options.list:
+        print(*names, sep="\n")
+        return 0
+    results = Results(device, options, command_line(bench, argv))
+    for name in names:
+        if not results.out_of_time(name):
+            run(results, cases[name], options, device)
+            free_memory(device)
+    return results.finish()
 
 
 def command_line(bench: str, argv: list[str] | None) -> str:

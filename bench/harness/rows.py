@@ -98,6 +98,7 @@ class Results:
         self.quick = options.quick
         self.failures = 0
         self.left = []  # what there was no time for
+        self.ceilings = {}  # of the device, once measured
         seconds = 60 * options.minutes if options.minutes else math.inf
         self.deadline = time.monotonic() + seconds
         known = {p: read_rows(p) for p in {self.path, RESULTS / self.path.name}}

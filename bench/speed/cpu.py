@@ -20,15 +20,12 @@ Rows are appended to bench/results/<processor>.jsonl (`--quick`: build/bench).
 B batch, T time, N units; a shape is written B32-T128-32x32.
 """
 
-import argparse
 import ctypes
+import functools
 import gc
-import inspect
-import json
 import math
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -37,16 +34,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kru_triton
 from bench import harness
-from kru_triton import KRU, kru_linear_scan, kru_scan, unitary_
+from kru_triton import KRU, KRULSTM, kru_linear_scan, kru_scan, unitary_
 from kru_triton.kronecker import group_factors
 from kru_triton.ops.arguments import How, Scan
 from kru_triton.reference import kru_scan_reference
 from kru_triton.torch_backend import scan as torch_backend
 
 BENCH = "cpu"
-SECTIONS = ("scan", "memory", "layer", "profile", "growth", "linear")
 SHAPES = [(32, 128, (32, 32)), (32, 1020, (2,) * 7)]  # (B, T, sizes of square factors)
 QUICK_SHAPES = [(4, 16, (4, 4)), (4, 20, (2, 2, 2))]
 LINEAR_SHAPES = [
@@ -99,7 +94,7 @@ def check(shape):
 
 
 def interleaved(candidates, rounds):
-    """{name: (p20, p50, p80) in ms}: every round calls each candidate once, after a warm-up."""
+    """The `quantiles` of each: every round calls each candidate once, after a warm-up."""
     times = defaultdict(list)
     for turn in range(rounds + 1):
         for name, function in candidates.items():
@@ -107,8 +102,7 @@ def interleaved(candidates, rounds):
             function()
             if turn:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    found = {name: harness.quantiles(ms) for name, ms in times.items()}
-    return {name: (q["ms_p20"], q["ms_p50"], q["ms_p80"]) for name, q in found.items()}
+    return {name: harness.quantiles(ms) for name, ms in times.items()}
 
 
 class Table(harness.Results):
@@ -118,12 +112,11 @@ class Table(harness.Results):
         super().add(BENCH, name, line, section=section, **values)
 
     def add_times(self, section, name, ms, baseline=None, **values):
-        p20, p50, p80 = ms
-        line = f"{p50:9.2f} ms   (p20 {p20:.2f}, p80 {p80:.2f})"
+        line = f"{ms['ms_p50']:9.2f} ms   (p20 {ms['ms_p20']:.2f}, p80 {ms['ms_p80']:.2f})"
         if baseline is not None:
-            values["ratio"] = baseline / p50
-            line += f"   {baseline / p50:5.2f}x"
-        self.add(section, name, line, ms_p20=p20, ms_p50=p50, ms_p80=p80, **values)
+            values["ratio"] = baseline["ms_p50"] / ms["ms_p50"]
+            line += f"   {values['ratio']:5.2f}x"
+        self.add(section, name, line, **ms, **values)
 
 
 # scan
@@ -133,20 +126,17 @@ def bench_scan(table, quick):
     table.title("scan: forward + backward, x_proj given, modReLU, float32; ratio = loop / torch")
     for shape in QUICK_SHAPES if quick else SHAPES:
         error = check(shape)
-        arguments = problem(*shape)
-        times = interleaved(
-            {
-                name: lambda scan=scan, arguments=arguments: forward_backward(scan, *arguments)
-                for name, scan in IMPLEMENTATIONS.items()
-            },
-            3 if quick else 15,
-        )
+        candidates = {
+            name: functools.partial(forward_backward, scan, *problem(*shape))
+            for name, scan in IMPLEMENTATIONS.items()
+        }
+        times = interleaved(candidates, 3 if quick else 15)
         for name, ms in times.items():
             table.add_times(
                 "scan",
                 f"scan {shape_name(*shape)} {name}",
                 ms,
-                baseline=times["loop"][1],
+                baseline=times["loop"],
                 implementation=name,
                 shape=shape_name(*shape),
                 max_relative_error=error if name == "torch" else None,
@@ -181,22 +171,19 @@ def growth_of_memory(function):
     return peak - before
 
 
-def measure_memory(implementation, shape):
-    """Growth in one forward + backward of a scan; its inputs are there before."""
-    scan = IMPLEMENTATIONS[implementation]
-    batch, _, sizes = shape
-    forward_backward(scan, *problem(batch, 2, sizes))
-    arguments = problem(*shape)
-    return growth_of_memory(lambda: forward_backward(scan, *arguments))
-
-
-def measure_layer_memory(recompute, shape):
-    """The same for a KRU layer of which the last state alone is used."""
+def measure_memory(threads, name, shape):
+    """Growth in one forward + backward of a scan, its inputs there before, or of a layer of which
+    the last state alone is used."""
+    torch.set_num_threads(threads)
     batch, length, sizes = shape
-    units = math.prod(sizes)
+    if name in IMPLEMENTATIONS:
+        scan = IMPLEMENTATIONS[name]
+        forward_backward(scan, *problem(batch, 2, sizes))
+        arguments = problem(*shape)
+        return growth_of_memory(lambda: forward_backward(scan, *arguments))
     torch.manual_seed(0)
-    options = {"recompute": recompute} if recompute else {}
-    layer = KRU(64, units, factors=sizes, backend="torch", **options)
+    recompute = int(name.partition("=")[2] or 0)
+    layer = KRU(64, math.prod(sizes), factors=sizes, recompute=recompute, backend="torch")
 
     def run(steps):
         x = torch.randn(steps, batch, 64, requires_grad=True)
@@ -209,20 +196,15 @@ def measure_layer_memory(recompute, shape):
 def bench_memory(table, quick):
     table.title("memory: highest growth of resident memory in one forward + backward")
     measured = [(shape, "loop", "torch") for shape in (QUICK_SHAPES if quick else SHAPES)]
-    shape, steps = measured[0][0], 8 if quick else 16
-    if "recompute" in inspect.signature(KRU).parameters:
-        measured.append((shape, "layer", f"layer recompute={steps}"))
+    measured.append((measured[0][0], "layer", f"layer recompute={8 if quick else 16}"))
     for shape, *names in measured:
         batch, length, sizes = shape
         h_bytes = batch * length * 2 * math.prod(sizes) * 4
         peaks = {}
         for name in names:
-            command = [sys.executable, "-m", "bench", "cpu", "--measure-memory", name]
-            command += [json.dumps(shape), "--threads", str(torch.get_num_threads())]
-            result = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT)
-            if result.returncode:
-                raise SystemExit(f"memory of {name}:\n{result.stderr}")
-            peaks[name] = peak = int(result.stdout)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peak = pool.apply(measure_memory, (torch.get_num_threads(), name, shape))
+            peaks[name] = peak
             ratio = peaks[names[0]] / max(1, peak)
             table.add(
                 "memory",
@@ -253,9 +235,8 @@ def bench_layer(table, quick):
         "nn.LSTM": nn.LSTM(d, n),
         "nn.GRU": nn.GRU(d, n),
         "nn.RNN (tanh)": nn.RNN(d, n),
+        "KRULSTM": KRULSTM(d, n, backend="torch"),
     }
-    if hasattr(kru_triton, "KRULSTM"):
-        layers["KRULSTM"] = kru_triton.KRULSTM(d, n, backend="torch")
     x = torch.randn(length, batch, d, requires_grad=True)
 
     def train_step(layer):
@@ -273,8 +254,8 @@ def bench_layer(table, quick):
         size = sum(p.numel() for p in layers[name].parameters()) if name in layers else 2 * n * d
         values = {"parameters": size}
         if name in flops:
-            values["gflops_per_s"] = flops[name] / ms[1] / 1e6
-        table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"][1], **values)
+            values["gflops_per_s"] = flops[name] / ms["ms_p50"] / 1e6
+        table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"], **values)
 
 
 # profile
@@ -304,32 +285,26 @@ def run_forward(x, a, b, beta, dh, dh_n):
     return torch_backend.forward(Scan(x.transpose(0, 1), a, b, beta), How("modrelu"))[0]
 
 
-def run_backward(h, x, a, b, beta, dh, dh_n):
+def run_backward(x, a, b, beta, dh, dh_n, h):
     return torch_backend.backward(dh, dh_n, h, Scan(None, a, b, beta), How("modrelu"))
 
 
 def calls_of(implementation, direction, batch, length, sizes):
     """(calls, views) of a whole run; of the loop, autograd's own backward."""
+    if implementation == "torch":
+        arguments = grouped(batch, length, sizes)
+        forward = functools.partial(run_forward, *arguments)
+        backward = functools.partial(run_backward, *arguments)
+    else:
+        x, factors, beta, dh, dh_n = problem(batch, length, sizes)
+        forward = functools.partial(kru_scan_reference, x, factors, beta)
+
+        def backward(h):
+            return torch.autograd.grad(h, (x, beta, *factors), (dh, dh_n))
+
+    run = forward if direction == "forward" else functools.partial(backward, forward())
     with CountCalls() as counter:
-        if implementation == "torch":
-            arguments = grouped(batch, length, sizes)
-            if direction == "backward":
-                h = run_forward(*arguments)
-            counter.calls.clear()
-            counter.views.clear()
-            if direction == "forward":
-                run_forward(*arguments)
-            else:
-                run_backward(h, *arguments)
-        else:
-            x, factors, beta, dh, dh_n = problem(batch, length, sizes)
-            counter.calls.clear()
-            counter.views.clear()
-            h, h_n = kru_scan_reference(x, factors, beta)
-            if direction == "backward":
-                counter.calls.clear()
-                counter.views.clear()
-                torch.autograd.grad((h, h_n), (x, beta, *factors), (dh, dh_n))
+        run()
     return counter.calls, counter.views
 
 
@@ -393,26 +368,20 @@ def profile_shape(table, shape, repeats):
     arguments = grouped(*shape)
     h = run_forward(*arguments)
     p, q = arguments[1].shape[-1], arguments[2].shape[-1]
-    functions = {
-        "forward": lambda a, h: run_forward(*a),
-        "backward": lambda a, h: run_backward(h, *a),
-    }
     small = grouped(1, length, (2, 2))
     small_h = run_forward(*small)
-    for direction, function in functions.items():
-        times = interleaved(
-            {
-                "all": lambda f=function: f(arguments, h),
-                "floor": lambda f=function: f(small, small_h),
-            },
-            2 * repeats,
-        )
-        (p20, wall, p80), floor = times["all"], times["floor"][1]
+    functions = {
+        "forward": (lambda: run_forward(*arguments), lambda: run_forward(*small)),
+        "backward": (lambda: run_backward(*arguments, h), lambda: run_backward(*small, small_h)),
+    }
+    for direction, (function, smallest) in functions.items():
+        times = interleaved({"all": function, "floor": smallest}, 2 * repeats)
+        wall, floor = times["all"]["ms_p50"], times["floor"]["ms_p50"]
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             start = time.perf_counter()
             for _ in range(repeats):
-                function(arguments, h)
+                function()
             profiled = (time.perf_counter() - start) * 1e3 / repeats
         shares = Counter()
         for event in profiler.key_averages(group_by_input_shape=True):
@@ -426,9 +395,7 @@ def profile_shape(table, shape, repeats):
             f"profile {shape_name(*shape)} {direction}",
             f"{wall:8.2f} ms, {1e3 * wall / length:.1f} µs per step, of which calls alone "
             f"{1e3 * floor / length:.1f} µs\n{'':37}{text}",
-            ms_p20=p20,
-            ms_p50=wall,
-            ms_p80=p80,
+            **times["all"],
             us_per_step=1e3 * wall / length,
             call_floor_us_per_step=1e3 * floor / length,
             shares={k: round(v, 4) for k, v in shares.items()},
@@ -460,28 +427,26 @@ def bench_growth(table, quick):
     }
     for family, (values, shape_of, expected) in families.items():
         table.title(f"growth: {family}; forward + backward; exponent by the maths: {expected}")
-        arguments = {value: problem(*shape_of(value)) for value in values}
-        times = interleaved(
-            {
-                value: lambda a=a: forward_backward(IMPLEMENTATIONS["torch"], *a)
-                for value, a in arguments.items()
-            },
-            2 if quick else 5,
-        )
-        first = times[values[0]][1]
-        for value, (p20, p50, p80) in times.items():
+        candidates = {
+            value: functools.partial(
+                forward_backward, IMPLEMENTATIONS["torch"], *problem(*shape_of(value))
+            )
+            for value in values
+        }
+        times = interleaved(candidates, 2 if quick else 5)
+        first = times[values[0]]["ms_p50"]
+        for value, ms in times.items():
+            relative = ms["ms_p50"] / first
             table.add(
                 "growth",
                 f"growth {family} {shape_name(*shape_of(value))}",
-                f"{p50:9.2f} ms   {p50 / first:5.2f} times the first",
+                f"{ms['ms_p50']:9.2f} ms   {relative:5.2f} times the first",
                 family=family,
                 value=value,
-                ms_p20=p20,
-                ms_p50=p50,
-                ms_p80=p80,
-                relative=p50 / first,
+                relative=relative,
+                **ms,
             )
-        slope = exponent(values, [times[value][1] for value in values])
+        slope = exponent(values, [ms["ms_p50"] for ms in times.values()])
         table.add(
             "exponent",
             f"growth {family} exponent",
@@ -579,55 +544,47 @@ def bench_linear(table, quick):
             ("forward", forward, (loop_scan, block_scan, eigen_scan)),
             ("both", both, (loop_scan, block_scan)),
         ):
-            candidates = {scan.__name__: lambda s=scan, f=function: f(s) for scan in scans}
+            candidates = {scan.__name__: functools.partial(function, scan) for scan in scans}
             times = interleaved(candidates, 2 if quick else 5)
             for name, ms in times.items():
                 table.add_times(
                     "linear",
                     f"linear {direction} {shape_name(*shape)} {name}",
                     ms,
-                    baseline=times["loop_scan"][1],
+                    baseline=times["loop_scan"],
                     implementation=name,
                     direction=direction,
                     shape=shape_name(*shape),
                 )
 
 
+BENCHES = {
+    "scan": bench_scan,
+    "memory": bench_memory,
+    "layer": bench_layer,
+    "profile": bench_profile,
+    "growth": bench_growth,
+    "linear": bench_linear,
+}
+
+
 def main(argv=None):
     parser = harness.plain_parser(__doc__, "cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows only that it runs")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="SECTION")
     parser.add_argument("--list", action="store_true", help="names of the sections, nothing else")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--out", type=Path, help="folder of the rows; default bench/results")
-    parser.add_argument("--measure-memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.list:
-        print(*SECTIONS, sep="\n")
+        print(*BENCHES, sep="\n")
         return 0
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: must be positive, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.measure_memory:
-        implementation, shape = options.measure_memory
-        batch, length, sizes = json.loads(shape)
-        shape = (batch, length, tuple(sizes))
-        if implementation.startswith("layer"):
-            print(measure_layer_memory(int(implementation.partition("=")[2] or 0), shape))
-        else:
-            print(measure_memory(implementation, shape))
-        return 0
     options.again, options.minutes = True, None
     table = Table(torch.device("cpu"), options, harness.command_line("cpu", argv))
-    functions = {
-        "scan": bench_scan,
-        "memory": bench_memory,
-        "layer": bench_layer,
-        "profile": bench_profile,
-        "growth": bench_growth,
-        "linear": bench_linear,
-    }
     for section in options.only:
-        functions[section](table, options.quick)
+        BENCHES[section](table, options.quick)
     return table.finish()

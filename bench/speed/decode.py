@@ -152,21 +152,14 @@ def run_batch(results, base, batch: int, device, caches) -> None:
 
     rounds = 2 if results.quick else None
     harness.race(results, BENCH, f"B{batch}", found, device, describe, rounds=rounds, flush=False)
-    harness.free_memory(device)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, "decode")
-    options = parser.parse_args(argv)
-    device = harness.device_for(options, parser)
-    batches = {f"B{b}": b for b in ((1, 2) if options.quick else BATCHES)}
-    names = harness.chosen(list(batches), options.case, parser)
-    if options.list:
-        print(*names, sep="\n")
-        return 0
-    results = harness.Results(device, options, harness.command_line("decode", argv))
-    base = train_step.TOY if options.quick else train_step.BASE
-    for name in names:
-        if not results.out_of_time(name):
-            run_batch(results, base, batches[name], device, (4, 32) if options.quick else CACHES)
-    return results.finish()
+    def cases(options, device):
+        return {f"B{batch}": batch for batch in ((1, 2) if options.quick else BATCHES)}
+
+    def run(results, batch, options, device):
+        base = train_step.TOY if options.quick else train_step.BASE
+        run_batch(results, base, batch, device, (4, 32) if options.quick else CACHES)
+
+    return harness.cases_main(__doc__, BENCH, argv, cases, run)

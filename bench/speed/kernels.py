@@ -408,18 +408,10 @@ def run_case(results: harness.Results, case: Case, device: torch.device, limit: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, "kernels")
-    options = parser.parse_args(argv)
-    device = harness.device_for(options, parser)
-    found = quick_cases(device) if options.quick else cases()
-    names = harness.chosen([case.name for case in found], options.case, parser)
-    if options.list:
-        print(*names, sep="\n")
-        return 0
-    results = harness.Results(device, options, harness.command_line("kernels", argv))
-    limit = harness.ceilings(results, device)
-    for case in found:
-        if case.name in names and not results.out_of_time(case.name):
-            run_case(results, case, device, limit)
-            harness.free_memory(device)
-    return results.finish()
+    def found(options, device):
+        return {case.name: case for case in (quick_cases(device) if options.quick else cases())}
+
+    def run(results, case, options, device):
+        run_case(results, case, device, harness.ceilings(results, device))
+
+    return harness.cases_main(__doc__, BENCH, argv, found, run)

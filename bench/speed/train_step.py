@@ -136,22 +136,15 @@ def run_length(results, base, length: int, batch: int, device, limit: dict, comp
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, "train_step")
+    parser = harness.parser(__doc__, BENCH)
     parser.add_argument("--compile", action="store_true", help="every model through torch.compile")
-    options = parser.parse_args(argv)
-    device = harness.device_for(options, parser)
-    lengths = {f"T{t}": t for t in ((8, 16) if options.quick else LENGTHS)}
-    names = harness.chosen(list(lengths), options.case, parser)
-    if options.list:
-        print(*names, sep="\n")
-        return 0
-    results = harness.Results(device, options, harness.command_line("train_step", argv))
-    base = TOY if options.quick else BASE
-    limit = harness.ceilings(results, device)
-    for name in names:
-        length = lengths[name]
+
+    def cases(options, device):
+        return {f"T{length}": length for length in ((8, 16) if options.quick else LENGTHS)}
+
+    def run(results, length, options, device):
         batch = max(1, (32 if options.quick else TOKENS) // length)
-        if not results.out_of_time(name):
-            run_length(results, base, length, batch, device, limit, options.compile)
-            harness.free_memory(device)
-    return results.finish()
+        base, limit = TOY if options.quick else BASE, harness.ceilings(results, device)
+        run_length(results, base, length, batch, device, limit, options.compile)
+
+    return harness.cases_main(__doc__, BENCH, argv, cases, run, parser)

@@ -8,18 +8,6 @@ Each experiment answers one question, printed with it. The settings are `options
 the same times as `python -m bench kernels`, of the launchers themselves, `setting` and whether it
 is the default. Settings take turns. A default is changed in `kernels/options.py` where a row here
 shows a better one.
-
-    mma        rate and latency of 16x16x16 products, 1 to 16 warps per processor
-    latency    time per step against batch rows: do one-warp programs spread over subpartitions
-    prefetch   fetching rows ahead (into L2, into registers) against batch rows
-    tf32       does the tensor core truncate or round the operands of a tf32 product
-    occupancy  beta in registers or from L1, next row in registers, at 32x32
-    warps      one warp or several per program, from 32x32 on
-    fused      weight gradients inside the adjoint's loop
-    weights    warps of the weight gradient, and programs that share one
-    wide       blocks, pipeline depth and warps where a factor is streamed
-    accuracy   errors against float64 after many steps, in both precisions
-    shared     factors in shared memory or in registers, 1 to 16 warps per processor
 """
 
 import itertools
@@ -35,6 +23,9 @@ from kru_triton.kernels import why_not
 from kru_triton.ops.arguments import How, Scan
 
 BENCH = "tune"
+BOTH = ("forward", "backward")
+SMALL = ((16, 16), (32, 32))
+NUM_WARPS = [{}, *({"num_warps": n, "maxnreg": None} for n in (1, 2, 4, 8))]
 
 
 @dataclass
@@ -158,8 +149,17 @@ class Bench:
         shared.clear()
         harness.free_memory(self.device)
 
-    def shape(self, P: int, Q: int) -> tuple[int, int]:
-        return (4, 4) if self.quick else (P, Q)
+    def sweep(self, case, shapes, rows, settings=({},), kernels=BOTH, toy=(4, 4)) -> None:
+        """Race the settings for each shape, number of rows and kernel.
+
+        Args:
+            rows: negative ones are per processor of the device.
+            toy: the shape of a quick run.
+        """
+        for P, Q in shapes:
+            for B in self.sizes(*(B if B > 0 else -B * self.processors for B in rows)):
+                for kernel in kernels:
+                    self.race(case, kernel, B, *(toy if self.quick else (P, Q)), list(settings))
 
 
 def chain_kernel():
@@ -222,20 +222,13 @@ def mma(bench: Bench) -> None:
 
 def latency(bench: Bench) -> None:
     """What is a step's latency, and does it stay until every subpartition has a warp?"""
-    one = bench.processors
-    for P, Q in ((16, 16), (32, 32)):
-        for B in bench.sizes(1, one, 2 * one, 4 * one, 8 * one):
-            for kernel in ("forward", "backward"):
-                bench.race("latency", kernel, B, *bench.shape(P, Q), [{}])
+    bench.sweep("latency", SMALL, (1, -1, -2, -4, -8))
 
 
 def prefetch(bench: Bench) -> None:
     """Which fetch-ahead keeps memory busy, at the rows where memory begins to be the limit?"""
     settings = [{}, *({"PREFETCH": n} for n in (0, 2, 4, 8)), {"AHEAD": True}, {"AHEAD": False}]
-    for P, Q in ((16, 16), (32, 32)):
-        for B in bench.sizes(300, 512, 1024, 2048):
-            for kernel in ("forward", "backward"):
-                bench.race("prefetch", kernel, B, *bench.shape(P, Q), settings)
+    bench.sweep("prefetch", SMALL, (300, 512, 1024, 2048), settings)
 
 
 def tf32(bench: Bench) -> None:
@@ -274,18 +267,12 @@ def occupancy(bench: Bench) -> None:
     """Do fewer registers, hence more warps per processor, pay at 32x32?"""
     settings = [{}, {"BETA_IN_LOOP": True}, {"BETA_IN_LOOP": False}, {"AHEAD": True},
                 {"maxnreg": 128}, {"maxnreg": 168}]  # fmt: skip
-    for B in bench.sizes(512, 2048):
-        for kernel in ("forward", "backward"):
-            bench.race("occupancy", kernel, B, *bench.shape(32, 32), settings)
+    bench.sweep("occupancy", [(32, 32)], (512, 2048), settings)
 
 
 def warps(bench: Bench) -> None:
     """Is one warp per program still right beyond 32x32?"""
-    settings = [{}, *({"num_warps": n, "maxnreg": None} for n in (1, 2, 4, 8))]
-    for P, Q in ((32, 32), (32, 64), (64, 64)):
-        for B in bench.sizes(64, 512):
-            for kernel in ("forward", "backward"):
-                bench.race("warps", kernel, B, *bench.shape(P, Q), settings)
+    bench.sweep("warps", ((32, 32), (32, 64), (64, 64)), (64, 512), NUM_WARPS)
 
 
 def fused(bench: Bench) -> None:
@@ -297,38 +284,30 @@ def fused(bench: Bench) -> None:
             "reads h and dx no second time"
         )
         bench.results.add_reason(BENCH, name, "skipped", reason)
-    for B in bench.sizes(64, 128, 256, 512):
-        for kernel in ("backward", "weight_grad"):
-            bench.race("fused", kernel, B, *bench.shape(16, 16), [{}])
+    bench.sweep("fused", [(16, 16)], (64, 128, 256, 512), kernels=("backward", "weight_grad"))
 
 
 def weights(bench: Bench) -> None:
     """How many warps, and programs that share the rows of dA or dB, for the weight gradient?"""
-    warps = [{}, *({"num_warps": n, "maxnreg": None} for n in (1, 2, 4, 8))]
     shared = [{}, *({"SLICES": n} for n in (1, 2, 4)), {"num_warps": 4}, {"num_warps": 8}]
-    for P, Q in ((16, 16), (16, 32), (32, 32)):
-        for B in bench.sizes(256, 1024):
-            bench.race("weights", "weight_grad", B, *bench.shape(P, Q), warps)
-    for P, Q in ((32, 64), (64, 64)):  # dA and dB are apart
-        for B in bench.sizes(64, 256):
-            bench.race("weights", "weight_grad", B, *((4, 64) if bench.quick else (P, Q)), shared)
+    only = ("weight_grad",)
+    bench.sweep("weights", (*SMALL, (16, 32)), (256, 1024), NUM_WARPS, only)
+    # dA and dB are apart
+    bench.sweep("weights", ((32, 64), (64, 64)), (64, 256), shared, only, toy=(4, 64))
 
 
 def wide(bench: Bench) -> None:
     """Which blocks of a streamed factor, how deep a pipeline, how many warps?"""
     settings = [{}, *({"BLOCK": n} for n in (32, 64)), *({"num_stages": n} for n in (2, 4)),
                 *({"num_warps": n} for n in (4, 8))]  # fmt: skip
-    for P, Q in ((256, 16), (2, 512)):
-        for B in bench.sizes(64, 512):
-            for kernel in ("forward", "backward"):
-                bench.race("wide", kernel, B, *((256, 1) if bench.quick else (P, Q)), settings)
+    bench.sweep("wide", ((256, 16), (2, 512)), (64, 512), settings, toy=(256, 1))
 
 
 def accuracy(bench: Bench) -> None:
     """How far are states and gradients from float64, the factors rounded as the kernels do?"""
     T = 4 if bench.quick else 1024
     for (P, Q), dtype in itertools.product(
-        (bench.shape(16, 16), bench.shape(32, 32)), (torch.float32, torch.bfloat16)
+        ((4, 4),) * 2 if bench.quick else SMALL, (torch.float32, torch.bfloat16)
     ):
         if bench.device.type == "cpu" and dtype == torch.bfloat16:
             continue  # triton's interpreter computes bfloat16 wrongly
@@ -359,11 +338,8 @@ def accuracy(bench: Bench) -> None:
 
 def shared(bench: Bench) -> None:
     """Do warps that read the factors from shared memory every step get in each other's way?"""
-    one = bench.processors
-    for B in bench.sizes(one, 4 * one, 8 * one, 16 * one):
-        bench.race(
-            "shared", "forward", B, *bench.shape(32, 32), [{}, {"ANCHORED": True, "maxnreg": 255}]
-        )
+    settings = [{}, {"ANCHORED": True, "maxnreg": 255}]
+    bench.sweep("shared", [(32, 32)], (-1, -4, -8, -16), settings, ("forward",))
 
 
 EXPERIMENTS: dict[str, Callable[[Bench], None]] = {
@@ -385,25 +361,15 @@ EXPERIMENTS: dict[str, Callable[[Bench], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, "tune")
-    options = parser.parse_args(argv)
-    device = harness.device_for(options, parser)
-    names = harness.chosen(list(EXPERIMENTS), options.case, parser)
-    if options.list:
-        print(*names, sep="\n")
-        return 0
-    results = harness.Results(device, options, harness.command_line("tune", argv))
-    bench = Bench(results, device, options.quick)
-    for name in names:
-        if results.out_of_time(name):
-            continue
-        results.title(f"{name}: {EXPERIMENTS[name].__doc__.strip()}")
-        reason = unavailable(device, options.quick)
-        if reason:
+    def run(results, experiment, options, device):
+        name = experiment.__name__
+        results.title(f"{name}: {experiment.__doc__.strip()}")
+        if reason := unavailable(device, options.quick):
             results.add_reason(BENCH, name, "skipped", reason)
         else:
-            EXPERIMENTS[name](bench)
-    return results.finish()
+            experiment(Bench(results, device, options.quick))
+
+    return harness.cases_main(__doc__, BENCH, argv, lambda options, device: EXPERIMENTS, run)
 
 
 def unavailable(device: torch.device, quick: bool) -> str | None:
