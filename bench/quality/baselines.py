@@ -193,7 +193,7 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
     flags += ["--seed", str(seed)]
-    summary = train([*flags, "--data", args.data], folder)
+    summary = train("lm.py", [*flags, "--data", args.data], folder)
     config, data_name = parse(flags), without_folder(args.data)
     told = shlex.join(["python", "train/lm.py", *flags, "--data", data_name])
     row = {
@@ -231,10 +231,10 @@ def curve(folder: Path) -> list[list]:
     return [[row["tokens"], round(row["train/loss_nats"], 4)] for row in rows]
 
 
-def train(flags: list[str], folder: Path) -> dict | None:
-    """summary.json of one run of train/lm.py on one thread; None where it diverged."""
+def train(script: str, flags: list[str], folder: Path) -> dict | None:
+    """summary.json of one run of a script of train/ on one thread; None where it diverged."""
     done = subprocess.run(
-        [sys.executable, str(harness.ROOT / "train" / "lm.py"), *flags, "--run-dir", str(folder)],
+        [sys.executable, str(harness.ROOT / "train" / script), *flags, "--run-dir", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
