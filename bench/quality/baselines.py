@@ -51,6 +51,7 @@ SHAPES = {  # what matters is the ratio: --match-params scales both
     "lstm": "--d-model 64 --hidden-size 64",
     "gru": "--d-model 64 --hidden-size 128",
     "rnn": "--d-model 64 --hidden-size 128",
+    "mingru": "--d-model 64 --hidden-size 128",
     "transformer": "--num-heads 4",
 }
 
