@@ -164,7 +164,9 @@ def measure_speeds(settings: dict[tuple, list[str]], rounds: int = 7) -> dict[tu
     return {key: 1 / statistics.median(times) for key, times in seconds.items()}
 
 
-def bracket(args, kind: str, model: str, optimizer: str, flags: list[str], steps: int):
+def bracket(
+    args, kind: str, model: str, optimizer: str, flags: list[str], steps: int
+) -> list[dict]:
     """Rows of one model and optimizer in one comparison, the best rate inside the ones tried."""
     rates = [args.lr * 2**k for k in range(args.rates)]
     rows = {}
