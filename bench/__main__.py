@@ -46,6 +46,7 @@ BENCHMARKS = {
     "checkpoints": Benchmark("speed.checkpoints", "what checkpoints cost a training run"),
     "context": Benchmark("speed.context", "time per token after 10 to 100,000 others"),
     "neighbours": Benchmark("speed.neighbours", "training beside other busy processes"),
+    "states": Benchmark("quality.states", "state tracking beyond the lengths trained on"),
     "baselines": Benchmark("quality.baselines", "trained models at equal tokens and equal time"),
 }
 

@@ -1,5 +1,6 @@
 """train/export.py, and what reads its folders: transformers, train/sample.py, train/evaluate.py."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -528,6 +529,58 @@ def test_evaluation_equals_one_pass_by_hand(run_dir, text, length):
     assert "shorter than 5,000 tokens" in evaluate.table(report)
 
 
+@pytest.mark.parametrize("kind", ["kru", "gru"])
+def test_dynamic_evaluation_equals_steps_by_hand(text, tmp_path, kind):
+    spec, tokens, size = text
+    write_run(tmp_path, model=kind, dropout=0.5)  # which must not act
+    settings = dict(dynamic=True, dynamic_lr=1e-2, dynamic_decay=0.1, dynamic_tokens=13)
+    config = EvaluateConfig(str(tmp_path), spec, contexts=(100, 5000), **settings)
+    stored = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
+    report = evaluate.evaluate(config)
+    assert {p: p.read_bytes() for p in stored} == stored
+
+    index = torch.arange(len(tokens) - 1)
+    resets = [index == 0, tokens[:-1] == 256, index % 100 == 0, index % 5000 == 0]
+    model, _, _ = sample.load_model(str(tmp_path), "cpu", "auto")
+    trained = copy.deepcopy(model.state_dict())
+    for row, reset in zip(report["dynamic"], resets, strict=True):
+        nats = 0.0
+        starts = [*reset.nonzero().flatten().tolist(), len(index)]
+        for first, end in itertools.pairwise(starts):
+            model.load_state_dict(trained)
+            squares, state = [torch.zeros_like(p) for p in model.parameters()], None
+            for step, t in enumerate(range(first, end, 13), 1):
+                goal = tokens[t + 1 : min(t + 13, end) + 1]
+                logits, state = model(tokens[None, t : min(t + 13, end)], state)
+                losses = F.cross_entropy(logits[0], goal, reduction="none")[goal != 256]
+                nats += losses.double().sum().item()
+                state = [s.detach() for s in state]
+                gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
+                with torch.no_grad():
+                    for (name, p), v, g in zip(model.named_parameters(), squares, gradients):
+                        v.mul_(0.999).add_(0.001 * g * g)
+                        p -= 1e-2 * g / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+                        p += 0.1 * (trained[name] - p)
+        assert row["loss_nats"] == pytest.approx(nats / size, rel=1e-4)  # sign steps at first
+    static = [row["bpb"] for row in report["results"]]
+    assert report["dynamic"][0] == {**report["dynamic"][3], "state": "carried"}  # never cut
+    assert report["dynamic"][0]["bpb"] < static[0] - 0.1
+    for row in report["dynamic"]:
+        assert f"{row['bpb']:.4f}" in evaluate.table(report).partition("dynamic evaluation")[2]
+    plain = evaluate.evaluate(EvaluateConfig(str(tmp_path), spec, contexts=(100, 5000)))
+    assert plain["results"] == report["results"]
+    assert "dynamic" not in plain
+
+
+def test_a_dynamic_rate_of_zero_changes_nothing_and_a_wild_one_is_said(run_dir, text):
+    config = EvaluateConfig(str(run_dir), text[0], contexts=(50,), dynamic=True, dynamic_lr=0.0)
+    report = evaluate.evaluate(config)
+    for still, row in zip(report["dynamic"], report["results"]):
+        assert still["bpb"] == pytest.approx(row["bpb"], rel=1e-5)
+    with pytest.raises(UserError, match="--dynamic: the loss is not finite; a lower --dynamic-lr"):
+        evaluate.evaluate(dataclasses.replace(config, dynamic_lr=1e30))
+
+
 def test_bits_per_byte_of_a_bpe_model_count_bytes(bpe, text):
     spec, _, size = text
     report = evaluate.evaluate(EvaluateConfig(str(bpe[2]), spec, contexts=()))
@@ -559,6 +612,9 @@ def test_bad_arguments_for_evaluation(run_dir, text, tmp_path, monkeypatch, caps
         ({"contexts": (0,)}, "--contexts must be positive, got 0"),
         ({"segment_length": 0}, "--segment-length must be positive"),
         ({"max_bytes": -1}, "--max-bytes must be at least 0"),
+        ({"dynamic_tokens": 0}, "--dynamic-tokens must be positive, got 0"),
+        ({"dynamic_lr": math.nan}, "--dynamic-lr must be at least 0, got nan"),
+        ({"dynamic_decay": 1.5}, r"--dynamic-decay must be in \[0, 1\], got 1.5"),
         ({"data": f"text:{tmp_path}/none*"}, "no file matches"),
         ({"data": f"text:{tmp_path}/empty.txt"}, "empty corpus"),
         ({"model": str(tmp_path)}, "no checkpoint under"),

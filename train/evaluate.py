@@ -8,7 +8,14 @@
 All of these read the text at the same time, as rows of one batch. What a row gains over one that
 is cut more often is what context beyond that length is worth.
 
+With `--dynamic` every row is measured once more with weights that follow the text: whenever
+`--dynamic-tokens` tokens were predicted, a gradient step on them and a step back towards the
+trained weights (Krause, Kahembwe, Murray and Renals, *Dynamic Evaluation of Neural Sequence
+Models*, ICML 2018). A cut puts the trained weights back, so that a row knows no more text than its
+state does. These figures stand apart; the checkpoint stays as it is.
+
     python train/evaluate.py runs/lm
+    python train/evaluate.py runs/lm --dynamic --max-bytes 100000
     python train/evaluate.py exported --data 'text:books/*.txt' --contexts 100 1000 10000
     python train/evaluate.py runs/lm --data 'text:books/*.txt' --max-bytes 1000000 --json books.json
 
@@ -62,6 +69,14 @@ class EvaluateConfig:
     """Lengths in tokens after which the carried state is cut."""
     segment_length: int = 1024
     """Tokens read per call. It bounds memory and changes no result."""
+    dynamic: bool = False
+    """Dynamic evaluation too. Rows take turns at it, one sequence each: slow."""
+    dynamic_lr: float = 3e-4
+    """Its learning rate."""
+    dynamic_decay: float = 1e-3
+    """The share of the way back to the trained weights that each step goes."""
+    dynamic_tokens: int = 64
+    """Tokens between two steps."""
     json: str = ""
     """Write the results to this file too."""
     device: str = "auto"
@@ -135,14 +150,79 @@ def losses(model: LanguageModel, tokens: np.ndarray, bos: int, config: EvaluateC
     return nats.tolist(), count
 
 
+def dynamic_losses(
+    model: LanguageModel, tokens: np.ndarray, bos: int, config: EvaluateConfig, autocast
+) -> list[float]:
+    """As `losses`, with weights that learn from what was predicted since the last cut."""
+    inputs, targets = (torch.from_numpy(t.astype(np.int64)) for t in (tokens[:-1], tokens[1:]))
+    targets = targets.masked_fill(targets == bos, -100)
+    trained = [p.detach().clone() for p in model.parameters()]
+    for module in model.modules():
+        module.train(isinstance(module, torch.nn.RNNBase))  # or cuDNN refuses its backward
+    rows = cuts(inputs, 0, bos, config.contexts)
+    bar = tqdm(total=rows.numel(), unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
+    found = {}  # by the places of the cuts: a context longer than the text makes none
+    for row in rows:
+        places = tuple(row.nonzero().flatten().tolist())
+        if places not in found:
+            parts = zip(*(x.tensor_split(places[1:]) for x in (inputs, targets)))
+            found[places] = sum(
+                adapt(model, trained, *part, config, autocast, bar) for part in parts
+            )
+    bar.close()
+    set_weights(model, trained)
+    model.eval()
+    return [found[tuple(row.nonzero().flatten().tolist())] for row in rows]
+
+
+def adapt(
+    model: LanguageModel, trained: list, inputs, targets, config: EvaluateConfig, autocast, bar
+) -> float:
+    """Sum of the losses of one text, read from a zero state with the trained weights at first.
+
+    The step is RMSprop's with its mean corrected for the start, Adam's without momentum.
+    """
+    set_weights(model, trained)
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.dynamic_lr, betas=(0.0, 0.999))
+    nats, state = 0.0, None
+    pieces = zip(*(x.split(config.dynamic_tokens) for x in (inputs, targets)))
+    for piece, goal in pieces:
+        optimizer.zero_grad()
+        with autocast:
+            logits, state = model(piece[None].to(device), state)
+        loss = F.cross_entropy(logits[0].float(), goal.to(device), reduction="sum")
+        nats += loss.item()
+        state = [tensor.detach() for tensor in state]
+        bar.update(len(piece))
+        count = int((goal != -100).sum())
+        if count:
+            (loss / count).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for p, weight in zip(model.parameters(), trained):
+                    p.lerp_(weight, config.dynamic_decay)
+    return nats
+
+
+@torch.no_grad()
+def set_weights(model: LanguageModel, weights: list[torch.Tensor]) -> None:
+    for p, weight in zip(model.parameters(), weights):
+        p.copy_(weight)
+
+
 def evaluate(config: EvaluateConfig) -> dict:
     """The results, as `--json` writes them."""
-    for name in ("contexts", "segment_length"):
+    for name in ("contexts", "segment_length", "dynamic_tokens"):
         values = np.atleast_1d(getattr(config, name))
         if (values < 1).any():
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {values.min()}")
     if config.max_bytes < 0:
         raise UserError(f"--max-bytes must be at least 0, got {config.max_bytes}")
+    if not (math.isfinite(config.dynamic_lr) and config.dynamic_lr >= 0):
+        raise UserError(f"--dynamic-lr must be at least 0, got {config.dynamic_lr}")
+    if not 0 <= config.dynamic_decay <= 1:
+        raise UserError(f"--dynamic-decay must be in [0, 1], got {config.dynamic_decay}")
     model, tokenizer, folder = load_model(config.model, config.device, config.backend)
     device = next(model.parameters()).device
     documents = read_text(config)
@@ -151,30 +231,40 @@ def evaluate(config: EvaluateConfig) -> dict:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     began = time.perf_counter()
     nats, count = losses(model, stream.tokens, stream.bos, config, autocast)
-    seconds = time.perf_counter() - began
-    names = ["carried", "document", *(f"{context:,}" for context in config.contexts)]
-    results = [
-        {
-            "state": name,
-            "loss_nats": total / count,
-            "perplexity": math.exp(total / count),
-            "bpb": total / math.log(2) / stream.num_bytes,
-        }
-        for name, total in zip(names, nats)
-    ]
-    if not all(math.isfinite(row["bpb"]) for row in results):
+    kinds = {"results": rows_of(config, nats, count, stream.num_bytes)}
+    if not all(math.isfinite(row["perplexity"]) for row in kinds["results"]):
         raise UserError(f"{config.model}: the loss is not finite")
+    if config.dynamic:
+        nats = dynamic_losses(model, stream.tokens, stream.bos, config, autocast)
+        kinds["dynamic"] = rows_of(config, nats, count, stream.num_bytes)
+        if not all(math.isfinite(row["perplexity"]) for row in kinds["dynamic"]):
+            raise UserError("--dynamic: the loss is not finite; a lower --dynamic-lr may help")
+    seconds = time.perf_counter() - began
     return {
         "model": str(folder),
         "parameters": model.num_parameters,
         "data": {"spec": " ".join(config.specs), **statistics(documents)},
         "tokens": count,
-        "results": results,
+        **kinds,
         "settings": asdict(config) | {"dtype": dtype},
         "seconds": seconds,
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def rows_of(config: EvaluateConfig, nats: list[float], count: int, num_bytes: int) -> list[dict]:
+    """The row of each way to cut the state."""
+    names = ["carried", "document", *(f"{context:,}" for context in config.contexts)]
+    return [
+        {
+            "state": name,
+            "loss_nats": total / count,
+            "perplexity": torch.tensor(total / count, dtype=torch.float64).exp().item(),
+            "bpb": total / math.log(2) / num_bytes,
+        }
+        for name, total in zip(names, nats)
+    ]
 
 
 def table(report: dict) -> str:
@@ -188,16 +278,27 @@ def table(report: dict) -> str:
         "state cut      loss (nats)   perplexity   bits per byte   carried gains",
     ]
     carried = report["results"][0]["bpb"]
+    names = {"carried": "never", "document": "at documents"}
     for row in report["results"]:
-        name = {"carried": "never", "document": "at documents"}.get(row["state"], row["state"])
         lines.append(
-            f"{name:<14} {row['loss_nats']:>11.4f} {row['perplexity']:>12.3f} "
-            f"{row['bpb']:>15.4f} {row['bpb'] - carried:>15.4f}"
+            f"{names.get(row['state'], row['state']):<14} {row['loss_nats']:>11.4f} "
+            f"{row['perplexity']:>12.3f} {row['bpb']:>15.4f} {row['bpb'] - carried:>15.4f}"
         )
     longest = report["tokens"] + text["documents"]
     never = [f"{c:,}" for c in report["settings"]["contexts"] if c >= longest]
     if never:
         lines.append(f"the text is shorter than {', '.join(never)} tokens: nothing was cut there")
+    if "dynamic" in report:
+        lines += [
+            "",
+            "dynamic evaluation, bits per byte; state and weights are cut together",
+            "cut            trained weights    dynamic    dynamic gains",
+        ]
+        for row, adapted in zip(report["results"], report["dynamic"]):
+            lines.append(
+                f"{names.get(row['state'], row['state']):<14} {row['bpb']:>15.4f} "
+                f"{adapted['bpb']:>10.4f} {row['bpb'] - adapted['bpb']:>16.4f}"
+            )
     return "\n".join(lines)
 
 

@@ -1,9 +1,11 @@
-"""The language model against its baselines: equal parameters, each at its best learning rate.
+"""The language model against its baselines: equal parameters, each at its best optimizer and rate.
 
     python -m bench baselines --run-dir runs/baselines
     python -m bench baselines --models kru lstm --steps 200 --minutes 0.5 --run-dir runs/two
     python -m bench baselines --params 108000 --flags '--hidden-size 168' --seeds 3 \\
         --data text:shakespeare.txt --name shakespeare --run-dir runs/small
+    python -m bench baselines --params 108000 --optimizers adamw muon --steps 250 \\
+        --final-steps 1250 --seeds 3 --minutes 0 --run-dir runs/long
 
 Two comparisons, both through `train/lm.py`, in one residual frame of equally many blocks. Each
 model has its own width of state over that of the stream: the Kronecker models the preset's, the
@@ -13,13 +15,16 @@ others the better one of those tried (`SHAPES`).
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
             with the models in turn in one process, so other load on the machine favours none
 
-The learning rates double from `--lr` on; while the best one is at an end of those tried, the next
-one beyond it is run too, so every best is bracketed from both sides. The Kronecker factors keep the
-preset's rate. `--seeds` repeats the best rate of each model with other seeds. Rows go to
-`bench/results/baselines.jsonl`; runs found there are not repeated, `--table` prints them all.
+For each optimizer the learning rates double from `--lr` on; while the best one is at an end of
+those tried, the next one beyond it is run too, so every best is bracketed from both sides. The
+Kronecker factors keep the preset's rate. The finals then take each model's best optimizer and rate,
+with `--seeds` seeds, the first of all models before the second; at equal tokens they may be longer
+than what found the rate (`--final-steps`). Rows go to `bench/results/baselines.jsonl`; runs found
+there are not repeated, so a command that was cut off goes on where it was. `--table` prints all.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -41,10 +46,12 @@ from kru_triton.train.run.settings import model_config, parse
 from kru_triton.train.text.tokenizer import ByteTokenizer
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
+OPTIMIZERS = ("adamw", "muon")
 SHAPES = {  # what matters is the ratio: --match-params scales both
     "lstm": "--d-model 64 --hidden-size 64",
     "gru": "--d-model 64 --hidden-size 128",
     "rnn": "--d-model 64 --hidden-size 128",
+    "mingru": "--d-model 64 --hidden-size 128",
     "transformer": "--num-heads 4",
 }
 
@@ -57,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--flags", default="", help="of train/lm.py, over the preset, for all")
     parser.add_argument("--data", default="stdlib", help="as of train/lm.py")
     parser.add_argument("--name", default="stdlib", help="of the data, in the rows")
-    parser.add_argument("--seeds", type=int, default=1, help="of the best rate of each model")
+    parser.add_argument("--seeds", type=int, default=1, help="of each model's finals")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"])
     parser.add_argument("--steps", type=int, default=400, help="at equal tokens; 0: leave out")
+    parser.add_argument("--final-steps", type=int, default=0, help="of their finals; 0: as many")
     parser.add_argument("--minutes", type=float, default=1.5, help="at equal time; 0: leave out")
     parser.add_argument("--lr", type=float, default=2e-3, help="lowest learning rate of the grid")
     parser.add_argument("--rates", type=int, default=4, help="learning rates before extending")
@@ -75,26 +84,48 @@ def main(argv: list[str] | None = None) -> int:
     count = args.params or num_parameters(shared)
     shared += ["--match-params", str(count)]
     settings = {
-        model: [*shared, "--model", model, *shlex.split(SHAPES.get(model, ""))]
+        (model, optimizer): [
+            *(*shared, "--model", model, *shlex.split(SHAPES.get(model, ""))),
+            *("--optimizer", optimizer),
+        ]
         for model in args.models
+        for optimizer in args.optimizers
     }
     args.run_dir.mkdir(parents=True, exist_ok=True)
     steps = {}
     if args.steps:
-        steps["tokens"] = dict.fromkeys(args.models, args.steps)
+        steps["tokens"] = dict.fromkeys(settings, args.steps)
     if args.minutes:
         speeds_file = args.run_dir / "speeds.json"
         if not speeds_file.exists():
-            speeds_file.write_text(json.dumps(measure_speeds(settings)))
+            speeds = {" ".join(key): speed for key, speed in measure_speeds(settings).items()}
+            speeds_file.write_text(json.dumps(speeds))
         speeds = json.loads(speeds_file.read_text())  # steps per second, one thread
-        steps["wall"] = {model: round(60 * args.minutes * speeds[model]) for model in args.models}
-    tasks = [(kind, model) for kind in steps for model in args.models]
+        steps["wall"] = {key: round(60 * args.minutes * speeds[" ".join(key)]) for key in settings}
+
+    def search(kind: str, model: str, optimizer: str) -> list[dict]:
+        key = model, optimizer
+        return bracket(args, kind, *key, settings[key], steps[kind][key])
+
+    def final(kind: str, best: dict, seed: int) -> dict:
+        key = best["model"], best["optimizer"]
+        count = args.final_steps if kind == "tokens" and args.final_steps else best["steps"]
+        return run(args, kind, *key, settings[key], count, best["lr"], seed)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(
-            lambda task: bracket(args, *task, settings[task[1]], steps[task[0]][task[1]]),
-            tasks,
-        )
-        print_table([row for rows in done for row in rows])
+        searches = itertools.product(steps, args.models, args.optimizers)
+        rows = list(itertools.chain(*pool.map(lambda of: search(*of), searches)))
+        best = {}
+        for row in sorted(rows, key=lambda row: -row["val_bpb"]):
+            best[row["kind"], row["model"]] = row
+        finals = [
+            (kind, best[kind, model], seed)
+            for seed in range(args.seeds)
+            for kind in steps
+            for model in args.models
+        ]
+        rows += pool.map(lambda of: final(*of), finals)
+        print_table(harness.latest(rows))
     return 0
 
 
@@ -103,18 +134,18 @@ def num_parameters(flags: list[str]) -> int:
         return LanguageModel(model_config(parse(flags), ByteTokenizer.vocab_size)).num_parameters
 
 
-def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str, float]:
-    """Training steps per second of every model on one thread: medians of rounds taken in turn."""
+def measure_speeds(settings: dict[tuple, list[str]], rounds: int = 7) -> dict[tuple, float]:
+    """Training steps per second of every setting on one thread: medians of rounds taken in turn."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    seconds = {model: [] for model in settings}
+    seconds = {key: [] for key in settings}
     ready, dtype = {}, pick_dtype("auto", torch.device("cpu"))
-    for model, flags in settings.items():
+    for key, flags in settings.items():
         config = parse(flags)
         net = LanguageModel(model_config(config, ByteTokenizer.vocab_size))
-        ready[model] = (config, net, build_optimizers(net, config))
+        ready[key] = (config, net, build_optimizers(net, config))
     for round_ in range(rounds):
-        for model, (config, net, optimizers) in ready.items():
+        for key, (config, net, optimizers) in ready.items():
             tokens = torch.randint(256, (config.batch_size, config.segment_length))
             reset = torch.zeros_like(tokens, dtype=torch.bool)
             began = time.perf_counter()
@@ -129,41 +160,43 @@ def measure_speeds(settings: dict[str, list[str]], rounds: int = 7) -> dict[str,
             for optimizer in optimizers:
                 optimizer.step()
             if round_:  # the first one warms up
-                seconds[model].append(time.perf_counter() - began)
-    return {model: 1 / statistics.median(times) for model, times in seconds.items()}
+                seconds[key].append(time.perf_counter() - began)
+    return {key: 1 / statistics.median(times) for key, times in seconds.items()}
 
 
-def bracket(args, kind: str, model: str, flags: list[str], steps: int) -> list[dict]:
-    """Rows of one model in one comparison, its best learning rate inside the ones tried."""
+def bracket(
+    args, kind: str, model: str, optimizer: str, flags: list[str], steps: int
+) -> list[dict]:
+    """Rows of one model and optimizer in one comparison, the best rate inside the ones tried."""
     rates = [args.lr * 2**k for k in range(args.rates)]
     rows = {}
     while True:
         for lr in rates:
             if lr not in rows:
-                rows[lr] = run(args, kind, model, flags, steps, lr)
+                rows[lr] = run(args, kind, model, optimizer, flags, steps, lr)
         best = min(rows, key=lambda lr: rows[lr]["val_bpb"])
         if best == min(rows):
             rates = [best / 2]
         elif best == max(rows):
             rates = [best * 2]
         else:
-            break
-    seeds = range(1, args.seeds)
-    return [*rows.values(), *(run(args, kind, model, flags, steps, best, s) for s in seeds)]
+            return list(rows.values())
 
 
-def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
+def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     """One training run, or its row where it has been made before."""
     key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
-    key |= {"data": args.name, "params": args.params, "flags": args.flags, "seed": seed}
-    for row in harness.read_rows(args.out):
+    key |= {"optimizer": optimizer, "data": args.name, "params": args.params, "flags": args.flags}
+    key |= {"seed": seed}
+    for row in map(with_optimizer, harness.read_rows(args.out)):
         if all(row[name] == value for name, value in key.items()):
             return row
-    folder = args.run_dir / f"{args.name}-{args.params}-{kind}-{model}-{lr:g}-{seed}"
+    setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
+    folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
     flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
     flags += ["--seed", str(seed)]
-    summary = train([*flags, "--data", args.data], folder)
+    summary = train("lm.py", [*flags, "--data", args.data], folder)
     config, data_name = parse(flags), without_folder(args.data)
     told = shlex.join(["python", "train/lm.py", *flags, "--data", data_name])
     row = {
@@ -177,21 +210,34 @@ def run(args, kind, model, flags, steps, lr, seed=0) -> dict:
         "tokens": steps * config.batch_size * config.segment_length,
         "parameters": summary and summary["parameters"],
         "recurrent_parameters": summary and summary["recurrent_parameters"],
+        "seconds": summary and summary["seconds"],
         "minutes": args.minutes if kind == "wall" else None,
+        "curve": curve(folder),
         "model_config": dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size)),
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         **harness.provenance(torch.device("cpu"), told),
         "threads": 1,
     }
     harness.append_row(args.out, row)
-    print(f"{kind} {model} lr {lr:g} seed {seed}: {row['val_bpb']:.4f} bits per byte", flush=True)
+    print(f"{setting}: {row['val_bpb']:.4f} bits per byte", flush=True)
     return row
 
 
-def train(flags: list[str], folder: Path) -> dict | None:
-    """summary.json of one run of train/lm.py on one thread; None where it diverged."""
+def with_optimizer(row: dict) -> dict:
+    """A row from before there was a choice says what it used, too."""
+    return {"optimizer": "adamw", **row}
+
+
+def curve(folder: Path) -> list[list]:
+    """Tokens read, and the training loss in nats since the point before."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [[row["tokens"], round(row["train/loss_nats"], 4)] for row in rows]
+
+
+def train(script: str, flags: list[str], folder: Path) -> dict | None:
+    """summary.json of one run of a script of train/ on one thread; None where it diverged."""
     done = subprocess.run(
-        [sys.executable, str(harness.ROOT / "train" / "lm.py"), *flags, "--run-dir", str(folder)],
+        [sys.executable, str(harness.ROOT / "train" / script), *flags, "--run-dir", str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -204,21 +250,23 @@ def train(flags: list[str], folder: Path) -> dict | None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Per comparison and model the best rate, its mean over seeds, and every rate of seed 0."""
-    columns = "data, comparison, model, parameters (recurrent), tokens, best lr, val bpb, all"
-    print(f"\n| {columns.replace(', ', ' | ')} |\n{'|---' * 8}|")
+    """Per comparison, model and optimizer the best rate, its mean over seeds, and every rate of
+    seed 0."""
+    columns = "data, comparison, model, optimizer, parameters (recurrent), tokens, best lr, val bpb"
+    print(f"\n| {columns.replace(', ', ' | ')} | all |\n{'|---' * 9}|")
     cells = {}
-    for row in rows:
+    for row in map(with_optimizer, rows):
         comparison = row["data"], row["preset"], row["params"], row["flags"], row["kind"]
-        cells.setdefault((comparison, row["model"]), []).append(row)
-    for ((name, *_, kind), model), own in sorted(cells.items(), key=lambda cell: cell[0][0]):
+        length = row["steps"] if row["kind"] == "tokens" else 0
+        cells.setdefault((*comparison, length, row["model"], row["optimizer"]), []).append(row)
+    for (name, *_, kind, _, model, optimizer), own in sorted(cells.items(), key=lambda c: c[0][:6]):
         first = sorted((r for r in own if r["seed"] == 0), key=lambda r: r["lr"])
         best = min(first, key=lambda r: r["val_bpb"])
         bits = [r["val_bpb"] for r in own if (r["lr"], r["steps"]) == (best["lr"], best["steps"])]
         spread = f" ± {statistics.stdev(bits):.3f} ({len(bits)} seeds)" if len(bits) > 1 else ""
         tried = ", ".join(f"{r['lr']:g}: {r['val_bpb']:.3f}" for r in first)
         print(
-            f"| {name} | {kind} | {model} "
+            f"| {name} | {kind} | {model} | {optimizer} "
             f"| {best['parameters']:,} ({best['recurrent_parameters']:,}) "
             f"| {best['tokens'] / 1e6:.2f} M | {best['lr']:g} "
             f"| {statistics.mean(bits):.3f}{spread} | {tried} |"
