@@ -141,7 +141,7 @@ def weight_grad_options(
 
 
 def lstm_options(
-    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool
+    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool, **tuning
 ) -> tuple[dict, dict]:
     """The same for the LSTM kernels, which hold four pairs of factors, backward eight."""
     split = precision == "fp32"
@@ -162,4 +162,4 @@ def lstm_options(
     }
     if nvidia and options["num_warps"] == 1:
         options["maxnreg"] = 255
-    return constants, options
+    return overridden(constants, options, tuning)
