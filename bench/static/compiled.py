@@ -194,6 +194,8 @@ class Variant:
             return {**constants, "STATES": 1}, options
         if self.kernel.startswith("lstm"):
             del how["parts"]
+            if self.pointers().get("p_ends"):
+                how = {"AHEAD": 0, **how}
             return lstm_options(self.tile, backward="back" in self.kernel, **how)
         how["nonlinearity"] = self.nonlinearity
         if self.kernel.startswith("wide"):

@@ -18,8 +18,8 @@ for it, hence the latency that is hidden; `conversions` F2F, which take the slow
 `shared_wavefronts`, 128 bytes each that a warp moves from or to shared memory; `unready`, results
 used without a wait for their scoreboard (0, or the decoding is wrong); cycles of a step of one warp
 alone on its processor, `step_cycles`, and with 1, 2, 4 warps on each of the four subpartitions,
-`full_1`, `full_2`, `full_4`; `tensor` to `uniform`, the cycles of each pipe per warp, where all four
-subpartitions share that to memory: W warps on each take W times as many.
+`full_1`, `full_2`, `full_4`; `tensor` to `uniform`, the cycles of each pipe per warp, of which W
+warps on each subpartition take W times as many (that to memory, `lsu`, all four share).
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from bench import harness
 from bench.static import compiled
 
 NONE = 7  # no scoreboard
