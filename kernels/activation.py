@@ -52,7 +52,7 @@ def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexp
 
 @triton.jit
 def radial(v, inverse, across, along):
-    """across·g + (along - across) Re(conj(n) g) n, n = v·inverse, as a slope: keeps the phase."""
+    """The derivative g ↦ across·g + (along - across) Re(conj(n) g) n, n = v·inverse."""
     r2 = inverse * inverse
     c = along * r2 - across * r2
     if len(v) == 2:
@@ -62,10 +62,10 @@ def radial(v, inverse, across, along):
 
 
 @triton.jit
-def slope(
+def derivative(
     h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
 ):
-    """What `adjoint` needs of h (modtanh: of z), and g not: σ' as a tuple of tiles."""
+    """σ'(z) from h (modtanh: from z) as a tuple of tiles, for `vjp`."""
     if ACT == "modrelu":
         # across = |h|/|z| with |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds
         # what an inexact difference can amplify. Where h = 0, rk is so large that across is 0.
@@ -90,8 +90,8 @@ def slope(
 
 
 @triton.jit
-def adjoint(g, s, ACT: tl.constexpr):
-    """G = σ'(z)ᵀ g from `slope`; g and G stand for ∂L/∂Re + i ∂L/∂Im."""
+def vjp(g, s, ACT: tl.constexpr):
+    """G = σ'(z)ᵀ g from `derivative`; g and G stand for ∂L/∂Re + i ∂L/∂Im."""
     if (ACT == "modrelu") or (ACT == "modtanh"):
         if len(g) == 2:
             c = (s[2] * g[0] + s[3] * g[1]) * s[1]
@@ -117,4 +117,4 @@ def activate_adjoint(
     g, h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
 ):
     """G = σ'(z)ᵀ g."""
-    return adjoint(g, slope(h, z, beta, ACT, FLOOR, FAST, NVIDIA), ACT)
+    return vjp(g, derivative(h, z, beta, ACT, FLOOR, FAST, NVIDIA), ACT)

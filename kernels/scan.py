@@ -41,8 +41,7 @@ from torch import Tensor
 from kru_triton.ops.arguments import How, Scan, steps_and_rows
 from kru_triton.torch_backend.rows import handed_on, last_state
 
-from .activation import activate, slope
-from .activation import adjoint as act_adjoint
+from .activation import activate, derivative, vjp
 from .geometry import Tile, Wide
 from .launch import (
     adjoint,
@@ -419,10 +418,10 @@ def scan_backward_kernel(
     b_adjoint = load_factor(p_b_adjoint, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
     last = B - 1 - i_b
     mask = None
-    word_mask = None
+    w_mask = None
     if (P != PP) or (Q != QP):
         mask = inside(P, Q, PP, QP, S1, S2, V)
-        word_mask = inside(P, QW, PP, QP // WORD, S1, S2, VW)
+        w_mask = inside(P, QW, PP, QP // WORD, S1, S2, VW)
     o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
     o_s = offsets(last, F // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
     start = i_b * F + i_h * N
@@ -448,9 +447,9 @@ def scan_backward_kernel(
         p_d = words_of(p_dh + i_h * N, WORD) + (i_b * d_stride_b + last_t * d_stride_t)
     if p_dh_n is not None:
         p_d_last = words_of(p_dh_n + start, WORD)
-        d = load(p_d_last, o_s, word_mask, IW, PARTS, VW)
+        d = load(p_d_last, o_s, w_mask, IW, PARTS, VW)
     else:
-        d = load(p_d, o_d, word_mask, IW, PARTS, VW)
+        d = load(p_d, o_d, w_mask, IW, PARTS, VW)
     if FROM_Z:
         a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
         b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
@@ -472,7 +471,7 @@ def scan_backward_kernel(
         if p_dh is not None:
             p_d_line = p_d - ahead * d_stride_t
     if AHEAD:
-        h = load(p_state, o_s, word_mask, IW, PARTS, VW)
+        h = load(p_state, o_s, w_mask, IW, PARTS, VW)
         if FROM_Z:
             more = steps > 1
             u, p_u, p_token, token = read_row(
@@ -484,7 +483,7 @@ def scan_backward_kernel(
                 x_stride_b,
                 -B,
                 o_x,
-                word_mask,
+                w_mask,
                 IW,
                 PARTS,
                 VW,
@@ -503,7 +502,7 @@ def scan_backward_kernel(
             p_live -= groups
         if not AHEAD:
             x = first_product(b_adjoint, x, PE, QE, PARTS, SPLIT, NVIDIA)
-            h = load(p_state, o_s, word_mask, IW, PARTS, VW)
+            h = load(p_state, o_s, w_mask, IW, PARTS, VW)
             if FROM_Z:
                 more = further
                 u, p_u, p_token, token = read_row(
@@ -515,7 +514,7 @@ def scan_backward_kernel(
                     x_stride_b,
                     -B,
                     o_x,
-                    word_mask,
+                    w_mask,
                     IW,
                     PARTS,
                     VW,
@@ -546,7 +545,7 @@ def scan_backward_kernel(
                     x_stride_b,
                     -B,
                     o_x,
-                    word_mask,
+                    w_mask,
                     IW,
                     PARTS,
                     VW,
@@ -556,20 +555,19 @@ def scan_backward_kernel(
             z = v
         if ACT == "modrelu" and BETA_IN_LOOP:
             beta_t = load_beta(p_beta, P, Q, PP, QP, S1, S2, V)
-            w = slope(v, z, beta_t, ACT, FLOOR, not SPLIT, NVIDIA)
+            w = derivative(v, z, beta_t, ACT, FLOOR, not SPLIT, NVIDIA)
         else:
-            w = slope(v, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
+            w = derivative(v, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
         # the next rows, into the registers just read and before the stores: ptxas moves no load up
         if not FROM_Z:
             p_state += tl.where(further, -B, 0).to(tl.int64) * (F // WORD)
         if AHEAD:
-            h = load(p_state, o_s, word_mask, IW, PARTS, VW)
+            h = load(p_state, o_s, w_mask, IW, PARTS, VW)
         if p_dh is not None:
             p_d += tl.where(further, -d_stride_t, 0)
-            d = load(p_d, o_d, word_mask, IW, PARTS, VW)
-        else:
-            d = no_value(d)
-        g = act_adjoint(g, w, ACT)
+        if (p_dh is not None) and AHEAD:
+            d = load(p_d, o_d, w_mask, IW, PARTS, VW)
+        g = vjp(g, w, ACT)
         if p_alive is not None:
             g = select(g, tile_bits(alive, PE, QE, PP, QP, S1))
         store(p_out, o_h, mask, g, IM, PE, QE, V, V)
@@ -584,6 +582,10 @@ def scan_backward_kernel(
                 p_d_line += tl.where(beyond, -d_stride_t, 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
+        if p_dh is None:
+            d = no_value(d)
+        elif not AHEAD:  # behind the product that is to come
+            d = load(p_d, o_d, w_mask, IW, PARTS, VW)
         if AHEAD:
             x = first_product(b_adjoint, x, PE, QE, PARTS, SPLIT, NVIDIA)
     if p_dh_0 is not None:
