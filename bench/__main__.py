@@ -39,6 +39,7 @@ BENCHMARKS = {
     "learn": Benchmark("quality.learn", "models trained where torch is all there is", "cuda", True),
     "cpu": Benchmark("speed.cpu", "the torch backend on a CPU, and how its cost grows", "cpu"),
     "compiled": Benchmark("static.compiled", "registers and instructions of the kernels", "cpu"),
+    "schedule": Benchmark("static.schedule", "cycles of a step from the machine code's bits"),
     "data": Benchmark("speed.data", "the data path alone", "cpu"),
     "model": Benchmark("static.model", "predicted times, what bounds them, growth"),
     "plot": Benchmark("plot", "draws the figures from the rows"),

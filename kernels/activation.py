@@ -51,49 +51,70 @@ def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexp
 
 
 @triton.jit
-def activate_adjoint(
-    g, h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
+def radial(v, inverse, across, along):
+    """The derivative g ↦ across·g + (along - across) Re(conj(n) g) n, n = v·inverse."""
+    r2 = inverse * inverse
+    c = along * r2 - across * r2
+    if len(v) == 2:
+        return across, c, v[0], v[1]
+    else:
+        return across, c, v[0]
+
+
+@triton.jit
+def derivative(
+    h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
 ):
-    """G = σ'(z)ᵀ g from h (modtanh: from z); g and G stand for ∂L/∂Re + i ∂L/∂Im."""
+    """σ'(z) from h (modtanh: from z) as a tuple of tiles, for `vjp`."""
     if ACT == "modrelu":
-        # |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds what an inexact
-        # difference can amplify. Where h = 0 every factor is 0 and no test is needed.
-        k2 = h[0] * h[0]
+        # across = |h|/|z| with |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds
+        # what an inexact difference can amplify. Where h = 0, rk is so large that across is 0.
+        k2 = h[0] * h[0] + 1e-37
         if len(h) == 2:
             k2 = h[1] * h[1] + k2
-        rk = rsqrt(tl.maximum(k2, 1e-30), NVIDIA)
-        k = k2 * rk
-        s = k * reciprocal(tl.maximum(k - beta, k * FLOOR + 1e-30), NVIDIA)
-        return radial(g, h, rk, s, 1.0)
+        rk = rsqrt(k2, NVIDIA)
+        across = reciprocal(tl.maximum(1.0 - beta * rk, rk * 1e-9 + FLOOR), NVIDIA)
+        return radial(h, rk, across, 1.0)
     elif ACT == "modtanh":
         m2 = norm2(z)
         rm = rsqrt(m2, NVIDIA)
         k = tanh(m2 * rm, FAST, NVIDIA)
-        return radial(g, z, rm, k * rm, 1.0 - k * k)
+        return radial(z, rm, k * rm, 1.0 - k * k)
+    elif ACT == "tanh":
+        if len(h) == 2:
+            return 1.0 - h[0] * h[0], 1.0 - h[1] * h[1]
+        else:
+            return (1.0 - h[0] * h[0],)
+    else:
+        return h
+
+
+@triton.jit
+def vjp(g, s, ACT: tl.constexpr):
+    """G = σ'(z)ᵀ g from `derivative`; g and G stand for ∂L/∂Re + i ∂L/∂Im."""
+    if (ACT == "modrelu") or (ACT == "modtanh"):
+        if len(g) == 2:
+            c = (s[2] * g[0] + s[3] * g[1]) * s[1]
+            return s[0] * g[0] + c * s[2], s[0] * g[1] + c * s[3]
+        else:
+            return (s[0] * g[0] + s[2] * g[0] * s[1] * s[2],)
     elif ACT == "tanh":
         if len(g) == 2:
-            return g[0] * (1.0 - h[0] * h[0]), g[1] * (1.0 - h[1] * h[1])
+            return g[0] * s[0], g[1] * s[1]
         else:
-            return (g[0] * (1.0 - h[0] * h[0]),)
+            return (g[0] * s[0],)
     elif ACT == "relu":
         if len(g) == 2:
-            return tl.where(h[0] > 0, g[0], 0.0), tl.where(h[1] > 0, g[1], 0.0)
+            return tl.where(s[0] > 0, g[0], 0.0), tl.where(s[1] > 0, g[1], 0.0)
         else:
-            return (tl.where(h[0] > 0, g[0], 0.0),)
+            return (tl.where(s[0] > 0, g[0], 0.0),)
     else:
         return g
 
 
 @triton.jit
-def radial(g, v, inverse, across, along):
-    """across·g + (along - across) Re(conj(n) g) n, n = v·inverse: a map that keeps the phase."""
-    if len(g) == 2:
-        n_re = v[0] * inverse
-        n_im = v[1] * inverse
-        rho = n_re * g[0] + n_im * g[1]
-        c = along * rho - across * rho
-        return across * g[0] + c * n_re, across * g[1] + c * n_im
-    else:
-        n = v[0] * inverse
-        rho = n * g[0]
-        return (across * g[0] + (along * rho - across * rho) * n,)
+def activate_adjoint(
+    g, h, z, beta, ACT: tl.constexpr, FLOOR: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """G = σ'(z)ᵀ g."""
+    return vjp(g, derivative(h, z, beta, ACT, FLOOR, FAST, NVIDIA), ACT)

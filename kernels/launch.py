@@ -69,6 +69,13 @@ def group_flags(
     return keep, alive, steps
 
 
+def last_rows(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Rows (B, ...) of x (T, B, ...) at each row's last step; of a row without one, any."""
+    if lengths is None:
+        return x[-1]
+    return x[lengths.clamp(1, x.shape[0]) - 1, torch.arange(x.shape[1], device=x.device)]
+
+
 def token_words(tokens: Tensor, table: Tensor) -> Tensor:
     """Tokens (T, B) as the kernels read them, int32, none outside the table."""
     inside = (tokens >= 0) & (tokens < table.shape[0])

@@ -30,23 +30,27 @@ from kru_triton.ops.arguments import How, LSTMScan, Scan
 from kru_triton.torch_backend.rows import handed_on, last_state
 
 from .geometry import Tile
-from .launch import aligned_rows, device_guard, group_flags, on_nvidia, packed, row_words
+from .launch import aligned_rows, device_guard, group_flags, last_rows, on_nvidia, packed, row_words
 from .options import lstm_options
 from .tile import (
     add,
     choose,
+    first_product,
     inside,
     kron,
     load,
     load_factor,
+    no_value,
     offsets,
     operand,
+    second_product,
     select,
     select_operand,
     store,
     tanh,
     tile_bits,
     to_tile,
+    words_of,
     zeros,
 )
 from .weight_grad import weight_grad
@@ -82,7 +86,50 @@ def load_gates(
 @triton.jit
 def read(p_tile, offset, mask, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
     """A tile of one plane in float32."""
-    return to_tile(load(p_tile, offset, mask, 0, 1, V), PE, QE, V)
+    return to_tile(load(p_tile, offset, mask, 0, 1, V), PE, QE, V, False)
+
+
+@triton.jit
+def load_rows(p_u, offset, mask, F: tl.constexpr, V: tl.constexpr):
+    """Tiles of the four gates' inputs as they lie in memory."""
+    return (
+        load(p_u, offset, mask, 0, 1, V),
+        load(p_u + F, offset, mask, 0, 1, V),
+        load(p_u + 2 * F, offset, mask, 0, 1, V),
+        load(p_u + 3 * F, offset, mask, 0, 1, V),
+    )
+
+
+@triton.jit
+def to_tiles(rows, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr):
+    return (
+        to_tile(rows[0], PE, QE, V, NVIDIA),
+        to_tile(rows[1], PE, QE, V, NVIDIA),
+        to_tile(rows[2], PE, QE, V, NVIDIA),
+        to_tile(rows[3], PE, QE, V, NVIDIA),
+    )
+
+
+@triton.jit
+def first_products(
+    b, x, PE: tl.constexpr, QE: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """Z of one state for the four gates."""
+    return (
+        first_product(b[0], x, PE, QE, 1, SPLIT, NVIDIA),
+        first_product(b[1], x, PE, QE, 1, SPLIT, NVIDIA),
+        first_product(b[2], x, PE, QE, 1, SPLIT, NVIDIA),
+        first_product(b[3], x, PE, QE, 1, SPLIT, NVIDIA),
+    )
+
+
+@triton.jit
+def second_products(a, z, acc, PE: tl.constexpr, QE: tl.constexpr):
+    """acc + Σ_k A_k Z_kᵀ."""
+    acc = second_product(a[0], z[0], acc, PE, QE)
+    acc = second_product(a[1], z[1], acc, PE, QE)
+    acc = second_product(a[2], z[2], acc, PE, QE)
+    return second_product(a[3], z[3], acc, PE, QE)
 
 
 @triton.jit
@@ -90,26 +137,30 @@ def gates(
     a,
     b,
     x,
-    p_u,
-    o_u,
-    mask,
-    F: tl.constexpr,
+    u,
     PE: tl.constexpr,
     QE: tl.constexpr,
-    V: tl.constexpr,
     SPLIT: tl.constexpr,
     NVIDIA: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """i, f, g, o of one step."""
-    u = read(p_u, o_u, mask, PE, QE, V)
-    i = sigmoid(kron(a[0], b[0], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    u = read(p_u + F, o_u, mask, PE, QE, V)
-    f = sigmoid(kron(a[1], b[1], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    u = read(p_u + 2 * F, o_u, mask, PE, QE, V)
-    g = tanh(kron(a[2], b[2], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    u = read(p_u + 3 * F, o_u, mask, PE, QE, V)
-    o = sigmoid(kron(a[3], b[3], x, u, PE, QE, 1, SPLIT)[0], not SPLIT, NVIDIA)
-    return i, f, g, o
+    """i, f, g, o of one step from the state, with AHEAD from Z of it, and the input."""
+    if AHEAD:
+        i = second_product(a[0], x[0], u[0], PE, QE)
+        f = second_product(a[1], x[1], u[1], PE, QE)
+        g = second_product(a[2], x[2], u[2], PE, QE)
+        o = second_product(a[3], x[3], u[3], PE, QE)
+    else:  # one after the other: fewer registers
+        i = kron(a[0], b[0], x, u[0], PE, QE, 1, SPLIT, NVIDIA)
+        f = kron(a[1], b[1], x, u[1], PE, QE, 1, SPLIT, NVIDIA)
+        g = kron(a[2], b[2], x, u[2], PE, QE, 1, SPLIT, NVIDIA)
+        o = kron(a[3], b[3], x, u[3], PE, QE, 1, SPLIT, NVIDIA)
+    return (
+        sigmoid(i[0], not SPLIT, NVIDIA),
+        sigmoid(f[0], not SPLIT, NVIDIA),
+        tanh(g[0], not SPLIT, NVIDIA),
+        sigmoid(o[0], not SPLIT, NVIDIA),
+    )
 
 
 @triton.jit(do_not_specialize=["B", "T", "x_stride_t", "x_stride_b"])
@@ -140,34 +191,39 @@ def lstm_forward_kernel(
     SPLIT: tl.constexpr,
     NVIDIA: tl.constexpr,
     ANCHORED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """c_t = σ(z_f) c_{t-1} + σ(z_i) tanh(z_g),  h_t = σ(z_o) tanh(c_t)."""
     PE: tl.constexpr = S1 * PP
     QE: tl.constexpr = S2 * QP
     N: tl.constexpr = P * Q
     F: tl.constexpr = H * N
+    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    VW: tl.constexpr = V // WORD
     i_g = tl.program_id(0)
     i_h = tl.program_id(1)
     groups = tl.num_programs(0)
-    x_stride_t *= ALIGNED
-    x_stride_b *= ALIGNED
+    x_stride_t *= ALIGNED // WORD
+    x_stride_b *= ALIGNED // WORD
     i_b = i_g.to(tl.int64) * (S1 * S2)
     a = load_gates(p_a, i_h, H, P, PP, S1, V, False, SPLIT, ANCHORED)
     b = load_gates(p_b, i_h, H, Q, QP, S2, V, True, SPLIT, ANCHORED)
     last = B - 1 - i_b
     mask = None
+    x_mask = None
     if (P != PP) or (Q != QP):
         mask = inside(P, Q, PP, QP, S1, S2, V)
-    o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
+        x_mask = inside(P, Q // WORD, PP, QP // WORD, S1, S2, VW)
+    o_x = offsets(last, x_stride_b, P, Q // WORD, PP, QP // WORD, S1, S2, VW)
     o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
     start = i_b * F + i_h * N
-    h = zeros(PE, QE, 1)
-    if p_h_0 is not None:
-        h = read(p_h_0 + start, o_h, mask, PE, QE, V)
     c = zeros(PE, QE, 1)
     if p_c_0 is not None:
         c = read(p_c_0 + start, o_h, mask, PE, QE, V)
-    x = operand(h, SPLIT)
+    h = zeros(PE, QE, 1)
+    if p_h_0 is not None:
+        h = read(p_h_0 + start, o_h, mask, PE, QE, V)
+    x = operand(h, SPLIT, NVIDIA)
     if p_keep is not None:
         p_keep += i_g
         bits = tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1)
@@ -176,12 +232,16 @@ def lstm_forward_kernel(
     steps = T
     if p_steps is not None:
         steps = tl.load(p_steps + i_g)
-    p_u = p_x + (i_b * x_stride_b + i_h * N)
+    p_u = words_of(p_x + i_h * N, WORD) + i_b * x_stride_b
     p_out = p_h + start
     p_cell = p_c + start
     h_stride_t = B.to(tl.int64) * F
     if p_alive is not None:
         p_alive += i_g
+    if AHEAD:
+        u = to_tiles(load_rows(p_u, o_x, x_mask, F // WORD, VW), PE, QE, V, NVIDIA)
+        p_u += tl.where(steps > 1, x_stride_t, 0)
+        x = first_products(b, x, PE, QE, SPLIT, NVIDIA)
     for t in tl.range(0, steps):
         if p_keep is not None:  # of the step that this state goes into
             p_keep += tl.where(t + 1 < steps, groups, 0)
@@ -189,8 +249,11 @@ def lstm_forward_kernel(
         if p_alive is not None:
             alive = tl.load(p_alive)
             p_alive += groups
-        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, SPLIT, NVIDIA)
-        p_u += x_stride_t
+        rows = load_rows(p_u, o_x, x_mask, F // WORD, VW)
+        p_u += tl.where(t + 1 + AHEAD < steps, x_stride_t, 0)
+        if not AHEAD:
+            u = to_tiles(rows, PE, QE, V, NVIDIA)
+        i, f, g, o = gates(a, b, x, u, PE, QE, SPLIT, NVIDIA, AHEAD)
         c = (f * c[0] + i * g,)
         h = (o * tanh(c[0], not SPLIT, NVIDIA),)
         if p_alive is not None:
@@ -201,17 +264,20 @@ def lstm_forward_kernel(
         store(p_cell, o_h, mask, c, 0, PE, QE, V, V)
         p_out += h_stride_t
         p_cell += h_stride_t
-        x = operand(h, SPLIT)
+        x = operand(h, SPLIT, NVIDIA)
         if p_keep is not None:
             bits = tile_bits(keep, PE, QE, PP, QP, S1)
             x = select_operand(x, bits, NVIDIA)
             c = select(c, bits)
+        if AHEAD:
+            x = first_products(b, x, PE, QE, SPLIT, NVIDIA)
+            u = to_tiles(rows, PE, QE, V, NVIDIA)  # used here, the loads do not sink to the stores
 
 
 @triton.jit(do_not_specialize=["B", "T", "d_stride_t", "d_stride_b", "x_stride_t", "x_stride_b"])
 def lstm_backward_kernel(
     p_dh,  # (T, B, H·N), any strides of T and B, or None
-    p_dh_n,  # (B, H·N) or None
+    p_dh_n,  # (B, H·N) of the last states, with AHEAD dh of their step in it, or None
     p_dc_n,  # (B, H·N) or None
     p_h,  # (T, B, H·N)
     p_c,  # (T, B, H·N) float32
@@ -246,99 +312,140 @@ def lstm_backward_kernel(
     SPLIT: tl.constexpr,
     NVIDIA: tl.constexpr,
     ANCHORED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """dz_k of every gate from last step to first; dh_{t-1} = dh + Σ_k A_kᵀ dz_k B_k, dc = dc f."""
     PE: tl.constexpr = S1 * PP
     QE: tl.constexpr = S2 * QP
     N: tl.constexpr = P * Q
     F: tl.constexpr = H * N
+    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    QW: tl.constexpr = Q // WORD
+    VW: tl.constexpr = V // WORD
+    FW: tl.constexpr = F // WORD
     i_g = tl.program_id(0)
     i_h = tl.program_id(1)
     groups = tl.num_programs(0)
-    x_stride_t *= ALIGNED
-    x_stride_b *= ALIGNED
-    d_stride_t *= ALIGNED
-    d_stride_b *= ALIGNED
+    x_stride_t *= ALIGNED // WORD
+    x_stride_b *= ALIGNED // WORD
+    d_stride_t *= ALIGNED // WORD
+    d_stride_b *= ALIGNED // WORD
     i_b = i_g.to(tl.int64) * (S1 * S2)
     steps = T
     if p_steps is not None:
         steps = tl.load(p_steps + i_g)
     last_t = tl.maximum(steps - 1, 0).to(tl.int64)
+    before_t = tl.maximum(steps - 2, 0).to(tl.int64)
     a_adjoint = load_gates(p_a_adjoint, i_h, H, P, PP, S1, V, False, SPLIT, ANCHORED)
     b_adjoint = load_gates(p_b_adjoint, i_h, H, Q, QP, S2, V, True, SPLIT, ANCHORED)
     a = load_gates(p_a, i_h, H, P, PP, S1, V, False, SPLIT, ANCHORED)
     b = load_gates(p_b, i_h, H, Q, QP, S2, V, True, SPLIT, ANCHORED)
     last = B - 1 - i_b
     mask = None
+    word_mask = None
     if (P != PP) or (Q != QP):
         mask = inside(P, Q, PP, QP, S1, S2, V)
-    o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
-    o_d = offsets(last, d_stride_b, P, Q, PP, QP, S1, S2, V)
+        word_mask = inside(P, QW, PP, QP // WORD, S1, S2, VW)
+    o_x = offsets(last, x_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
+    o_d = offsets(last, d_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
+    o_s = offsets(last, FW, P, QW, PP, QP // WORD, S1, S2, VW)
     o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
     o_dx = offsets(last, 4 * F, P, Q, PP, QP, S1, S2, V)
     start = i_b * F + i_h * N
     h_stride_t = B.to(tl.int64) * F
-    p_state = p_h + (start + last_t * h_stride_t)
-    p_cell = p_c + (start + last_t * h_stride_t)
-    p_u = p_x + (i_b * x_stride_b + i_h * N + last_t * x_stride_t)
+    p_state = words_of(p_h + start, WORD) + before_t * B * FW
+    p_cell = p_c + (start + before_t * h_stride_t)
+    p_u = words_of(p_x + i_h * N, WORD) + (i_b * x_stride_b + last_t * x_stride_t)
     p_out = p_dx + (i_b * (4 * F) + i_h * N + last_t * (4 * h_stride_t))
-    if p_dh is not None:
-        p_d = p_dh + (i_b * d_stride_b + i_h * N + last_t * d_stride_t)
     if p_keep is not None:
         p_word = p_keep + i_g + last_t * groups
     if p_ends is not None:
         p_end = p_ends + i_g + last_t * groups
         live = tl.zeros((PE, QE), tl.int1)
-    dh = zeros(PE, QE, 1)
     dc = zeros(PE, QE, 1)
-    if p_ends is None:
+    if (p_dc_n is not None) and (p_ends is None):
+        dc = read(p_dc_n + start, o_h, mask, PE, QE, V)
+    if p_dh is not None:
+        p_d = words_of(p_dh + i_h * N, WORD) + (i_b * d_stride_b + last_t * d_stride_t)
+    p_own = p_c + (start + last_t * h_stride_t)
+    dh = zeros(PE, QE, 1)
+    if AHEAD:  # rows of the step to come; those of h and c are of the step before it
         if p_dh_n is not None:
-            dh = read(p_dh_n + start, o_h, mask, PE, QE, V)
-        if p_dc_n is not None:
-            dc = read(p_dc_n + start, o_h, mask, PE, QE, V)
+            d = load(words_of(p_dh_n + start, WORD), o_s, word_mask, 0, 1, VW)
+        elif p_dh is not None:
+            d = load(p_d, o_d, word_mask, 0, 1, VW)
+        rows = load_rows(p_u, o_x, word_mask, FW, VW)
+        state = load(p_state, o_s, word_mask, 0, 1, VW)
+        cell = read(p_cell, o_h, mask, PE, QE, V)
+        c = read(p_own, o_h, mask, PE, QE, V)
+        z = operand(zeros(QE, PE, 1), SPLIT, False)
+        z = (z, z, z, z)
+    elif (p_dh_n is not None) and (p_ends is None):
+        dh = read(p_dh_n + start, o_h, mask, PE, QE, V)
     for n in tl.range(0, steps):
-        first = n + 1 >= steps
-        c = read(p_cell, o_h, mask, PE, QE, V)
-        p_state -= tl.where(first, 0, h_stride_t)
-        p_cell -= tl.where(first, 0, h_stride_t)
-        # the first step reads its own row in place of one before it
-        h = read(p_state, o_h, mask, PE, QE, V)
-        c_before = read(p_cell, o_h, mask, PE, QE, V)
+        further = n + 1 < steps
+        if not AHEAD:
+            rows = load_rows(p_u, o_x, word_mask, FW, VW)
+            state = load(p_state, o_s, word_mask, 0, 1, VW)
+            cell = read(p_cell, o_h, mask, PE, QE, V)
+            c = read(p_own, o_h, mask, PE, QE, V)
+            p_own = p_cell
+            if p_dh is not None:
+                d = load(p_d, o_d, word_mask, 0, 1, VW)
+        h = to_tile(state, PE, QE, V, NVIDIA)
+        c_before = cell
         h_0 = zeros(PE, QE, 1)
         if p_h_0 is not None:
             h_0 = read(p_h_0 + start, o_h, mask, PE, QE, V)
         c_0 = zeros(PE, QE, 1)
         if p_c_0 is not None:
             c_0 = read(p_c_0 + start, o_h, mask, PE, QE, V)
-        h = choose(first, h_0, h)
-        c_before = choose(first, c_0, c_before)
-        x = operand(h, SPLIT)
+        h = choose(further, h, h_0)
+        c_before = choose(further, c_before, c_0)
+        x = operand(h, SPLIT, NVIDIA)
         if p_keep is not None:
             keep = tile_bits(tl.load(p_word), PE, QE, PP, QP, S1)
             p_word -= groups
             x = select_operand(x, keep, NVIDIA)
             c_before = select(c_before, keep)
-        i, f, g, o = gates(a, b, x, p_u, o_x, mask, F, PE, QE, V, SPLIT, NVIDIA)
-        p_u -= x_stride_t
+        u = to_tiles(rows, PE, QE, V, NVIDIA)
+        if AHEAD:
+            x = first_products(b, x, PE, QE, SPLIT, NVIDIA)
+        i, f, g, o = gates(a, b, x, u, PE, QE, SPLIT, NVIDIA, AHEAD)
         if p_ends is not None:
             end = tile_bits(tl.load(p_end), PE, QE, PP, QP, S1)
             p_end -= groups
             live = live | end
             i, f = select((i, f), live)
             g, o = select((g, o), live)
-        if p_dh is not None:
-            d = read(p_d, o_d, mask, PE, QE, V)
-            p_d -= d_stride_t
-        else:
-            d = zeros(PE, QE, 1)
+        g_t = zeros(PE, QE, 1)
+        if (p_dh is not None) or (AHEAD and (p_dh_n is not None)):
+            g_t = to_tile(d, PE, QE, V, NVIDIA)
         if p_ends is not None:
-            d = select(d, live)
+            g_t = select(g_t, live)
             if p_dh_n is not None:
-                d = add(d, select(read(p_dh_n + start, o_h, mask, PE, QE, V), end))
+                g_t = add(g_t, select(read(p_dh_n + start, o_h, mask, PE, QE, V), end))
             if p_dc_n is not None:
                 dc = add(dc, select(read(p_dc_n + start, o_h, mask, PE, QE, V), end))
-        dh = add(dh, d)
+        dh = second_products(a_adjoint, z, g_t, PE, QE) if AHEAD else add(dh, g_t)
+        # the next rows, before the stores
+        step = tl.where(n + 2 < steps, -B, 0).to(tl.int64)
+        p_state += step * FW
+        p_cell += step * F
+        p_u += tl.where(further, -x_stride_t, 0)
+        if p_dh is not None:
+            p_d += tl.where(further, -d_stride_t, 0)
+        if AHEAD:
+            rows = load_rows(p_u, o_x, word_mask, FW, VW)
+            state = load(p_state, o_s, word_mask, 0, 1, VW)
+            if p_dh is not None:
+                d = load(p_d, o_d, word_mask, 0, 1, VW)
+            elif p_dh_n is not None:
+                d = no_value(d)
         tc = tanh(c[0], not SPLIT, NVIDIA)
+        if AHEAD:
+            c = cell
+            cell = read(p_cell, o_h, mask, PE, QE, V)
         total = dc[0] + dh[0] * o * (1.0 - tc * tc)
         d_i = (total * g * i * (1.0 - i),)
         d_f = (total * c_before[0] * f * (1.0 - f),)
@@ -350,21 +457,31 @@ def lstm_backward_kernel(
         store(p_out + 3 * F, o_dx, mask, d_o, 0, PE, QE, V, V)
         p_out -= 4 * h_stride_t
         dc = (total * f,)
-        dh = zeros(PE, QE, 1)
-        d_i = operand(d_i, SPLIT)
-        d_f = operand(d_f, SPLIT)
-        d_g = operand(d_g, SPLIT)
-        d_o = operand(d_o, SPLIT)
+        d_i = operand(d_i, SPLIT, NVIDIA)
+        d_f = operand(d_f, SPLIT, NVIDIA)
+        d_g = operand(d_g, SPLIT, NVIDIA)
+        d_o = operand(d_o, SPLIT, NVIDIA)
         if p_keep is not None:
             d_i = select_operand(d_i, keep, NVIDIA)
             d_f = select_operand(d_f, keep, NVIDIA)
             d_g = select_operand(d_g, keep, NVIDIA)
             d_o = select_operand(d_o, keep, NVIDIA)
             dc = select(dc, keep)
-        dh = kron(a_adjoint[0], b_adjoint[0], d_i, dh, PE, QE, 1, SPLIT)
-        dh = kron(a_adjoint[1], b_adjoint[1], d_f, dh, PE, QE, 1, SPLIT)
-        dh = kron(a_adjoint[2], b_adjoint[2], d_g, dh, PE, QE, 1, SPLIT)
-        dh = kron(a_adjoint[3], b_adjoint[3], d_o, dh, PE, QE, 1, SPLIT)
+        if AHEAD:
+            z = (
+                first_product(b_adjoint[0], d_i, PE, QE, 1, SPLIT, NVIDIA),
+                first_product(b_adjoint[1], d_f, PE, QE, 1, SPLIT, NVIDIA),
+                first_product(b_adjoint[2], d_g, PE, QE, 1, SPLIT, NVIDIA),
+                first_product(b_adjoint[3], d_o, PE, QE, 1, SPLIT, NVIDIA),
+            )
+        else:
+            dh = zeros(PE, QE, 1)
+            dh = kron(a_adjoint[0], b_adjoint[0], d_i, dh, PE, QE, 1, SPLIT, NVIDIA)
+            dh = kron(a_adjoint[1], b_adjoint[1], d_f, dh, PE, QE, 1, SPLIT, NVIDIA)
+            dh = kron(a_adjoint[2], b_adjoint[2], d_g, dh, PE, QE, 1, SPLIT, NVIDIA)
+            dh = kron(a_adjoint[3], b_adjoint[3], d_o, dh, PE, QE, 1, SPLIT, NVIDIA)
+    if AHEAD:
+        dh = second_products(a_adjoint, z, zeros(PE, QE, 1), PE, QE)
     store(p_dh_0 + start, o_h, mask, dh, 0, PE, QE, V, V)
     store(p_dc_0 + start, o_h, mask, dc, 0, PE, QE, V, V)
 
@@ -469,13 +586,20 @@ def lstm_backward(
     if h.numel() == 0:
         return dx, *(a.new_zeros(B, F) for _ in range(2))
     dh_0, dc_0 = (a.new_empty(B, F) for _ in range(2))
-    constants, options = lstm_options(tile, heads, how.precision, backward=True, nvidia=on_nvidia())
     x = aligned_rows(x, tile)
     dh = aligned_rows(dh.to(h.dtype), tile) if dh is not None else None
     keep, alive, steps = group_flags(scan, T, tile.rows)
     ends = None
     if alive is not None:
         ends = row_words(torch.arange(T, device=h.device)[:, None] == lengths - 1, tile.rows)
+    tuning = {} if ends is None else {"AHEAD": 0}  # where rows end apart, registers are short
+    constants, options = lstm_options(
+        tile, heads, how.precision, backward=True, nvidia=on_nvidia(), **tuning
+    )
+    if dh_n is not None and constants["AHEAD"]:
+        dh_n = dh_n.to(h.dtype)
+        if dh is not None:
+            dh_n = dh_n + last_rows(dh, lengths)
     with device_guard(h):
         lstm_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_dh=dh,

@@ -12,7 +12,7 @@ from .geometry import Tile, Wide
 # `weight_grad`
 TUNABLE = {
     "ANCHORED": "factors in registers for the whole sequence, not in shared memory",
-    "AHEAD": "the next step's row in registers before the work of this one",
+    "AHEAD": "steps whose rows are in registers before they are used; 0: and a step begins with X",
     "PREFETCH": "steps by which a row is fetched into L2 before it is read; 0: not at all",
     "BETA_IN_LOOP": "beta from L1 in every step, not in registers",
     "BLOCK": "side of the blocks of a streamed factor",
@@ -66,11 +66,18 @@ def compile_options(
         "NVIDIA": nvidia,
         # constants in registers, while they fit
         "ANCHORED": values <= 1024 and max(tile.PP, tile.QP) <= 32,
-        # the next step's row in registers, where its registers are to spare
-        "AHEAD": values <= 512,
+        # Z in place of X from step to step, and with it the next step's row, or the next two where
+        # a step is shorter than the way to L2
+        "AHEAD": (
+            int(values <= 512)
+            if split
+            else 2
+            if values <= 512 and not backward
+            else int(values <= 4096)
+        ),
         # steps by which rows are fetched into L2, about a microsecond of them
         "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
-        "BETA_IN_LOOP": values > (512 if split else 1024),
+        "BETA_IN_LOOP": values > (512 if split else 4096),
     }
     options = {
         "num_warps": 1 if values <= 2048 else 4,
@@ -80,7 +87,8 @@ def compile_options(
     if split and values > 4096:
         options["num_warps"] = 8
     if nvidia and options["num_warps"] == 1:
-        options["maxnreg"] = 255  # ptxas would stop at 128 or 168 and spill
+        # without it ptxas would stop at 128 or 168 and spill; with more than these it waits longer
+        options["maxnreg"] = 232 if backward and values == 1024 and not split else 255
     return overridden(constants, options, tuning)
 
 
@@ -141,7 +149,7 @@ def weight_grad_options(
 
 
 def lstm_options(
-    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool
+    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool, **tuning
 ) -> tuple[dict, dict]:
     """The same for the LSTM kernels, which hold four pairs of factors, backward eight."""
     split = precision == "fp32"
@@ -153,13 +161,14 @@ def lstm_options(
         "SPLIT": split,
         "NVIDIA": nvidia,
         "ANCHORED": tile.size == 256 or tile.size * (2 if backward or split else 1) <= 512,
+        "AHEAD": int(tile.size == 256 and not (backward and split)),
     }
     work = tile.size * (2 if backward else 1) * (2 if split else 1)
     options = {
-        "num_warps": 1 if work <= 1024 else 4 if work <= 4096 else 8,
+        "num_warps": 1 if work <= 1024 else 4 if work < 4096 else 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
     if nvidia and options["num_warps"] == 1:
         options["maxnreg"] = 255
-    return constants, options
+    return overridden(constants, options, tuning)

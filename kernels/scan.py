@@ -41,7 +41,7 @@ from torch import Tensor
 from kru_triton.ops.arguments import How, Scan, steps_and_rows
 from kru_triton.torch_backend.rows import handed_on, last_state
 
-from .activation import activate, activate_adjoint
+from .activation import activate, derivative, vjp
 from .geometry import Tile, Wide
 from .launch import (
     adjoint,
@@ -50,27 +50,30 @@ from .launch import (
     floor_of,
     group_flags,
     input_arguments,
+    last_rows,
     on_nvidia,
     packed,
 )
 from .options import compile_options
 from .tile import (
-    add,
     choose,
     coordinates,
+    first_product,
     inside,
     kron,
     load,
     load_factor,
-    negated,
+    no_value,
     offsets,
     operand,
     plane_to_tile,
+    second_product,
     select,
     select_operand,
     store,
     tile_bits,
     to_tile,
+    words_of,
     zeros,
 )
 from .weight_grad import weight_grad
@@ -94,7 +97,7 @@ def load_beta(
     if (P != PP) or (Q != QP):
         mask = inside(P, Q, PP, QP, S1, S2, V)
     beta = load(p_beta, offset, mask, 0, 1, V)
-    return plane_to_tile(beta[0], S1 * PP, S2 * QP, V)
+    return plane_to_tile(beta[0], S1 * PP, S2 * QP, V, False)
 
 
 @triton.jit
@@ -138,23 +141,33 @@ def token_pointers(
 
 
 @triton.jit
-def token_row(
-    p_table,
+def read_row(
+    p_u,
+    p_token,
     token,
-    stride,
+    more,
+    stride_t,
+    stride_b,
+    B,
     offset,
     mask,
     IM: tl.constexpr,
     PARTS: tl.constexpr,
     V: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """Planes of a tile of table rows."""
-    o_row = token.to(tl.int64) * stride
-    if ROWS > 1:
-        return load(p_table, o_row + offset, mask, IM, PARTS, V)
+    """Planes of a step's tile of the input, and p_u, p_token, token of the step after it.
+
+    Without more steps they stay: pointers are clamped, not predicated.
+    """
+    if TOKENS:
+        row = load(p_u + token.to(tl.int64) * stride_b, offset, mask, IM, PARTS, V)
+        p_token += tl.where(more, B, 0)
+        token = tl.load(p_token)
     else:
-        return load(p_table + o_row, offset, mask, IM, PARTS, V)
+        row = load(p_u, offset, mask, IM, PARTS, V)
+        p_u += tl.where(more, stride_t, 0)
+    return row, p_u, p_token, token
 
 
 @triton.jit(do_not_specialize=["B", "T", "x_stride_t", "x_stride_b"])
@@ -198,86 +211,127 @@ def scan_forward_kernel(
     N: tl.constexpr = P * Q
     F: tl.constexpr = PARTS * H * N
     IM: tl.constexpr = H * N
+    TOKENS: tl.constexpr = p_tokens is not None
+    # what is streamed in is read as words of two bfloat16, and stays so until its step: bfloat16
+    # values that live across steps are taken apart by LLVM
+    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    QW: tl.constexpr = Q // WORD
+    VW: tl.constexpr = V // WORD
+    IW: tl.constexpr = IM // WORD
     i_g = tl.program_id(0)
     i_h = tl.program_id(1)
-    x_stride_t *= ALIGNED
-    x_stride_b *= ALIGNED
+    groups = tl.num_programs(0)
+    x_stride_t *= ALIGNED // WORD
+    x_stride_b *= ALIGNED // WORD
     i_b = i_g.to(tl.int64) * ROWS
     a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
     b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
     last = B - 1 - i_b
     mask = None
+    x_mask = None
     if (P != PP) or (Q != QP):
         mask = inside(P, Q, PP, QP, S1, S2, V)
-    if p_tokens is not None:
-        o_x = offsets(last, 0, P, Q, PP, QP, S1, S2, V)
-    else:
-        o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
+        x_mask = inside(P, QW, PP, QP // WORD, S1, S2, VW)
     o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
     beta = None
     if ACT == "modrelu":
         p_beta += i_h * N
         if not BETA_IN_LOOP:
             beta = load_beta(p_beta, P, Q, PP, QP, S1, S2, V)
-    h = zeros(PE, QE, PARTS)
-    if p_h_0 is not None:
-        state = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
-        h = to_tile(state, PE, QE, V)
-    x = operand(h, SPLIT)
-    if p_keep is not None:
-        p_keep += i_g
-        x = select_operand(x, tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1), NVIDIA)
     steps = T
     if p_steps is not None:
         steps = tl.load(p_steps + i_g)
-    if p_tokens is not None:
-        p_u = p_x + i_h * N
-        p_token = token_pointers(p_tokens, i_b, last, PP, QP, S1, S2, V)
+    p_u = words_of(p_x + i_h * N, WORD)
+    p_token = p_u
+    token = 0
+    if TOKENS:
+        o_x = offsets(last, 0, P, QW, PP, QP // WORD, S1, S2, VW)
+        p_token = token_pointers(p_tokens, i_b, last, PP, QP // WORD, S1, S2, VW)
         token = tl.load(p_token)
     else:
-        p_u = p_x + (i_b * x_stride_b + i_h * N)
+        o_x = offsets(last, x_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
+        p_u += i_b * x_stride_b
     p_out = p_h + (i_b * F + i_h * N)
     h_stride_t = B.to(tl.int64) * F
-    if p_alive is not None:
-        p_alive += i_g
-    groups = tl.num_programs(0)
-    if AHEAD:
-        if p_tokens is not None:
-            u = token_row(p_u, token, x_stride_b, o_x, mask, IM, PARTS, V, ROWS)
-            p_token += tl.where(steps > 1, B, 0)
-            token = tl.load(p_token)
-        else:
-            u = load(p_u, o_x, mask, IM, PARTS, V)
-        u = to_tile(u, PE, QE, V)
     if PREFETCH:
         p_line = p_u + tl.minimum(PREFETCH, steps - 1).to(tl.int64) * x_stride_t
+    if p_keep is not None:
+        p_keep += i_g
+    if p_alive is not None:
+        p_alive += i_g
+    # what goes from step to step: with AHEAD Z of the first product, else X
+    if p_h_0 is not None:
+        h_0 = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
+        x = operand(to_tile(h_0, PE, QE, V, False), SPLIT, NVIDIA)
+        if p_keep is not None:
+            x = select_operand(x, tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1), NVIDIA)
+    else:
+        x = operand(zeros(PE, QE, PARTS), SPLIT, False)
+    if AHEAD:
+        # a product before the loop has constants moved out of it, which shortens the step of
+        # anchored 32 x 32 tiles, and of others only fills registers
+        if (p_h_0 is not None) or (ANCHORED and (PE * QE > 512)):
+            x = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
+        else:
+            x = operand(zeros(QE, PE, PARTS), SPLIT, False)
+    if AHEAD:
+        more = steps > 1
+        row, p_u, p_token, token = read_row(
+            p_u, p_token, token, more, x_stride_t, x_stride_b, B, o_x, x_mask, IW, PARTS, VW, TOKENS
+        )
+    if AHEAD == 2:
+        u = to_tile(row, PE, QE, V, NVIDIA)
+        more = steps > 2
+        row, p_u, p_token, token = read_row(
+            p_u, p_token, token, more, x_stride_t, x_stride_b, B, o_x, x_mask, IW, PARTS, VW, TOKENS
+        )
     for t in tl.range(0, steps):
-        # the row of this step, or with AHEAD the next one, and its successor's token; pointers are
-        # clamped, not predicated: the last step reads its own row again
-        if p_tokens is not None:
-            row = token_row(p_u, token, x_stride_b, o_x, mask, IM, PARTS, V, ROWS)
-            p_token += tl.where(t + 1 + AHEAD < steps, B, 0)
-            token = tl.load(p_token)
-        elif AHEAD:
-            p_u += tl.where(t + 1 < steps, x_stride_t, 0)
-            row = load(p_u, o_x, mask, IM, PARTS, V)
-        else:
-            row = load(p_u, o_x, mask, IM, PARTS, V)
-            p_u += x_stride_t
-        if AHEAD:
-            u_next = to_tile(row, PE, QE, V)
-        else:
-            u = to_tile(row, PE, QE, V)
-        if PREFETCH:
-            prefetch(lines(p_line, N, IM, PARTS))
-            p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
         if p_keep is not None:  # of the step that this state goes into
             p_keep += tl.where(t + 1 < steps, groups, 0)
             keep = tl.load(p_keep)
         if p_alive is not None:
             alive = tl.load(p_alive)
             p_alive += groups
-        z = kron(a, b, x, u, PE, QE, PARTS, SPLIT)
+        if not AHEAD:
+            more = t + 1 < steps
+            row, p_u, p_token, token = read_row(
+                p_u,
+                p_token,
+                token,
+                more,
+                x_stride_t,
+                x_stride_b,
+                B,
+                o_x,
+                x_mask,
+                IW,
+                PARTS,
+                VW,
+                TOKENS,
+            )
+            x = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
+        if AHEAD != 2:
+            u = to_tile(row, PE, QE, V, NVIDIA)
+        z = second_product(a, x, u, PE, QE)
+        if AHEAD == 2:
+            u = to_tile(row, PE, QE, V, NVIDIA)
+        if AHEAD:  # into the registers just read, and before the stores: ptxas moves no load up
+            more = t + 1 + AHEAD < steps
+            row, p_u, p_token, token = read_row(
+                p_u,
+                p_token,
+                token,
+                more,
+                x_stride_t,
+                x_stride_b,
+                B,
+                o_x,
+                x_mask,
+                IW,
+                PARTS,
+                VW,
+                TOKENS,
+            )
         if ACT == "modrelu" and BETA_IN_LOOP:
             h = activate(z, load_beta(p_beta, P, Q, PP, QP, S1, S2, V), ACT, not SPLIT, NVIDIA)
         else:
@@ -286,17 +340,20 @@ def scan_forward_kernel(
             h = select(h, tile_bits(alive, PE, QE, PP, QP, S1))
         store(p_out, o_h, mask, h, IM, PE, QE, V, V)
         p_out += h_stride_t
-        x = operand(h, SPLIT)
+        x = operand(h, SPLIT, NVIDIA)
+        if PREFETCH:
+            prefetch(lines(p_line, N // WORD, IW, PARTS))
+            p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
         if AHEAD:
-            u = u_next
+            x = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
 
 
 @triton.jit(do_not_specialize=["B", "T", "d_stride_t", "d_stride_b", "x_stride_t", "x_stride_b"])
 def scan_backward_kernel(
     p_dh,  # (T, B, PARTS·H·N), any strides of T and B, or None
-    p_dh_n,  # (B, PARTS·H·N) or None
+    p_dh_n,  # (B, PARTS·H·N) of the last states, dh of their step in it, or None
     p_h,  # (T, B, PARTS·H·N)
     p_x,  # (B, T, PARTS·H·N), any strides of B and T; with tokens (rows, PARTS·H·N); or None
     p_tokens,  # (T, B) int32 or None
@@ -344,6 +401,11 @@ def scan_backward_kernel(
     F: tl.constexpr = PARTS * H * N
     IM: tl.constexpr = H * N
     FROM_Z: tl.constexpr = ACT == "modtanh"
+    TOKENS: tl.constexpr = p_tokens is not None
+    WORD: tl.constexpr = 2 if (p_h.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    QW: tl.constexpr = Q // WORD
+    VW: tl.constexpr = V // WORD
+    IW: tl.constexpr = IM // WORD
     i_g = tl.program_id(0)
     i_h = tl.program_id(1)
     groups = tl.num_programs(0)
@@ -356,13 +418,19 @@ def scan_backward_kernel(
     b_adjoint = load_factor(p_b_adjoint, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
     last = B - 1 - i_b
     mask = None
+    w_mask = None
     if (P != PP) or (Q != QP):
         mask = inside(P, Q, PP, QP, S1, S2, V)
+        w_mask = inside(P, QW, PP, QP // WORD, S1, S2, VW)
     o_h = offsets(last, F, P, Q, PP, QP, S1, S2, V)
-    h_stride_t = B.to(tl.int64) * F
+    o_s = offsets(last, F // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
     start = i_b * F + i_h * N
-    p_state = p_h + (start + last_t * h_stride_t)
+    h_stride_t = B.to(tl.int64) * F
+    s_stride_t = B.to(tl.int64) * (F // WORD)
     p_out = p_dx + (start + last_t * h_stride_t)
+    p_state = words_of(p_h + start, WORD) + last_t * s_stride_t
+    if FROM_Z:
+        p_state -= tl.where(steps > 1, s_stride_t, 0)
     beta = None
     if ACT == "modrelu":
         p_beta += i_h * N
@@ -372,111 +440,158 @@ def scan_backward_kernel(
         p_word = p_keep + i_g + last_t * groups
     if p_alive is not None:
         p_live = p_alive + i_g + last_t * groups
-    g = zeros(PE, QE, PARTS)
     if p_dh is not None:
-        d_stride_t *= ALIGNED
-        d_stride_b *= ALIGNED
-        o_d = offsets(last, d_stride_b, P, Q, PP, QP, S1, S2, V)
-        p_d = p_dh + (i_b * d_stride_b + i_h * N + last_t * d_stride_t)
-        g = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
+        d_stride_t *= ALIGNED // WORD
+        d_stride_b *= ALIGNED // WORD
+        o_d = offsets(last, d_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
+        p_d = words_of(p_dh + i_h * N, WORD) + (i_b * d_stride_b + last_t * d_stride_t)
     if p_dh_n is not None:
-        g = add(g, to_tile(load(p_dh_n + start, o_h, mask, IM, PARTS, V), PE, QE, V))
+        p_d_last = words_of(p_dh_n + start, WORD)
+        d = load(p_d_last, o_s, w_mask, IW, PARTS, VW)
+    else:
+        d = load(p_d, o_d, w_mask, IW, PARTS, VW)
     if FROM_Z:
         a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
         b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
-        x_stride_t *= ALIGNED
-        x_stride_b *= ALIGNED
-        if p_tokens is not None:
-            o_x = offsets(last, 0, P, Q, PP, QP, S1, S2, V)
-            p_u = p_x + i_h * N
-            p_token = token_pointers(p_tokens, i_b, last, PP, QP, S1, S2, V) + last_t * B
+        x_stride_t *= ALIGNED // WORD
+        x_stride_b *= ALIGNED // WORD
+        p_u = words_of(p_x + i_h * N, WORD)
+        p_token = p_u
+        token = 0
+        if TOKENS:
+            o_x = offsets(last, 0, P, QW, PP, QP // WORD, S1, S2, VW)
+            p_token = token_pointers(p_tokens, i_b, last, PP, QP // WORD, S1, S2, VW) + last_t * B
+            token = tl.load(p_token)
         else:
-            o_x = offsets(last, x_stride_b, P, Q, PP, QP, S1, S2, V)
-            p_u = p_x + (i_b * x_stride_b + i_h * N + last_t * x_stride_t)
-    if AHEAD:
-        h = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
+            o_x = offsets(last, x_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
+            p_u += i_b * x_stride_b + last_t * x_stride_t
     if PREFETCH:
         ahead = tl.minimum(last_t, PREFETCH)
-        p_line = p_state - ahead * h_stride_t
+        p_line = words_of(p_h + start, WORD) + (last_t - ahead) * s_stride_t
         if p_dh is not None:
             p_d_line = p_d - ahead * d_stride_t
+    if AHEAD:
+        h = load(p_state, o_s, w_mask, IW, PARTS, VW)
+        if FROM_Z:
+            more = steps > 1
+            u, p_u, p_token, token = read_row(
+                p_u,
+                p_token,
+                token,
+                more,
+                -x_stride_t,
+                x_stride_b,
+                -B,
+                o_x,
+                w_mask,
+                IW,
+                PARTS,
+                VW,
+                TOKENS,
+            )
+        x = operand(zeros(QE, PE, PARTS), SPLIT, False)
+    else:
+        x = operand(zeros(PE, QE, PARTS), SPLIT, False)
     for i in tl.range(0, steps):
-        # with AHEAD, h of step t-1 is requested before the work of step t; the first step, which
-        # has no step before it, reads its own rows again
-        first = i + 1 >= steps
+        further = i + 1 < steps
         if p_keep is not None:
             keep = tl.load(p_word)
-            p_word -= tl.where(first, 0, groups)
+            p_word -= tl.where(further, groups, 0)
         if p_alive is not None:
             alive = tl.load(p_live)
             p_live -= groups
         if not AHEAD:
-            h = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
-        p_state -= tl.where(first, 0, h_stride_t)
-        if AHEAD:
-            h_next = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
-        if PREFETCH:
-            further = i + 1 + PREFETCH < steps
-            prefetch(lines(p_line, N, IM, PARTS))
-            p_line -= tl.where(further, h_stride_t, 0)
-            if p_dh is not None:
-                prefetch(lines(p_d_line, N, IM, PARTS))
-                p_d_line -= tl.where(further, d_stride_t, 0)
+            x = first_product(b_adjoint, x, PE, QE, PARTS, SPLIT, NVIDIA)
+            h = load(p_state, o_s, w_mask, IW, PARTS, VW)
+            if FROM_Z:
+                more = further
+                u, p_u, p_token, token = read_row(
+                    p_u,
+                    p_token,
+                    token,
+                    more,
+                    -x_stride_t,
+                    x_stride_b,
+                    -B,
+                    o_x,
+                    w_mask,
+                    IW,
+                    PARTS,
+                    VW,
+                    TOKENS,
+                )
+        g = second_product(a_adjoint, x, to_tile(d, PE, QE, V, NVIDIA), PE, QE)
+        v = to_tile(h, PE, QE, V, NVIDIA)
         if FROM_Z:
-            if p_tokens is not None:
-                token = tl.load(p_token)
-                z = token_row(p_u, token, x_stride_b, o_x, mask, IM, PARTS, V, ROWS)
-                p_token -= tl.where(first, 0, B)
-            else:
-                z = load(p_u, o_x, mask, IM, PARTS, V)
-                p_u -= x_stride_t
-            z = to_tile(z, PE, QE, V)
-            before = to_tile(load(p_state, o_h, mask, IM, PARTS, V), PE, QE, V)
             if p_h_0 is not None:
-                h_0 = to_tile(load(p_h_0 + start, o_h, mask, IM, PARTS, V), PE, QE, V)
-                before = choose(first, h_0, before)
+                h_0 = to_tile(load(p_h_0 + start, o_h, mask, IM, PARTS, V), PE, QE, V, False)
+                v = choose(further, v, h_0)
             else:
-                before = select(before, i + 1 < steps)
-            x = operand(before, SPLIT)
+                v = select(v, further)
+            before = operand(v, SPLIT, NVIDIA)
             if p_keep is not None:
-                x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
-            z = kron(a, b, x, z, PE, QE, PARTS, SPLIT)
+                before = select_operand(before, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
+            z = to_tile(u, PE, QE, V, NVIDIA)
+            z = kron(a, b, before, z, PE, QE, PARTS, SPLIT, NVIDIA)
+            p_state += tl.where(i + 2 < steps, -B, 0).to(tl.int64) * (F // WORD)
+            if AHEAD:
+                more = i + 2 < steps
+                u, p_u, p_token, token = read_row(
+                    p_u,
+                    p_token,
+                    token,
+                    more,
+                    -x_stride_t,
+                    x_stride_b,
+                    -B,
+                    o_x,
+                    w_mask,
+                    IW,
+                    PARTS,
+                    VW,
+                    TOKENS,
+                )
         else:
-            z = h
+            z = v
         if ACT == "modrelu" and BETA_IN_LOOP:
-            g = activate_adjoint(
-                g,
-                h,
-                z,
-                load_beta(p_beta, P, Q, PP, QP, S1, S2, V),
-                ACT,
-                FLOOR,
-                not SPLIT,
-                NVIDIA,
-            )
+            beta_t = load_beta(p_beta, P, Q, PP, QP, S1, S2, V)
+            w = derivative(v, z, beta_t, ACT, FLOOR, not SPLIT, NVIDIA)
         else:
-            g = activate_adjoint(g, h, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
+            w = derivative(v, z, beta, ACT, FLOOR, not SPLIT, NVIDIA)
+        # the next rows, into the registers just read and before the stores: ptxas moves no load up
+        if not FROM_Z:
+            p_state += tl.where(further, -B, 0).to(tl.int64) * (F // WORD)
+        if AHEAD:
+            h = load(p_state, o_s, w_mask, IW, PARTS, VW)
+        if p_dh is not None:
+            p_d += tl.where(further, -d_stride_t, 0)
+        if (p_dh is not None) and AHEAD:
+            d = load(p_d, o_d, w_mask, IW, PARTS, VW)
+        g = vjp(g, w, ACT)
         if p_alive is not None:
             g = select(g, tile_bits(alive, PE, QE, PP, QP, S1))
         store(p_out, o_h, mask, g, IM, PE, QE, V, V)
         p_out -= h_stride_t
-        if p_dh is not None:  # needed after the first of the two products, which hides the load
-            p_d -= tl.where(first, 0, d_stride_t)
-            d = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
-        else:
-            d = zeros(PE, QE, PARTS)
-        g = operand(g, SPLIT)
+        x = operand(g, SPLIT, NVIDIA)
+        if PREFETCH:
+            beyond = i + 1 + PREFETCH < steps
+            prefetch(lines(p_line, N // WORD, IW, PARTS))
+            p_line += tl.where(beyond, -B, 0).to(tl.int64) * (F // WORD)
+            if p_dh is not None:
+                prefetch(lines(p_d_line, N // WORD, IW, PARTS))
+                p_d_line += tl.where(beyond, -d_stride_t, 0)
         if p_keep is not None:
-            g = select_operand(g, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
-        g = kron(a_adjoint, b_adjoint, g, d, PE, QE, PARTS, SPLIT)
+            x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
+        if p_dh is None:
+            d = no_value(d)
+        elif not AHEAD:  # behind the product that is to come
+            d = load(p_d, o_d, w_mask, IW, PARTS, VW)
         if AHEAD:
-            h = h_next
+            x = first_product(b_adjoint, x, PE, QE, PARTS, SPLIT, NVIDIA)
     if p_dh_0 is not None:
-        if p_dh is not None:  # the loop's last g took in dh of the first step a second time
-            d = to_tile(load(p_d, o_d, mask, IM, PARTS, V), PE, QE, V)
-            g = add(g, negated(d))
-        if p_keep is not None:  # 0, were d infinite
-            g = select(g, tile_bits(tl.load(p_word), PE, QE, PP, QP, S1))
+        if not AHEAD:
+            x = first_product(b_adjoint, x, PE, QE, PARTS, SPLIT, NVIDIA)
+        g = second_product(a_adjoint, x, zeros(PE, QE, PARTS), PE, QE)
         store(p_dh_0 + start, o_h, mask, g, IM, PE, QE, V, V)
 
 
@@ -596,6 +711,10 @@ def scan_backward(
         ends = (lengths - 1, torch.arange(B, device=h.device))
         dh[ends] += dh_n.to(h.dtype)
         dh_n = None
+    if dh_n is not None and not streamed:
+        dh_n = dh_n.to(h.dtype)
+        if dh is not None:
+            dh_n = dh_n + last_rows(dh, lengths).to(h.dtype)
     if dh is not None:
         dh = aligned_rows(dh.to(h.dtype), tile)
     recompute = how.nonlinearity == "modtanh"

@@ -58,22 +58,32 @@ def to_memory(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def split(x, SPLIT: tl.constexpr):
+def split(x, SPLIT: tl.constexpr, NVIDIA: tl.constexpr):
     """Float32 to the bfloat16 terms of an operand: (hi, lo) or (hi,)."""
-    hi = round_bf16(x)
     if SPLIT:
+        if NVIDIA:  # two at once: a rounding of which the value goes on takes the slow converter
+            hi = tl.inline_asm_elementwise(
+                "cvt.rn.bf16x2.f32 $0, $2, $1;",
+                "=r,r,r",
+                [x],
+                dtype=tl.bfloat16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            hi = round_bf16(x)
         return hi, round_bf16(x - hi.to(tl.float32))
     else:
-        return (hi,)
+        return (round_bf16(x),)
 
 
 @triton.jit
-def operand(x, SPLIT: tl.constexpr):
+def operand(x, SPLIT: tl.constexpr, NVIDIA: tl.constexpr):
     """A value's planes to operand planes."""
     if len(x) == 2:
-        return split(x[0], SPLIT), split(x[1], SPLIT)
+        return split(x[0], SPLIT, NVIDIA), split(x[1], SPLIT, NVIDIA)
     else:
-        return (split(x[0], SPLIT),)
+        return (split(x[0], SPLIT, NVIDIA),)
 
 
 @triton.jit
@@ -128,6 +138,26 @@ def zeros(M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def first_product(
+    b,
+    x,
+    PE: tl.constexpr,
+    QE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """The operand Z = (X Bᵀ)ᵀ, (QE, PE), of an operand X."""
+    return operand(product(b, flip(x, PE, QE), zeros(QE, PE, PARTS)), SPLIT, NVIDIA)
+
+
+@triton.jit
+def second_product(a, z, acc, PE: tl.constexpr, QE: tl.constexpr):
+    """acc + A Zᵀ, with Z of `first_product` acc + A X Bᵀ."""
+    return product(a, flip(z, QE, PE), acc)
+
+
+@triton.jit
 def kron(
     a,
     b,
@@ -137,10 +167,11 @@ def kron(
     QE: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """acc + A X Bᵀ."""
-    z = product(b, flip(x, PE, QE), zeros(QE, PE, PARTS))
-    return product(a, flip(operand(z, SPLIT), QE, PE), acc)
+    z = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
+    return second_product(a, z, acc, PE, QE)
 
 
 @triton.jit
@@ -223,6 +254,15 @@ def choose(condition, x, y):
 
 
 @triton.jit
+def no_value(x):
+    """Zeros in the place of loaded planes."""
+    if len(x) == 2:
+        return tl.zeros_like(x[0]), tl.zeros_like(x[1])
+    else:
+        return (tl.zeros_like(x[0]),)
+
+
+@triton.jit
 def add(x, y):
     if len(x) == 2:
         return x[0] + y[0], x[1] + y[1]
@@ -298,10 +338,12 @@ def load_factor(
 ):
     """Constant operand of head i_h from factors (PARTS, H, SIDE, SIDE): (re,) or (re, im, -im)."""
     p_re = p_factor + i_h * SIDE * SIDE
-    re = anchor(split(factor_plane(p_re, SIDE, PADDED, S, V, MAPPED), SPLIT), S * PADDED, ANCHORED)
+    re = anchor(
+        split(factor_plane(p_re, SIDE, PADDED, S, V, MAPPED), SPLIT, False), S * PADDED, ANCHORED
+    )
     if PARTS == 2:
         p_im = p_re + H * SIDE * SIDE
-        im = split(factor_plane(p_im, SIDE, PADDED, S, V, MAPPED), SPLIT)
+        im = split(factor_plane(p_im, SIDE, PADDED, S, V, MAPPED), SPLIT, False)
         im = anchor(im, S * PADDED, ANCHORED)
         return re, im, negated(im)
     else:
@@ -339,6 +381,8 @@ def offsets(
     batch needs no mask.
     """
     i_row, p, q = coordinates(PP, QP, S1, S2, V)
+    if S1 * PP * S2 * QP <= 512:  # widened before the base is added, distances become immediates
+        p = p.to(tl.int64)
     offset = p * Q + q
     if S1 * S2 > 1:
         offset = tl.minimum(i_row, last_row).to(tl.int64) * stride_b + offset
@@ -409,7 +453,31 @@ def store(
 
 
 @triton.jit
-def plane_to_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
+def words_of(p_tile, WORD: tl.constexpr):
+    """Pointer to the words of WORD elements."""
+    if WORD == 2:
+        return p_tile.to(tl.pointer_type(tl.int32))
+    else:
+        return p_tile
+
+
+@triton.jit
+def from_words(x, NVIDIA: tl.constexpr):
+    """Words of two bfloat16 values in float32, (..., 2)."""
+    lo = (x << 16).to(tl.float32, bitcast=True)
+    hi = (x & -65536).to(tl.float32, bitcast=True)
+    x = tl.join(lo, hi)
+    if NVIDIA:  # not pure: were the join seen in an operand's history, Triton would shuffle it
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+    return x
+
+
+@triton.jit
+def plane_to_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr):
+    if x.dtype == tl.int32:
+        x = from_words(x, NVIDIA)
     x = tl.reshape(x, (QE // (4 * V), PE, 4, V // 2, 2))
     return tl.reshape(tl.permute(x, (1, 0, 3, 2, 4)), (PE, QE)).to(tl.float32)
 
@@ -421,12 +489,12 @@ def from_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def to_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr):
-    """Loaded planes as a float32 value of shape (PE, QE)."""
+def to_tile(x, PE: tl.constexpr, QE: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr):
+    """Loaded planes, of elements or of words, as a float32 value of shape (PE, QE)."""
     if len(x) == 2:
-        return plane_to_tile(x[0], PE, QE, V), plane_to_tile(x[1], PE, QE, V)
+        return plane_to_tile(x[0], PE, QE, V, NVIDIA), plane_to_tile(x[1], PE, QE, V, NVIDIA)
     else:
-        return (plane_to_tile(x[0], PE, QE, V),)
+        return (plane_to_tile(x[0], PE, QE, V, NVIDIA),)
 
 
 @triton.jit

@@ -204,16 +204,16 @@ def weight_grad_kernel(
             h = in_float32(load(p_state, o_h, true_unit, H_IM, PARTS, VECTOR))
             p_g += stride_t
             p_state += h_stride_t
-            x_in = operand(x, SPLIT)
+            x_in = operand(x, SPLIT, NVIDIA)
             if p_keep is not None:
                 x_in = select_operand(x_in, row_bits(tl.load(p_word), i_row), NVIDIA)
                 p_word += blocks
-            g_in = operand(g, SPLIT)
+            g_in = operand(g, SPLIT, NVIDIA)
             if p_da is not None:
-                s = operand(times_conj(g_in, b, zeros(PG, QE, PARTS)), SPLIT)
+                s = operand(times_conj(g_in, b, zeros(PG, QE, PARTS)), SPLIT, NVIDIA)
                 da = times_conj(s, with_negated(flip(x_in, PE, QE)), da)
             if p_db is not None:
-                m = operand(product(a_adjoint, g_in, zeros(PE, QG, PARTS)), SPLIT)
+                m = operand(product(a_adjoint, g_in, zeros(PE, QG, PARTS)), SPLIT, NVIDIA)
                 db = times_conj(flip(m, PE, QG), with_negated(x_in), db)
             if p_dbeta is not None:
                 dbeta += phase_part(h, g, NVIDIA)

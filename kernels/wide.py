@@ -125,9 +125,9 @@ def narrow_factor(
     re = tl.load(p, mask=inside, other=0.0)
     if PARTS == 2:
         im = tl.load(p + H * N_SIDE * N_SIDE, mask=inside, other=0.0)
-        return operand((re, im), SPLIT)
+        return operand((re, im), SPLIT, False)
     else:
-        return operand((re,), SPLIT)
+        return operand((re,), SPLIT, False)
 
 
 @triton.jit
@@ -248,11 +248,11 @@ def wide_forward_kernel(
             w = m + block
             mask = (w < W) & (e % PADDED < N_SIDE)
             x = load_block(p_h_0 + (i_b * F + i_h * N), o_row + w * STRIDE_W, mask, IM, PARTS)
-            x = operand(x, SPLIT)
+            x = operand(x, SPLIT, NVIDIA)
             if p_keep is not None:
                 x = select_operand(x, row_bits(tl.load(p_keep + i_g), i_row), NVIDIA)
             x = narrow_product(x, s)
-            write_operand(p_z + m * E + o_z, operand(x, SPLIT), SIDE * E, TERMS * SIDE * E)
+            write_operand(p_z + m * E + o_z, operand(x, SPLIT, NVIDIA), SIDE * E, TERMS * SIDE * E)
         tl.debug_barrier()
     p_u = p_x + i_h * N
     p_out = p_h + (i_b * F + i_h * N)
@@ -277,13 +277,15 @@ def wide_forward_kernel(
             if p_alive is not None:
                 h = select(h, row_bits(tl.load(p_alive + i_g), i_row))
             store_block(p_out, o_row + w * STRIDE_W, mask, h, IM)
-            x = operand(h, SPLIT)
+            x = operand(h, SPLIT, NVIDIA)
             if p_keep is not None:
                 following = tl.where(t + 1 < steps, groups, 0)
                 word = tl.load(p_keep + following + i_g)
                 x = select_operand(x, row_bits(word, i_row), NVIDIA)
             x = narrow_product(x, s)
-            write_operand(p_write + m * E + o_z, operand(x, SPLIT), SIDE * E, TERMS * SIDE * E)
+            write_operand(
+                p_write + m * E + o_z, operand(x, SPLIT, NVIDIA), SIDE * E, TERMS * SIDE * E
+            )
         tl.debug_barrier()  # the next step reads what all warps have written
         p_u += x_stride_t
         p_out += B.to(tl.int64) * F
@@ -380,11 +382,13 @@ def wide_backward_kernel(
                 beta = tl.load(p_beta + (i_h * N + w * STRIDE_W + unit), mask=mask, other=0.0)
             g = activate_adjoint(g, h, h, beta, ACT, FLOOR, not SPLIT, NVIDIA)
             store_block(p_out, o_row + w * STRIDE_W, mask, g, IM)
-            g = operand(g, SPLIT)
+            g = operand(g, SPLIT, NVIDIA)
             if p_keep is not None:
                 g = select_operand(g, row_bits(tl.load(p_keep), i_row), NVIDIA)
             g = narrow_product(g, s)
-            write_operand(p_write + m * E + o_z, operand(g, SPLIT), SIDE * E, TERMS * SIDE * E)
+            write_operand(
+                p_write + m * E + o_z, operand(g, SPLIT, NVIDIA), SIDE * E, TERMS * SIDE * E
+            )
         tl.debug_barrier()  # the next step reads what all warps have written
         p_state -= h_stride_t
         p_out -= h_stride_t

@@ -1,7 +1,7 @@
 """Machine code of the kernels against a committed budget: compiled ahead of time, without a GPU.
 
 The compiler runs in a process of its own, where the interpreter is off, with an empty cache. After
-a change that is meant to move the counts, `python -m bench compiled --json FILE` shows new ones.
+a change that is meant to move the figures, `python -m bench schedule --json FILE` shows new ones.
 """
 
 import json
@@ -30,14 +30,22 @@ STREAMED = {
 }
 
 SCANS = ("forward", "backward")
-# What a step may issue at most, from the first working kernels of this design plus 10 %
+# The budget holds what was found; of figures that a small change moves, so much is let pass
+MARGIN = {"step_cycles": 1.05, "load_slack": 0.8}
+# Cycles of a step that the budget itself may not exceed, of one warp alone
 CEILINGS = {
-    "forward-16x16-bf16": 158,
-    "forward-16x32-bf16": 312,
-    "forward-32x32-bf16": 644,
-    "backward-16x16-bf16": 295,
-    "backward-16x32-bf16": 573,
-    "backward-32x32-bf16": 1193,
+    "forward-8x8-bf16": 380,
+    "forward-16x16-bf16": 300,
+    "forward-16x32-bf16": 520,
+    "forward-32x32-bf16": 1300,
+    "backward-8x8-bf16": 500,
+    "backward-16x16-bf16": 400,
+    "backward-16x32-bf16": 750,
+    "backward-32x32-bf16": 1500,
+    "forward-16x16-fp32": 600,
+    "forward-32x32-fp32": 3250,
+    "lstm_forward-16x16-bf16": 530,
+    "lstm_backward-16x16-bf16": 900,
 }
 
 
@@ -56,15 +64,15 @@ def compiled(tmp_path_factory):
     """Every variant for every target, minutes of two processors: rows by variant and target."""
     directory = tmp_path_factory.mktemp("compiled")
 
-    def rows(*archs):
-        file = directory / f"{archs[0]}.json"
-        flags = ["--json", file, "--arch", *archs]
-        without_interpreter(directory, "-m", "bench", "compiled", *flags)
+    def rows(arch):
+        file = directory / f"{arch}.json"
+        command = ["schedule", "--brief"] if arch.startswith("sm") else ["compiled"]
+        without_interpreter(directory, "-m", "bench", *command, "--json", file, "--arch", arch)
         return json.loads(file.read_text())
 
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda half: rows(*half), (TARGETS[:2], TARGETS[2:]))
-        return {(row["variant"], row["arch"]): row for half in halves for row in half}
+        tables = pool.map(rows, TARGETS)
+        return {(row["variant"], row["arch"]): row for table in tables for row in table}
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +82,16 @@ def hopper(compiled):
 
 @pytest.mark.parametrize("variant", BUDGET["sm_90"])
 def test_within_budget(variant, hopper):
-    row = hopper[variant]
-    over = {k: (row[k], most) for k, most in BUDGET["sm_90"][variant].items() if row[k] > most}
+    row, budget = hopper[variant], dict(BUDGET["sm_90"][variant])
+    least = budget.pop("load_slack")
+    over = {k: (row[k], most) for k, most in budget.items() if row[k] > most * MARGIN.get(k, 1)}
     assert not over, f"(found, budget): {over}"
+    assert row["load_slack"] >= least * MARGIN["load_slack"]
 
 
 @pytest.mark.parametrize("variant", CEILINGS)
 def test_the_budget_itself_stays_low(variant):
-    assert BUDGET["sm_90"][variant]["instructions_per_step"] <= CEILINGS[variant]
+    assert BUDGET["sm_90"][variant]["step_cycles"] <= CEILINGS[variant]
     assert BUDGET["sm_90"][variant]["spills"] == 0
 
 
@@ -98,6 +108,14 @@ def test_up_to_512_units_a_step_leaves_the_registers_alone(hopper):
     columns = ("barriers", "shuffles", "shared_loads", "shared_stores")
     for row in rows:
         assert {k: row[k] for k in columns} == dict.fromkeys(columns, 0), row["variant"]
+
+
+def test_the_scheduling_bits_are_decoded_right(compiled):
+    """No result of variable latency is used before its scoreboard is waited for."""
+    decoded = [row for (_, arch), row in compiled.items() if arch.startswith("sm")]
+    assert {(r["variant"], r["arch"]): r["unready"] for r in decoded if r["unready"]} == {}
+    assert all(row["step_cycles"] >= row["stall_cycles"] > 0 for row in decoded)
+    assert not any(row["conversions"] for row in decoded if row["kernel"] in SCANS)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

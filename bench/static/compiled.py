@@ -14,12 +14,15 @@ to global memory of one thread, `compile_seconds` the processor time that the co
 where triton's cache had the kernel).
 """
 
+import argparse
+import functools
 import json
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +73,7 @@ class Variant:
     field: str = "complex"
     flags: tuple[str, ...] = ()  # of FLAGS
     part: str = "all"  # of the weight gradient: all, da, db or dbeta
+    tuning: tuple[tuple[str, int | None], ...] = ()  # choices in place of the default ones
 
     @property
     def name(self) -> str:
@@ -180,6 +184,7 @@ class Variant:
     def options(self, nvidia: bool) -> tuple[dict, dict]:
         """Constants and launch options, from the functions that the launchers call."""
         how = {"heads": 1, "parts": self.parts, "precision": self.dtype, "nvidia": nvidia}
+        how |= self.tuning
         if self.kernel == "weight_grad":
             constants, options, _ = weight_grad_options(
                 self.tile, itemsize=ITEMSIZE[self.dtype], **how
@@ -189,13 +194,15 @@ class Variant:
             return {**constants, "STATES": 1}, options
         if self.kernel.startswith("lstm"):
             del how["parts"]
+            if self.pointers().get("p_ends"):
+                how = {"AHEAD": 0, **how}
             return lstm_options(self.tile, backward="back" in self.kernel, **how)
         how["nonlinearity"] = self.nonlinearity
         if self.kernel.startswith("wide"):
             constants, options = wide_options(self.tile, **how)
         else:
             if "tokens" in self.flags:
-                how["PREFETCH"] = 0
+                how = {"PREFETCH": 0, **how}
             backward = self.kernel == "backward"
             constants, options = compile_options(self.tile, backward=backward, **how)
         if "backward" in self.kernel:
@@ -256,8 +263,9 @@ def variants() -> list[Variant]:
     return table
 
 
+@functools.lru_cache(1)
 def build(variant: Variant, arch: str):
-    """The compiled kernel, and its launch options."""
+    """The compiled kernel."""
     target = TARGETS[arch]
     function = KERNELS[variant.kernel]
     constants, options = variant.options(nvidia=target.backend == "cuda")
@@ -280,20 +288,24 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+@functools.lru_cache(1)
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS and the resource usage of a cubin."""
+    """SASS with its encoding, and the resource usage of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([tool("nvdisasm"), "-c"], [tool("cuobjdump"), "-res-usage"])
+        commands = ([tool("nvdisasm"), "-c", "-hex"], [tool("cuobjdump"), "-res-usage"])
         return tuple(
             subprocess.run([*c, file.name], capture_output=True, text=True, check=True).stdout
             for c in commands
         )
 
 
-def time_loop(code: list[str], label: str, instruction: str, branch: str) -> list[str]:
-    """Opcodes of the longest innermost loop; the patterns find labels, opcodes and jumps."""
+def time_loop(
+    code: list[str], label: str, instruction: str, branch: str
+) -> tuple[list[str], slice]:
+    """All opcodes and where among them the longest innermost loop is; the patterns find labels,
+    opcodes and jumps."""
     labels, opcodes, jumps = {}, [], []
     for line in code:
         if found := re.match(label, line):
@@ -304,7 +316,13 @@ def time_loop(code: list[str], label: str, instruction: str, branch: str) -> lis
             opcodes.append(found[1])
     spans = [s for s in jumps if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in jumps)]
     begin, end = max(spans, key=lambda s: s[1] - s[0])
-    return opcodes[begin : end + 1]
+    return opcodes, slice(begin, end + 1)
+
+
+def nvidia_loop(sass: str) -> tuple[list[str], slice]:
+    instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9_.]+)"
+    branch = r"\bBRA.*`\((\.L_x_\d+)\)"
+    return time_loop(sass.splitlines(), r"(\.L_x_\d+):", instruction, branch)
 
 
 def access_bytes(opcode: str) -> int:
@@ -316,9 +334,8 @@ def access_bytes(opcode: str) -> int:
 
 def nvidia_counts(kernel) -> dict:
     sass, usage = disassemble(kernel.asm["cubin"])
-    lines = sass.splitlines()
-    instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9_.]+)"
-    loop = time_loop(lines, r"(\.L_x_\d+):", instruction, r"\bBRA.*`\((\.L_x_\d+)\)")
+    opcodes, where = nvidia_loop(sass)
+    loop = opcodes[where]
     count = Counter(opcode.split(".")[0] for opcode in loop)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -341,9 +358,9 @@ def nvidia_counts(kernel) -> dict:
 def amd_counts(kernel) -> dict:
     code = kernel.asm["amdgcn"]
     instruction = r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\w+)"
-    loop = time_loop(
-        code.splitlines(), r"(\.LBB\d+_\d+):", instruction, r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
-    )
+    branch = r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
+    opcodes, where = time_loop(code.splitlines(), r"(\.LBB\d+_\d+):", instruction, branch)
+    loop = opcodes[where]
     count = Counter(loop)
 
     def starting(*prefixes):
@@ -396,14 +413,25 @@ def measure(variant: Variant, arch: str) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = harness.row_flags(harness.plain_parser(__doc__, "compiled"))
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--variant", nargs="+", help="only the variants of these names")
-    parser.add_argument("--match", default="", help="only variants whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    args = parser.parse_args(argv)
+def parser(doc: str, name: str, targets: Iterable[str]) -> argparse.ArgumentParser:
+    """Flags that choose variants and where their rows go."""
+    made = harness.row_flags(harness.plain_parser(doc, name))
+    made.add_argument("--arch", nargs="+", choices=targets, default=list(targets))
+    made.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    made.add_argument("--variant", nargs="+", help="only the variants of these names")
+    made.add_argument("--match", default="", help="only variants whose name contains this")
+    made.add_argument("--json", type=Path, help="write the rows to this file")
+    return made
+
+
+def report(
+    made: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    measure: Callable[[Variant, str], dict],
+    name: str,
+) -> int:
+    """Measure what the flags choose; print it and write the rows."""
     if args.quick:  # the compiler has no toy sizes
         args.variant, args.arch = ["forward-16x16-bf16"], ["sm_90"]
     chosen = [
@@ -414,12 +442,9 @@ def main(argv: list[str] | None = None) -> int:
         and (args.variant is None or v.name in args.variant)
     ]
     if unknown := set(args.variant or ()) - {v.name for v in chosen}:
-        parser.error(f"no such variants: {', '.join(sorted(unknown))}")
-    shown = {
-        "warps": "warps",
-        "rows": "rows",
+        made.error(f"no such variants: {', '.join(sorted(unknown))}")
+    short = {
         "registers": "regs",
-        "spills": "spills",
         "shared_bytes": "shared",
         "instructions_per_step": "instr",
         "tensor_core": "mma",
@@ -430,14 +455,18 @@ def main(argv: list[str] | None = None) -> int:
         "loads": "ldg",
         "stores": "stg",
         "access_bytes": "bytes",
-        "compile_seconds": "cpu s",
+        "compile_seconds": "cpu_s",
+        "shared_wavefronts": "sh_wf",
     }
     print(f"triton {triton.__version__}")
-    print(f"{'variant':44} {'arch':7} " + " ".join(f"{v:>6}" for v in shown.values()))
     rows = []
     for variant in chosen:
         for arch in args.arch:
             row = measure(variant, arch)
+            shown = list(row)[list(row).index("warps") :]
+            if not rows:
+                heads = " ".join(f"{short.get(k, k)[:6]:>6}" for k in shown)
+                print(f"{'variant':44} {'arch':7} {heads}")
             rows.append(row)
             numbers = " ".join(f"{row[k]:>6}" for k in shown)
             print(f"{variant.name:44} {arch:7} {numbers}", flush=True)
@@ -446,10 +475,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args.again = True
     for arch in args.arch:
-        results = harness.Results(arch, args, harness.command_line("compiled", argv))
+        results = harness.Results(arch, args, harness.command_line(name, argv))
         for row in rows:
             if row["arch"] == arch:
                 line = f"{row['instructions_per_step']} instructions per step"
-                results.add("compiled", row["variant"], line, **row)
+                results.add(name, row["variant"], line, **row)
         results.finish()
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    made = parser(__doc__, "compiled", TARGETS)
+    return report(made, made.parse_args(argv), argv, measure, "compiled")

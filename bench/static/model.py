@@ -10,20 +10,24 @@ cycles, and all programs together cannot move their bytes faster than memory doe
     cycles of a step = max(latency, warps per subpartition · max(instructions, mma · mma cycles))
     time = max(waves · T · cycles / clock, bytes · B · T · heads / bandwidth)
 
-The weight-gradient kernel runs in parallel over time: its latency is hidden, its issue, tensor and
-memory times remain. Where a factor is too large for a program (`kernels/wide.py`), every program
-reads it from L2 in every step, which L2's bandwidth bounds, and the weight gradients are products
-of torch, bounded by the memory that their intermediate tensors pass through. The Kronecker LSTM
-has a state, a cell and four gates of N real units each, and the work of complex factors.
+The latency is that of the compiled code's scheduling bits, one warp alone (`step_cycles` of
+`python -m bench schedule`). The weight-gradient kernel runs in parallel over time: its latency is
+hidden, its issue, tensor, shared-memory and memory times remain. Where a factor is too large for a
+program (`kernels/wide.py`), every program reads it from L2 in every step, which L2's bandwidth
+bounds, and the weight gradients are products of torch, bounded by the memory that their
+intermediate tensors pass through. The Kronecker LSTM has a state, a cell and four gates of N real
+units each, and the work of complex factors.
 
-Counts are the newest rows of `python -m bench compiled` for the device's architecture, else the
-budget of `compiled_budget.json` (sm_90), an upper bound. Constants are from data sheets and
-from the literature (see DEVICES): they are guesses until a run of `python -m bench kernels` stands
-beside them, whose rows carry predicted_ms next to ms_p50.
+Counts are the newest rows of `python -m bench schedule` for the device's architecture, else the
+budget of `compiled_budget.json` (sm_90). Constants are from data sheets, from the literature and
+from the distances that ptxas keeps (see DEVICES): guesses until a run of `python -m bench kernels`
+stands beside them, whose rows carry predicted_ms next to ms_p50. A measured one goes in by its
+name: `python -m bench model --device h100 --set mma_cycles=6.4 bandwidth=2.9e12`.
 
 B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -56,9 +60,6 @@ NUMBERS = {
 CONTRACTED = (
     30  # of 4 bytes, where torch computes the weight gradients: copies and complex products
 )
-# cycles beyond issue: two dependent products, packing, and the nonlinearity
-LATENCY = {"forward": 170, "backward": 210}
-BARRIER = 30  # cycles
 SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (256, 16))
 LSTM_SIZES = ((8, 8), (16, 16), (32, 32))
 
@@ -80,14 +81,14 @@ class Device:
 
 
 # processors, clock, link: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
-# have been seen to run); mma_cycles: what 16x8x16 products through mma.sync are said to reach, 63 %
-# of the dense peak on Hopper, all of it on Ampere; for b200 taken as on Hopper; l2: 32 bytes per
-# processor and clock (mi300x: 64, and its caches are per die).
+# have been seen to run); mma_cycles: the distance at which ptxas issues independent products
+# (`schedule.PIPES`; mi300x: a guess); l2: 32 bytes per processor and clock (mi300x: 64, and its
+# caches are per die).
 DEVICES = {
-    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.45, 65536, 64, 450e9, 7.6e12),
-    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.45, 65536, 64, 450e9, 7.4e12),
+    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64, 450e9, 7.6e12),
+    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64, 450e9, 7.4e12),
     "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 300e9, 4.9e12),
-    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 6.45, 65536, 64, 900e9, 8.8e12),
+    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64, 900e9, 8.8e12),
     "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 448e9, 4.1e13),
 }
 
@@ -96,9 +97,10 @@ DEVICES = {
 class Counts:
     """Of one step of one warp, and the program it belongs to."""
 
+    latency: float  # cycles of a warp alone
     instructions: float
     mma: float
-    barriers: int
+    shared: float  # wavefronts of shared memory
     registers: int
     warps: int
     rows: int
@@ -107,7 +109,7 @@ class Counts:
 @functools.cache
 def _compiled(arch: str) -> dict[str, dict]:
     rows = harness.read_rows(harness.RESULTS / f"{harness.slug(arch)}.jsonl")
-    return {row["name"]: row for row in rows if row["bench"] == "compiled"}
+    return {row["name"]: row for row in rows if row["bench"] == "schedule"}
 
 
 @functools.cache
@@ -172,9 +174,10 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
         scale = 1.0 if wide else P * Q / (nearest[0] * nearest[1]) * before / warps
     if found is not None:
         return Counts(
+            latency=scale * blocks * sum(row["step_cycles"] for row in found),
             instructions=scale * blocks * sum(row["instructions_per_step"] for row in found),
             mma=products(tile, kernel, dtype) / warps,
-            barriers=blocks * sum(row["barriers"] for row in found),
+            shared=scale * blocks * sum(row["shared_wavefronts"] for row in found),
             registers=max(row["registers"] for row in found),
             warps=warps,
             rows=geometry.Wide.of(P, Q).rows if wide else tile.rows,
@@ -185,7 +188,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
-    bound: str  # latency, issue, tensor, L2, memory
+    bound: str  # latency, issue, tensor, shared memory, L2, memory
 
 
 def streams(P: int, Q: int) -> bool:
@@ -224,10 +227,11 @@ def predict(
     subpartitions = 4 * device.processors
     programs = math.ceil(B / c.rows) * heads
     if kernel == "weight_grad":
-        seconds = programs * T * c.warps * busy / subpartitions / device.clock
-        bound = "issue" if issue >= tensor else "tensor"
+        # the four subpartitions of a processor share its shared memory
+        cycles = {"issue": issue / 4, "tensor": tensor / 4, "shared memory": c.shared}
+        bound = max(cycles, key=cycles.get)
+        seconds = programs * T * c.warps * cycles[bound] / device.processors / device.clock
     else:
-        latency = busy + LATENCY[kernel] + BARRIER * c.barriers
         l2 = 0.0
         if streams(P, Q):
             factor = 2 * geometry.Wide.of(P, Q).side ** 2 * 2 * (2 if dtype == "fp32" else 1)
@@ -240,9 +244,9 @@ def predict(
         bound = "latency"
         while left > 0:
             warps = math.ceil(min(left, resident) * c.warps / subpartitions)
-            if not seconds and warps * busy > latency:
+            if not seconds and warps * busy > c.latency:
                 bound = "issue" if issue >= tensor else "tensor"
-            seconds += T * max(latency, warps * busy) / device.clock
+            seconds += T * max(c.latency, warps * busy) / device.clock
             left -= resident
         if l2 > seconds:
             seconds, bound = l2, "L2"
@@ -377,9 +381,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Device")
     options = parser.parse_args(argv)
+    measured = {name: float(value) for name, value in (pair.split("=") for pair in options.set)}
     if min(options.gpus, options.length) < 1:
         parser.error(f"--gpus and --length: must be positive, got {options.gpus}, {options.length}")
     for name in options.device:
-        print(*report(DEVICES[name], options.gpus, options.length, options.dtype), "", sep="\n")
+        device = dataclasses.replace(DEVICES[name], **measured)
+        print(*report(device, options.gpus, options.length, options.dtype), "", sep="\n")
     return 0
