@@ -24,31 +24,6 @@ from kru_triton.ops.linear import run_linear_scan
 from kru_triton.ops.scan import run_scan
 
 
-def _scan(
-    kru: Recurrence,
-    x: Tensor,
-    suffix: str,
-    h_0: Tensor | None,
-    reset: Tensor | None = None,
-    lengths: Tensor | None = None,
-    table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """h `(T, B, F)` and h_n of `x (T, B, ·)`, or with a table `(V, F)` of tokens `(T, B)`."""
-    x, tokens = (kru._project(x, suffix), None) if table is None else (table, x)
-    scan = scan_arguments(
-        x,
-        kru._factors(suffix),
-        getattr(kru, f"beta{suffix}", None),
-        h_0,
-        kru.how,
-        reset=reset,
-        lengths=lengths,
-        tokens=tokens,
-        time_first=True,
-    )
-    return run_scan(scan, kru.how)
-
-
 class KRU(RecurrentLayers):
     """Kronecker recurrent layers: `output, h_n = kru(input, h_0=None, *, reset=None)`.
 
@@ -140,13 +115,35 @@ class KRU(RecurrentLayers):
             )
         self.time_parallel = time_parallel
 
-    def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, table=None):
-        if not self.time_parallel:
-            return _scan(self, x, suffix, h_0, reset, lengths, table)
-        x_proj = self._project(x, suffix) if table is None else nnf.embedding(x, table)
-        given = {"reset": reset, "lengths": lengths, "time_first": True}
-        scan = scan_arguments(x_proj, self._factors(suffix), None, h_0, self.how, **given)
-        return run_linear_scan(scan, self.how)
+    def _scan(
+        self,
+        x: Tensor,
+        suffix: str,
+        h_0: Tensor | None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """h `(T, B, F)` and h_n of `x (T, B, ·)`, or with a table `(V, F)` of tokens `(T, B)`."""
+        tokens = None
+        if table is None:
+            x = self._project(x, suffix)
+        elif self.time_parallel:
+            x = nnf.embedding(x, table)
+        else:
+            x, tokens = table, x
+        scan = scan_arguments(
+            x,
+            self._factors(suffix),
+            getattr(self, f"beta{suffix}", None),
+            h_0,
+            self.how,
+            reset=reset,
+            lengths=lengths,
+            tokens=tokens,
+            time_first=True,
+        )
+        return (run_linear_scan if self.time_parallel else run_scan)(scan, self.how)
 
     def beta(self, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The modReLU threshold `(hidden_size,)`, None for other nonlinearities."""
@@ -168,6 +165,9 @@ class KRUCell(Recurrence):
         >>> cell(torch.randn(3, 8)).shape
         torch.Size([3, 128])
     """
+
+    time_parallel = False
+    _scan = KRU._scan
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class KRUCell(Recurrence):
         batched = input.dim() == 2
         if not batched:
             input, h = input.unsqueeze(0), None if h is None else h.unsqueeze(0)
-        _, h_n = _scan(self, input.unsqueeze(0), "", h)
+        _, h_n = self._scan(input.unsqueeze(0), "", h)
         return h_n if batched else h_n.squeeze(0)
 
     def recurrent_factors(self):
