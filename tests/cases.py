@@ -42,10 +42,14 @@ class Case:
     reset: bool = False
     lengths: tuple | None = None
     cotangents: str = "h h_n c_n"  # those of its results that matter
-    layout: str = "contiguous"  # or time-first memory, or sliced out of a larger buffer
+    layout: str = "contiguous"  # see `with_layout`
     scale: float = 1.0  # of the input
     zeros: bool = False  # exact ones in the input
     beta: float = 0.3  # bound of both signs, or of the sign of a negative one; 0: none is passed
+    noise: float = 0.02  # added to unitary factors, as training does
+    dtype: torch.dtype | None = None  # of the input, where it is not that of all arguments
+    precision: str = "auto"
+    slack: float = 1.0  # times the limits of the kernels' errors
 
     def __str__(self):
         sizes = "x".join(str(p) if p == q else f"({p},{q})" for p, q in self.shapes)
@@ -161,6 +165,116 @@ EMBEDDING_SCANS = [
 ]
 
 
+def for_kernels(P, Q, act="modrelu", lengths=False, **changed):
+    sizes = {"T": 5, "scale": 0.5, "beta": 0.05, "noise": 0.0, **changed}
+    case = Case(square(P, Q), act, **sizes)
+    rows = tuple(2 * n % (case.T + 1) for n in range(case.B))  # the first has no step
+    return dataclasses.replace(case, lengths=rows if lengths else None)
+
+
+def of_lstm(P, Q, **changed):
+    return for_kernels(P, Q, **{"T": 4, "op": "lstm_scan", "scale": 1.0, **changed})
+
+
+BF16 = {"precision": "bf16", "dtype": torch.bfloat16}
+KERNELS = [
+    # every nonlinearity, both fields, both precisions
+    *(for_kernels(16, 16, act) for act in NONLINEARITIES),
+    *(for_kernels(16, 16, act, field="real") for act in NONLINEARITIES),
+    *(for_kernels(16, 16, act, **BF16) for act in NONLINEARITIES),
+    *(for_kernels(16, 16, act, field="real", **BF16) for act in ("modrelu", "modtanh")),
+    for_kernels(16, 16, dtype=torch.bfloat16, precision="fp32"),
+    for_kernels(16, 16, precision="bf16"),
+    # shapes: packed block-diagonally, one tile, long sides, padded
+    *(
+        for_kernels(P, Q, T=3)
+        for P, Q in [(8, 8), (8, 16), (16, 8), (4, 16), (2, 32), (64, 2), (1, 64)]
+    ),
+    *(for_kernels(P, Q, T=3, B=2) for P, Q in [(16, 32), (32, 16), (32, 32), (16, 64), (64, 16)]),
+    *(for_kernels(P, Q, T=2, B=1) for P, Q in [(32, 64), (64, 64)]),
+    *(for_kernels(P, Q, T=3) for P, Q in [(3, 11), (5, 5), (12, 12), (11, 24), (17, 3)]),
+    *(for_kernels(P, Q, T=3, **BF16) for P, Q in [(8, 8), (8, 16), (16, 32), (32, 32), (3, 11)]),
+    for_kernels(3, 11, "modtanh", field="real", T=4),
+    for_kernels(5, 20, layout="odd", T=3),
+    for_kernels(5, 20, B=3, T=2, **BF16),
+    # one factor, and sides beyond 64
+    *(for_kernels(P, Q, T=2) for P, Q in [(64, 1), (1, 128)]),
+    for_kernels(128, 2, "tanh", T=2, B=9, reset=True, lengths=True),
+    for_kernels(4, 128, slack=2, T=2, B=2, **BF16),
+    for_kernels(256, 1, slack=2, T=2),
+    for_kernels(4, 256, "modtanh", T=2, B=2, reset=True, lengths=True),
+    for_kernels(256, 2, "relu", T=2, field="real", **BF16),
+    # batch and time
+    for_kernels(16, 16, B=1, T=1),
+    for_kernels(16, 16, B=1, T=7),
+    for_kernels(16, 16, B=5, T=1, starts=""),
+    for_kernels(8, 8, B=1, T=3),
+    for_kernels(8, 8, B=5, T=3),
+    for_kernels(8, 8, B=9, T=2, **BF16),
+    *(for_kernels(16, 16, B=B, T=T) for B, T in [(0, 3), (3, 0), (0, 0)]),
+    # heads
+    for_kernels(16, 16, H=3),
+    for_kernels(8, 16, H=2, B=5),
+    for_kernels(8, 8, H=2, field="real"),
+    # reset, lengths, h_0
+    for_kernels(16, 16, starts=""),
+    for_kernels(16, 16, reset=True),
+    for_kernels(16, 16, lengths=True),
+    for_kernels(16, 16, reset=True, lengths=True, starts=""),
+    for_kernels(8, 8, B=5, reset=True),
+    for_kernels(8, 8, B=5, lengths=True),
+    for_kernels(8, 8, "tanh", B=6, reset=True, lengths=True),
+    for_kernels(8, 8, "modtanh", B=5, reset=True, lengths=True, H=2),
+    for_kernels(16, 16, "modtanh", reset=True, lengths=True),
+    for_kernels(16, 16, "identity", reset=True, lengths=True, field="real"),
+    for_kernels(3, 11, "tanh", B=6, reset=True, lengths=True),
+    for_kernels(8, 8, B=5, reset=True, lengths=True, **BF16),
+    # where the rows lie
+    *(for_kernels(16, 16, layout=layout) for layout in ("time_first", "cut", "odd")),
+    *(for_kernels(8, 8, "modtanh", B=5, layout=layout) for layout in ("time_first", "cut", "odd")),
+    for_kernels(3, 11, layout="cut"),
+    for_kernels(16, 16, layout="time_first", H=2, **BF16),
+    # cotangents
+    *(for_kernels(16, 16, cotangents=c) for c in ("h", "h_n")),
+    *(for_kernels(8, 8, B=5, cotangents=c, lengths=True) for c in ("h", "h_n")),
+    for_kernels(16, 16, "modtanh", cotangents="h_n"),
+    for_kernels(16, 16, cotangents="h", starts="", reset=True),
+    # far from and close to zero
+    *(for_kernels(16, 16, act, scale=50.0, T=3) for act in NONLINEARITIES),
+    *(for_kernels(16, 16, act, scale=50.0, T=3, **BF16) for act in ("modrelu", "modtanh", "tanh")),
+    for_kernels(16, 16, beta=0.5, slack=10),  # where β = 0.5 phases of tiny z count in full
+    for_kernels(16, 16, "modtanh", scale=1e-3, T=2),
+    for_kernels(16, 16, "tanh", scale=1e-3, T=2),
+    # the LSTM
+    of_lstm(16, 16),
+    of_lstm(16, 16, **BF16),
+    *(of_lstm(16, 16, B=B, T=T) for B, T in [(1, 1), (0, 2), (2, 0)]),
+    of_lstm(16, 16, starts="", layout="time_first"),
+    of_lstm(16, 16, reset=True),
+    of_lstm(16, 16, lengths=True, H=2),
+    of_lstm(16, 16, T=3, scale=50.0),
+    of_lstm(8, 8, B=5, reset=True, lengths=True),
+    of_lstm(8, 16, B=5, T=3, lengths=True, **BF16),
+    of_lstm(8, 8, B=5, starts="", lengths=True, cotangents="h"),
+    of_lstm(8, 8, B=5, lengths=True, cotangents="c_n"),
+    of_lstm(3, 11, B=5, T=3, reset=True),
+    of_lstm(16, 32, B=2, T=2),
+    of_lstm(32, 32, B=1, T=2),
+    of_lstm(16, 16, cotangents="h_n"),
+    of_lstm(16, 16, cotangents="c_n", starts=""),
+]
+STREAMED = [  # where the kernels take a side of 16 for a large one
+    for_kernels(32, 8, T=3, B=2, reset=True),
+    for_kernels(8, 32, B=3, T=3, lengths=True, reset=True, H=2),
+    for_kernels(24, 5, T=3, B=5, lengths=True, starts=""),
+    for_kernels(5, 24, "modtanh", T=3, B=5, lengths=True, reset=True),
+    for_kernels(32, 1, "modtanh", T=3, starts="", field="real"),
+    for_kernels(32, 16, "tanh", T=3, layout="odd", cotangents="h_n"),
+    for_kernels(32, 4, T=3, layout="time_first", cotangents="h", **BF16),
+    for_kernels(32, 32, "identity", T=2, B=1),
+]
+
+
 def each_op(*sizes, ops=("scan", "embedding_scan", "linear_scan", "lstm_scan"), **kwargs):
     """The same case for every op, with every nonlinearity that it has."""
     for op in ops:
@@ -190,7 +304,8 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         return (scale * drawn).to(dtype)
 
-    x = normal(B, T, gates * features, scale=case.scale).to(x_dtype or dtype)
+    x_dtype = x_dtype or case.dtype or dtype
+    x = normal(B, T, gates * features, scale=case.scale).to(x_dtype)
     if case.zeros:  # where h_0 is 0 the states before step 2 are exactly 0
         x[:, :2] = 0
         x[:, 2, ::2] = 0
@@ -199,7 +314,7 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
         unitary_(torch.empty(parts, gates * case.H, p, q, dtype=torch.float64))
         for p, q in case.shapes
     ]
-    beta = normal(case.units).clamp(-1, 1)
+    beta = torch.rand(case.units, generator=generator, dtype=torch.float64) * 2 - 1
     reset = torch.rand(B, T, generator=generator) < 0.2
     reset[:1, :1] = reset[-1:, -1:] = True
     shapes = {"h": (B, T, features), "h_n": (B, features), "c_n": (B, features)}
@@ -217,11 +332,11 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
             cotangents["h"].masked_fill_(beyond[..., None], 7.0)
     drawn = {
         "tokens": torch.randint(VOCABULARY - 1, (B, T), generator=generator),
-        "table": normal(VOCABULARY, features, scale=case.scale).to(x_dtype or dtype),
+        "table": normal(VOCABULARY, features, scale=case.scale).to(x_dtype),
         "x_proj": with_layout(x, case.layout),
-        "factors": [w.to(dtype) + normal(*w.shape, scale=0.02) for w in factors],
-        "beta": case.beta * (beta if case.beta > 0 else beta.abs()),
-        "h_0": normal(B, features, scale=0.7) if "h_0" in case.starts else None,
+        "factors": [w.to(dtype) + normal(*w.shape, scale=case.noise) for w in factors],
+        "beta": (case.beta * (beta if case.beta > 0 else beta.abs())).to(dtype),
+        "h_0": normal(B, features, scale=0.5) if "h_0" in case.starts else None,
         "c_0": normal(B, features) if "c_0" in case.starts else None,
         "nonlinearity": case.act,
         "reset": reset if case.reset else None,
@@ -234,7 +349,8 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
 
 
 def with_layout(x, layout):
-    """The values of `x (B, T, F)` in another memory."""
+    """The values of `x (B, T, F)` in another memory: "time_first", "sliced" with strides in every
+    dimension, or rows "cut" out of a larger buffer, aligned to 16 bytes, or "odd" ones."""
     if layout == "time_first":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "sliced" and x.dim() == 3:
@@ -243,6 +359,11 @@ def with_layout(x, layout):
         out.copy_(x)
         assert not out.is_contiguous()
         return out
+    if layout in ("cut", "odd"):
+        B, T, F = x.shape
+        shape = (B + 1, T + 2, F + {"cut": 16, "odd": 3}[layout])
+        out = torch.full(shape, math.nan, dtype=x.dtype, device=x.device)[1:, 1 : T + 1, :F]
+        return out.copy_(x)
     return x
 
 

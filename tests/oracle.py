@@ -7,6 +7,7 @@ state is handed on beyond its last step, where h is 0 and x_proj and reset are n
 
 from functools import reduce
 
+import rounding
 import torch
 
 # Largest error over the largest entry (at least 1). A run of a few steps is a few hundred roundings
@@ -14,15 +15,28 @@ import torch
 EXACT = 1e-10
 
 
+def matrices(factors):
+    """Planar factors (parts, H, P_f, Q_f) as complex128 matrices (H, P_f, Q_f)."""
+    assert all(w.dtype == torch.float64 for w in factors)
+    return [torch.complex(*(*w, torch.zeros_like(w[0]))[:2]) for w in factors]
+
+
 def dense(factors):
-    """The complex128 matrix (H·N, H·N) of planar factors (parts, H, P_f, Q_f)."""
-    blocks = []
-    for head in range(factors[0].shape[1]):
-        planes = ((*w[:, head], torch.zeros_like(w[0, head]))[:2] for w in factors)
-        blocks.append(reduce(torch.kron, [torch.complex(*pair) for pair in planes]))
+    """A function of complex states (B, H·N): their products with the matrix of all factors."""
+    blocks = [reduce(torch.kron, head) for head in zip(*matrices(factors))]
     matrix = torch.block_diag(*blocks)
-    assert matrix.dtype == torch.complex128
-    return matrix
+    return lambda z: z @ matrix.T
+
+
+def narrow(factors):
+    """The same for two factors, with every operand of two products rounded to bfloat16."""
+    a, b = matrices(factors)
+
+    def product(z):
+        x = z.unflatten(-1, (len(a), a.shape[-1], b.shape[-1]))
+        return rounding.kron(a, b, x, narrow=True).flatten(1)
+
+    return product
 
 
 def activate(z, nonlinearity, beta=0.0):
@@ -58,15 +72,25 @@ def steps_of(x_proj, lengths):
     return taken, torch.where(taken, x_proj, 0.0)
 
 
-def scan(x_proj, factors, beta=None, h_0=None, *, nonlinearity, reset=None, lengths=None):
-    parts, w = factors[0].shape[0], dense(factors).T
+def scan(
+    x_proj,
+    factors,
+    beta=None,
+    h_0=None,
+    *,
+    nonlinearity,
+    reset=None,
+    lengths=None,
+    product=dense,
+):
+    parts, multiply = factors[0].shape[0], product(factors)
     taken, x_proj = steps_of(x_proj, lengths)
-    beta = x_proj.new_zeros(len(w)) if beta is None else beta
+    beta = 0.0 if beta is None else beta
     state = torch.zeros_like(x_proj[:, :1].sum(1)) if h_0 is None else h_0
     outputs = []
     for t in range(x_proj.shape[1]):
         before = state if reset is None else torch.where(reset[:, t, None], 0.0, state)
-        z = from_planar(before, parts) @ w + from_planar(x_proj[:, t], parts)
+        z = multiply(from_planar(before, parts)) + from_planar(x_proj[:, t], parts)
         h = to_planar(activate(z, nonlinearity, beta), parts)
         state = torch.where(taken[:, t], h, state)
         outputs.append(torch.where(taken[:, t], h, 0.0))
@@ -85,31 +109,23 @@ def linear_scan(x_proj, factors, h_0=None, *, reset=None, lengths=None):
     return scan(x_proj, factors, None, h_0, nonlinearity="identity", reset=reset, lengths=lengths)
 
 
-def lstm_states(x_proj, factors, h_0=None, c_0=None, *, reset=None, lengths=None):
-    """h and c of every step (B, T, H·N), and h_n and c_n."""
-    i_, f_, g_, o_ = (dense(gate).real.T for gate in zip(*(w.chunk(4, 1) for w in factors)))
+def lstm_scan(x_proj, factors, h_0=None, c_0=None, *, reset=None, lengths=None, product=dense):
+    multiply = [product(gate) for gate in zip(*(w.chunk(4, 1) for w in factors))]
     taken, x_proj = steps_of(x_proj, lengths)
-    zeros = x_proj.new_zeros(len(x_proj), len(i_))
+    empty = x_proj.unflatten(-1, (4, -1)).sum(2)
+    zeros = torch.zeros_like(empty[:, :1].sum(1))
     h_n, c_n = (zeros if state is None else state for state in (h_0, c_0))
-    states, cells = [], []
+    outputs = []
     for t in range(x_proj.shape[1]):
         cut = x_proj.new_zeros(len(zeros), 1) > 0 if reset is None else reset[:, t, None]
         h, c = (torch.where(cut, 0.0, state) for state in (h_n, c_n))
-        gates = zip((i_, f_, g_, o_), x_proj[:, t].chunk(4, -1))
-        i, f, g, o = (h @ w + u for w, u in gates)
+        gates = zip(multiply, x_proj[:, t].chunk(4, -1))
+        i, f, g, o = (gate(from_planar(h, 1)).real + u for gate, u in gates)
         c = c / (1 + torch.exp(-f)) + torch.tanh(g) / (1 + torch.exp(-i))
         h = torch.tanh(c) / (1 + torch.exp(-o))
         h_n, c_n = torch.where(taken[:, t], h, h_n), torch.where(taken[:, t], c, c_n)
-        states.append(torch.where(taken[:, t], h, 0.0))
-        cells.append(torch.where(taken[:, t], c, 0.0))
-    empty = x_proj.unflatten(-1, (4, -1)).sum(2)
-    h, c = (torch.stack(s, 1) if s else empty for s in (states, cells))
-    return h, c, h_n, c_n
-
-
-def lstm_scan(*args, **kwargs):
-    h, _, h_n, c_n = lstm_states(*args, **kwargs)
-    return h, (h_n, c_n)
+        outputs.append(torch.where(taken[:, t], h, 0.0))
+    return torch.stack(outputs, 1) if outputs else empty, (h_n, c_n)
 
 
 def assert_close(actual, expected, limit):
