@@ -53,7 +53,7 @@ gpu-setup:
 	  || $(PYTHON) -m pip install -q --no-deps --no-build-isolation -e . \
 	  || { ln -sfn ../kernels kru_triton/kernels && ln -sfn ../train kru_triton/train; }
 
-GPU_TESTS := kernels kernels_lstm dispatch lstm
+GPU_TESTS := kernels conformance dispatch lstm
 
 gpu-test: gpu-setup
 	$(PYTHON) -m pytest -m gpu $(GPU_TESTS:%=tests/test_%.py) $(ARGS)

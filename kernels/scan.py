@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kru_triton.ops.arguments import How, Scan, steps_and_rows
-from kru_triton.torch_backend.rows import handed_on, last_state
+from kru_triton.torch_backend.rows import handed_on, last_state, past_end
 
 from .activation import activate, derivative, vjp
 from .geometry import Tile, Wide
@@ -670,6 +670,8 @@ def states_before(h: Tensor, scan: Scan) -> Tensor:
 def pre_activations(h: Tensor, scan: Scan, how: How) -> Tensor:
     """z_t of all steps from their states, in float32: a single step of T·B rows."""
     x = scan.x if scan.tokens is None else scan.x[scan.tokens.long()]
+    if scan.lengths is not None:  # what is behind a row's end may be anything
+        x = x.masked_fill(past_end(len(h), scan.lengths)[..., None], 0)
     before = states_before(h, scan).flatten(0, 1)
     step = Scan(x.float().flatten(0, 1)[None], scan.a, scan.b, h_0=before)
     return scan_forward(step, how._replace(nonlinearity="identity")).view(h.shape)

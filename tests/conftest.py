@@ -42,3 +42,16 @@ def two_products(monkeypatch):
     from kru_triton.torch_backend import scan as torch_backend
 
     monkeypatch.setattr(torch_backend, "DENSE_UNITS", 0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """What the kernels do not write stays NaN, and so does all that lies around their buffers."""
+    from poison import allocator, assert_untouched
+
+    buffers = []
+    for name, value in (("new_empty", float("nan")), ("new_zeros", 0.0)):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, allocator(original, value, buffers))
+    yield buffers
+    assert_untouched(buffers)

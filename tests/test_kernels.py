@@ -1,4 +1,4 @@
-"""The kernels against a complex128 loop over dense Kronecker products, under autograd.
+"""The launchers of the kernels against a complex128 loop over dense Kronecker products.
 
 Without a GPU they run in Triton's interpreter (see conftest.py). It computes a bfloat16 product as
 float32 product of values rounded to bfloat16, which is what a tensor core does up to the order of a
@@ -6,396 +6,169 @@ float32 sum.
 """
 
 import ast
-import dataclasses
+import functools
 import math
 from pathlib import Path
 
+import oracle
 import pytest
-import rounding
 import torch
+from cases import (
+    BF16,
+    DEVICE,
+    KERNELS,
+    STREAMED,
+    draw,
+    for_kernels,
+    gradients,
+    moved,
+    of_lstm,
+    with_layout,
+)
+from oracle import relative_error
+from poison import GUARD, guarded_copy
+from torch.utils._pytree import tree_map_only
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
-# the interpreter computes exp(2x) of tanh in numpy, where infinity is reached with a warning
-pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # the interpreter computes exp(2x) of tanh in numpy, where infinity is reached with a warning
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+]
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
-from kru_triton.kernels import scan, weight_grad, why_not  # noqa: E402 (after importorskip)
+from kru_triton.kernels import lstm, scan, weight_grad, why_not  # noqa: E402 (after importorskip)
 from kru_triton.nonlinearity import NONLINEARITIES  # noqa: E402
-from kru_triton.ops.arguments import How, Scan  # noqa: E402
+from kru_triton.ops.arguments import How, LSTMScan, Scan  # noqa: E402
 
-# Relative L2 errors. "fp32": a product of bfloat16 pairs is exact to 2^-17, two of them a step, a
-# few steps, and unitary factors keep the sum of errors from growing; gradients pass through it
-# twice and through 1/|z|. "bf16", against a definition that rounds what the kernel rounds: h
-# differs where a float32 sum in another order rounds to the other neighbour (2^-9); the adjoint
-# rounds twice more in each step, starts from the rounded h and rounds its result.
+# Relative L2 errors of results, and of gradients. "fp32": a product of bfloat16 pairs is exact to
+# 2^-17, two of them a step, a few steps, and unitary factors keep the sum of errors from growing;
+# gradients pass through it twice and through 1/|z|. "bf16", against a definition that rounds what
+# the kernel rounds: h differs where a float32 sum in another order rounds to the other neighbour
+# (2^-9); the adjoint rounds twice more in each step, starts from the rounded h and rounds its
+# result. The LSTM rounds c not at all, and the hardware's tanh is good to 2^-11. The last state has
+# twice the error of all states.
 LIMITS = {
-    "fp32": {"h": 1e-5, "dx": 1e-4, "dh_0": 1e-4, "da": 1e-4, "db": 1e-4, "dbeta": 1e-4},
-    "bf16": {"h": 4e-3, "dx": 1e-2, "dh_0": 1e-2, "da": 1e-2, "db": 1e-2, "dbeta": 1e-2},
+    ("scan", "fp32"): {"h": 1e-5, "h_n": 2e-5, "d": 1e-4},
+    ("scan", "bf16"): {"h": 4e-3, "h_n": 8e-3, "d": 1e-2},
+    ("lstm_scan", "fp32"): {"h": 1e-5, "h_n": 2e-5, "c_n": 2e-5, "d": 1e-4},
+    ("lstm_scan", "bf16"): {"h": 4e-3, "h_n": 8e-3, "c_n": 4e-3, "d": 6e-3},
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    P: int
-    Q: int
-    act: str = "modrelu"
-    B: int = 3
-    T: int = 5
-    H: int = 1
-    field: str = "complex"
-    precision: str = "fp32"
-    dtype: torch.dtype = torch.float32
-    h_0: bool = True
-    reset: bool = False
-    lengths: bool = False
-    layout: str = "batch"  # batch first, time first or cut out of a larger buffer
-    cotangent: str = "both"  # on h, on h_n or on both
-    scale: float = 0.5  # of x_proj
-    beta: float = 0.05  # bound of |beta|; both signs occur
-    slack: float = 1.0  # times the limits
-
-    def __str__(self):
-        base = f"B{self.B}-T{self.T}-H{self.H}-{self.P}x{self.Q}-{self.act}-{self.precision}"
-        shown = {"P", "Q", "act", "B", "T", "H", "precision"}
-        rest = [
-            f"{f.name}={getattr(self, f.name)}"
-            for f in dataclasses.fields(self)
-            if f.name not in shown and getattr(self, f.name) != f.default
-        ]
-        return "-".join([base, *rest])
+def precision_of(case):
+    return "fp32" if case.precision == "auto" else case.precision
 
 
-BF16 = {"precision": "bf16", "dtype": torch.bfloat16}
-CASES = [
-    # every nonlinearity, both fields, both precisions
-    *(Case(16, 16, act) for act in NONLINEARITIES),
-    *(Case(16, 16, act, field="real") for act in NONLINEARITIES),
-    *(Case(16, 16, act, **BF16) for act in NONLINEARITIES),
-    *(Case(16, 16, act, field="real", **BF16) for act in ("modrelu", "modtanh")),
-    Case(16, 16, dtype=torch.bfloat16),
-    Case(16, 16, precision="bf16"),
-    # shapes: packed block-diagonally, one tile, long sides, padded
-    *(Case(P, Q, T=3) for P, Q in [(8, 8), (8, 16), (16, 8), (4, 16), (2, 32), (64, 2), (1, 64)]),
-    *(Case(P, Q, T=3, B=2) for P, Q in [(16, 32), (32, 16), (32, 32), (16, 64), (64, 16)]),
-    *(Case(P, Q, T=2, B=1) for P, Q in [(32, 64), (64, 64)]),
-    *(Case(P, Q, T=3) for P, Q in [(3, 11), (5, 5), (12, 12), (11, 24), (17, 3)]),
-    *(Case(P, Q, T=3, **BF16) for P, Q in [(8, 8), (8, 16), (16, 32), (32, 32), (3, 11)]),
-    Case(3, 11, "modtanh", field="real", T=4),
-    Case(5, 20, layout="odd", T=3),
-    Case(5, 20, B=3, T=2, **BF16),
-    # one factor, and sides beyond 64
-    *(Case(P, Q, T=2) for P, Q in [(64, 1), (1, 128)]),
-    Case(128, 2, "tanh", T=2, B=9, reset=True, lengths=True),
-    Case(4, 128, slack=2, T=2, B=2, **BF16),
-    Case(256, 1, slack=2, T=2),
-    Case(4, 256, "modtanh", T=2, B=2, reset=True, lengths=True),
-    Case(256, 2, "relu", T=2, field="real", **BF16),
-    # batch and time
-    Case(16, 16, B=1, T=1),
-    Case(16, 16, B=1, T=7),
-    Case(16, 16, B=5, T=1, h_0=False),
-    Case(8, 8, B=1, T=3),
-    Case(8, 8, B=5, T=3),
-    Case(8, 8, B=9, T=2, **BF16),
-    # heads
-    Case(16, 16, H=3),
-    Case(8, 16, H=2, B=5),
-    Case(8, 8, H=2, field="real"),
-    # reset, lengths, h_0
-    Case(16, 16, h_0=False),
-    Case(16, 16, reset=True),
-    Case(16, 16, lengths=True),
-    Case(16, 16, reset=True, lengths=True, h_0=False),
-    Case(8, 8, B=5, reset=True),
-    Case(8, 8, B=5, lengths=True),
-    Case(8, 8, "tanh", B=6, reset=True, lengths=True),
-    Case(8, 8, "modtanh", B=5, reset=True, lengths=True, H=2),
-    Case(16, 16, "modtanh", reset=True, lengths=True),
-    Case(16, 16, "identity", reset=True, lengths=True, field="real"),
-    Case(3, 11, "tanh", B=6, reset=True, lengths=True),
-    Case(8, 8, B=5, reset=True, lengths=True, **BF16),
-    # where the rows lie
-    *(Case(16, 16, layout=layout) for layout in ("time", "cut", "odd")),
-    *(Case(8, 8, "modtanh", B=5, layout=layout) for layout in ("time", "cut", "odd")),
-    Case(3, 11, layout="cut"),
-    Case(16, 16, layout="time", H=2, **BF16),
-    # cotangents
-    *(Case(16, 16, cotangent=cotangent) for cotangent in ("h", "h_n")),
-    *(Case(8, 8, B=5, cotangent=c, lengths=True) for c in ("h", "h_n")),
-    Case(16, 16, "modtanh", cotangent="h_n"),
-    Case(16, 16, cotangent="h", h_0=False, reset=True),
-    # far from and close to zero
-    *(Case(16, 16, act, scale=50.0, T=3) for act in NONLINEARITIES),
-    *(Case(16, 16, act, scale=50.0, T=3, **BF16) for act in ("modrelu", "modtanh", "tanh")),
-    Case(
-        16, 16, beta=0.5, slack=10
-    ),  # |h| > 0.5 wherever beta = 0.5: phases of tiny z count in full
-    Case(16, 16, "modtanh", scale=1e-3, T=2),
-    Case(16, 16, "tanh", scale=1e-3, T=2),
-]
+def definition(case):
+    """The oracle, which rounds what the kernels round."""
+    function = {"scan": oracle.scan, "lstm_scan": oracle.lstm_scan}[case.op]
+    return functools.partial(
+        function, product=oracle.narrow if precision_of(case) == "bf16" else oracle.dense
+    )
 
 
-GUARD = 512  # elements on either side of every buffer
-
-
-def guarded(shape, dtype, device, value=float("nan")):
-    """A tensor of `value` inside of a larger one that is NaN throughout, and the larger one."""
-    size = math.prod(shape)
-    whole = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-    tensor = whole[GUARD : GUARD + size].view(shape)
-    return tensor.fill_(value), whole
-
-
-def guarded_copy(x):
-    """x in a buffer of its own: what a kernel reads beyond it is NaN, and comes out as NaN."""
-    if x is None or not x.is_floating_point():
-        return x
-    return guarded(x.shape, x.dtype, x.device)[0].copy_(x)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """What the kernels do not write stays NaN, and so does all that lies around their buffers."""
-    buffers = []
-
-    def allocate(original, value):
-        def allocated(self, shape, *rest, **options):
-            dtype = options.get("dtype") or self.dtype
-            if not isinstance(shape, tuple | torch.Size) or not dtype.is_floating_point:
-                return original(self, shape, *rest, **options)  # the interpreter's, or of integers
-            tensor, whole = guarded(shape, dtype, self.device, value)
-            buffers.append((tensor, whole))
-            return tensor
-
-        return allocated
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", allocate(torch.Tensor.new_empty, float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_zeros", allocate(torch.Tensor.new_zeros, 0.0))
-    yield buffers
-    for tensor, whole in buffers:
-        outside = whole.isnan().sum() - whole[GUARD : GUARD + tensor.numel()].isnan().sum()
-        assert outside == 2 * GUARD, f"written beyond a buffer of shape {tuple(tensor.shape)}"
-
-
-def activate(z, beta, act):
-    """The definition; at z = 0 modReLU has gradient 0 and modtanh gradient 1."""
-    zero = z == 0
-    m = torch.where(zero, 1.0, z).abs()
-    if act == "modrelu":
-        return z * torch.where(zero, 0.0, torch.relu(m + beta) / m)
-    if act == "modtanh":
-        return z * torch.where(zero, 1.0, torch.tanh(m) / m)
-    function = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda x: x}[act]
-    if not z.is_complex():
-        return function(z)
-    return torch.complex(function(z.real), function(z.imag))
-
-
-def joined(x, parts, heads):
-    """Planar (..., parts·H·N) to complex or real (..., H, N)."""
-    x = x.unflatten(-1, (parts, heads, -1))
-    return torch.complex(x[..., 0, :, :], x[..., 1, :, :]) if parts == 2 else x[..., 0, :, :]
-
-
-def planar(z):
-    """(..., H, N) to planar (..., parts·H·N)."""
-    planes = (z.real, z.imag) if z.is_complex() else (z,)
-    return torch.stack(planes, -3).flatten(-3)
-
-
-def step(case, fa, fb, state):
-    """(A ⊗ B) h for every row and head; for "bf16" with every operand of a product rounded."""
-    if case.precision == "fp32":
-        dense = torch.stack([torch.kron(fa[i], fb[i]) for i in range(case.H)])
-        return torch.einsum("hmn,bhn->bhm", dense, state)
-    x = state.unflatten(-1, (case.P, case.Q))
-    return rounding.kron(fa, fb, x, narrow=True).flatten(-2)
-
-
-def oracle(case, x_proj, a, b, beta, h_0, reset, lengths):
-    """h (T, B, F) and h_n (B, F) of the definition."""
-    parts = a.shape[0]
-    fa = torch.complex(a[0], a[1]) if parts == 2 else a[0]
-    fb = torch.complex(b[0], b[1]) if parts == 2 else b[0]
-    u = joined(x_proj, parts, case.H)
-    state = joined(h_0, parts, case.H) if h_0 is not None else torch.zeros_like(u[:, 0])
-    states = []
-    for t in range(case.T):
-        if reset is not None:
-            state = torch.where(reset[:, t, None, None], 0.0, state)
-        z = step(case, fa, fb, state) + u[:, t]
-        alive = (t < lengths)[:, None, None]
-        state = torch.where(alive, activate(z, beta.view(case.H, -1), case.act), 0.0)
-        states.append(state)
-    h = planar(torch.stack(states))
-    return h, h[lengths - 1, torch.arange(case.B)]
-
-
-def arranged(x, layout):
-    """The same values of (B, T, F) lying differently in memory."""
-    B, T, F = x.shape
-    if layout == "batch":
-        return guarded_copy(x)
-    if layout == "time":
-        return guarded_copy(x.transpose(0, 1)).transpose(0, 1)
-    extra = 16 if layout == "cut" else 3  # rows aligned to 16 bytes, or not
-    buffer = torch.full((B + 1, T + 2, F + extra), float("nan"), dtype=x.dtype, device=x.device)
-    view = buffer[1:, 1 : T + 1, :F]
-    view.copy_(x)
-    return view
+def doubles(arguments):
+    return tree_map_only(
+        torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments
+    )
 
 
 def make(case):
-    """Inputs, flags and cotangents of a case.
+    """Arguments and cotangents of a case.
 
     modReLU with beta > 0 jumps at z = 0 and its gradient bends like 1/|z|. Inputs that take some
     |z| below 2.5e-3 are drawn again: they would measure the error of z, magnified, and nothing
     else.
     """
     for seed in range(100):
-        arguments = draw(case, seed)
-        if case.act != "modrelu" or case.slack > 1:
-            return arguments
-        h, _ = oracle(case, **doubles(arguments[0]), **arguments[1])
-        beta = arguments[0]["beta"].double()
-        m = joined(h, arguments[0]["a"].shape[0], case.H).abs().flatten(2)
-        near = (m > 0) & (beta > 0) & (m - beta < 2.5e-3)
-        if not near.any():
-            return arguments
+        arguments, cotangents = draw(case, torch.float32, seed)
+        if "h" in cotangents:
+            cotangents["h"] = cotangents["h"].to(arguments["x_proj"].dtype)
+        if case.act != "modrelu" or case.op != "scan" or case.slack > 1:
+            return arguments, cotangents
+        h, _ = definition(case)(**doubles(arguments))
+        beta = arguments["beta"].double()
+        m = oracle.from_planar(h, arguments["factors"][0].shape[0]).abs()
+        if not ((m > 0) & (beta > 0) & (m - beta < 2.5e-3)).any():
+            return arguments, cotangents
     raise AssertionError(f"no inputs for {case}")
 
 
-def doubles(inputs):
-    return {k: None if v is None else v.double() for k, v in inputs.items()}
+def bag(case, arguments):
+    """What the launchers take, time first, each in a buffer of its own, and how."""
+    arguments = moved(arguments, DEVICE)
+    factors = [guarded_copy(w) for w in arguments["factors"]]
+    x = guarded_copy(with_layout(arguments["x_proj"], case.layout)).transpose(0, 1)
+    states = {k: arguments.get(k) for k in ("beta", "h_0", "c_0")}
+    states = {k: None if v is None else guarded_copy(v) for k, v in states.items()}
+    reset = None if arguments["reset"] is None else arguments["reset"].t()
+    how = How(case.act, precision=precision_of(case))
+    if case.op == "lstm_scan":
+        factors = [w.view(4, case.H, *w.shape[2:]) for w in factors]
+        del states["beta"]
+        return LSTMScan(x, *factors, **states, reset=reset, lengths=arguments["lengths"]), how
+    del states["c_0"]
+    return Scan(x, *factors, **states, reset=reset, lengths=arguments["lengths"]), how
 
 
-def draw(case, seed):
-    random = torch.Generator().manual_seed(seed)
-    parts = 2 if case.field == "complex" else 1
-    N = case.P * case.Q
-    F = parts * case.H * N
-
-    def normal(*shape):
-        return torch.randn(shape, generator=random, dtype=torch.float64)
-
-    def factor(side):
-        w = normal(parts, case.H, side, side)
-        w = torch.linalg.qr(torch.complex(w[0], w[1]) if parts == 2 else w[0])[0]
-        return torch.stack((w.real, w.imag) if parts == 2 else (w,)).float()
-
-    inputs = {
-        "x_proj": (normal(case.B, case.T, F) * case.scale).to(case.dtype),
-        "a": factor(case.P),
-        "b": factor(case.Q),
-        "beta": ((torch.rand(case.H * N, generator=random) * 2 - 1) * case.beta).float(),
-        "h_0": (normal(case.B, F) * 0.5).float() if case.h_0 else None,
-    }
-    flags = {
-        "reset": torch.rand(case.B, case.T, generator=random) < 0.3 if case.reset else None,
-        "lengths": torch.full((case.B,), case.T),
-    }
-    if case.reset:
-        flags["reset"][0, 0] = True
-        flags["reset"][-1, -1] = True
-    if case.lengths:
-        flags["lengths"] = torch.arange(case.B) * 2 % case.T + 1
-    cotangents = {
-        "dh": normal(case.T, case.B, F).to(case.dtype) if case.cotangent != "h_n" else None,
-        "dh_n": normal(case.B, F).to(case.dtype) if case.cotangent != "h" else None,
-    }
-    return inputs, flags, cotangents
-
-
-def expected(case, inputs, flags, cotangents):
-    leaves = doubles(inputs)
-    for leaf in leaves.values():
-        if leaf is not None:
-            leaf.requires_grad_()
-    h, h_n = oracle(case, **leaves, **flags)
-    loss = 0.0
-    if cotangents["dh"] is not None:
-        alive = torch.arange(case.T)[:, None] < flags["lengths"]
-        loss = loss + (h * cotangents["dh"].double() * alive[..., None]).sum()
-    if cotangents["dh_n"] is not None:
-        loss = loss + (h_n * cotangents["dh_n"].double()).sum()
-    loss.backward()
-    names = {"x_proj": "dx", "h_0": "dh_0", "a": "da", "b": "db", "beta": "dbeta"}
-    gradients = {names[k]: v.grad for k, v in leaves.items() if v is not None}
-    gradients["dx"] = gradients["dx"].transpose(0, 1)
-    if case.act != "modrelu":
-        del gradients["dbeta"]
-    return {"h": h.detach(), **gradients}
-
-
-def bag(case, x_proj, a, b, beta, h_0, reset, lengths):
-    """What the launchers take, time first, with what the case has."""
-    beta = beta if case.act == "modrelu" else None
-    lengths = lengths if case.lengths else None
-    reset = None if reset is None else reset.t()
-    return Scan(x_proj.transpose(0, 1), a, b, beta, h_0, reset, lengths)
-
-
-def computed(case, inputs, flags, cotangents, **tuning):
-    def move(x):
-        return None if x is None else guarded_copy(x.to(DEVICE))
-
-    inputs = {k: move(v) for k, v in inputs.items()}
-    flags = {k: move(v) for k, v in flags.items()}
-    cotangents = {k: move(v) for k, v in cotangents.items()}
-    inputs["x_proj"] = arranged(inputs["x_proj"], case.layout)
-    given = bag(case, **inputs, **flags)
-    how = How(case.act, precision=case.precision)
-    words = {"nonlinearity": case.act, "precision": case.precision}
+def launched(case, given, how, cotangents):
+    """Results and gradients by name, as `gradients` has them."""
+    words = {} if case.op == "lstm_scan" else {"nonlinearity": case.act}
+    words |= {"precision": how.precision, "lstm": case.op == "lstm_scan"}
     assert why_not.why_not(given.x, given.a, given.b, **words) is None
-    scans, grads = (
-        {k: v for k, v in tuning.items() if (k == "SLICES") == w} for w in (False, True)
-    )
-    h = scan.scan_forward(given, how, **scans)
-    if cotangents["dh"] is not None:
-        dh = cotangents["dh"].transpose(0, 1)
-        cotangents["dh"] = arranged(dh, case.layout).transpose(0, 1)
-    dx, dh_0 = scan.scan_backward(**cotangents, h=h, scan=given, how=how, **scans)
-    da, db, dbeta = weight_grad.weight_grad(dx, h, given, how, **grads)
-    result = {"h": h, "dx": dx, "dh_0": dh_0, "da": da, "db": db, "dbeta": dbeta}
-    return {k: v.double().cpu() for k, v in result.items() if v is not None}
+    d = [cotangents.get(k) for k in ("h", "h_n", "c_n")]
+    if case.op == "lstm_scan":
+        h, c, h_n, c_n = lstm.forward(given, how)
+        dx, da, db, dh_0, dc_0 = lstm.backward(*d, h, c, given, how)
+        da, db = (w.view(1, 4 * case.H, *w.shape[2:]) for w in (da, db))
+        results = {"h": h, "h_n": h_n, "c_n": c_n, "d c_0": dc_0}
+    else:
+        h, h_n = scan.forward(given, how)
+        dx, da, db, dbeta, dh_0 = scan.backward(*d[:2], h, given, how)
+        results = {"h": h, "h_n": h_n, "d beta": dbeta}
+    results |= {"d x_proj": dx, "d factors[0]": da, "d factors[1]": db, "d h_0": dh_0}
+    absent = {f"d {k}" for k in ("beta", "h_0", "c_0") if getattr(given, k, None) is None}
+    results = {k: v.cpu() for k, v in results.items() if k not in absent}
+    return results | {k: results[k].transpose(0, 1) for k in ("h", "d x_proj")}
 
 
-def relative_error(got, want):
-    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+def on_device(case, cotangents):
+    """Those of the launchers: that of h time first, as the layout has it."""
+    cotangents = {k: guarded_copy(v) for k, v in moved(cotangents, DEVICE).items()}
+    if "h" in cotangents:
+        cotangents["h"] = with_layout(cotangents["h"], case.layout).transpose(0, 1)
+    return cotangents
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_the_definition(case):
-    arguments = make(case)
-    want = expected(case, *arguments)
-    got = computed(case, *arguments)
-    errors = {name: relative_error(got[name], want[name]) for name in got}
-    limits = {k: v * case.slack for k, v in LIMITS[case.precision].items()}
+def computed(case, arguments, cotangents):
+    return launched(case, *bag(case, arguments), on_device(case, cotangents))
+
+
+def check(case):
+    arguments, cotangents = make(case)
+    want = gradients(definition(case), doubles(arguments), doubles(cotangents))
+    got = computed(case, arguments, cotangents)
+    assert got.keys() == want.keys()
+    limits = dict(LIMITS[case.op, precision_of(case)])
     if case.dtype == torch.bfloat16:  # rounded once more at the store
-        limits = {k: max(v, LIMITS["bf16"][k]) for k, v in limits.items()}
-    assert errors == {k: pytest.approx(0, abs=limits[k]) for k in errors}
+        limits = {k: max(v, LIMITS[case.op, "bf16"][k]) for k, v in limits.items()}
+    errors = {k: relative_error(got[k], v) for k, v in want.items()}
+    assert errors == {k: pytest.approx(0, abs=limits[k.split()[0]] * case.slack) for k in errors}
 
 
-STREAMED_CASES = [
-    Case(32, 8, T=3, B=2, reset=True),
-    Case(8, 32, B=3, T=3, lengths=True, reset=True, H=2),
-    Case(24, 5, T=3, B=5, lengths=True, h_0=False),
-    Case(5, 24, "modtanh", T=3, B=5, lengths=True, reset=True),
-    Case(32, 1, "modtanh", T=3, h_0=False, field="real"),
-    Case(32, 16, "tanh", T=3, layout="odd", cotangent="h_n"),
-    Case(32, 4, T=3, layout="time", cotangent="h", **BF16),
-    Case(32, 32, "identity", T=2, B=1),
-]
+@pytest.mark.parametrize("case", KERNELS, ids=str)
+def test_against_the_definition(case):
+    check(case)
 
 
-@pytest.mark.parametrize("case", STREAMED_CASES, ids=str)
+@pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_streamed_factors(case, monkeypatch):
     """The kernels for large factors, on small ones."""
     monkeypatch.setattr(why_not, "MAX_HELD_SIDE", 16)
-    test_against_the_definition(case)
+    check(case)
 
 
 def test_too_little_shared_memory_streams_the_factors(monkeypatch):
@@ -425,30 +198,31 @@ def test_too_little_tensor_memory_streams_the_factors(monkeypatch):
 
 def arguments_of_scan(case, **changed):
     """Arguments of scan_forward on the device."""
-    inputs, flags, _ = make(case)
-    values = {k: None if v is None else v.to(DEVICE) for k, v in {**inputs, **flags}.items()}
-    return bag(case, **values)._replace(**changed), How(case.act, precision=case.precision)
+    given, how = bag(case, make(case)[0])
+    return given._replace(**changed), how
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("act", NONLINEARITIES)
 def test_zero_pre_activations(act, precision):
     """z = 0 exactly, beta of both signs and zero: h = 0, gradients as the definition has them."""
-    case = Case(16, 16, act, T=2, h_0=False, precision=precision)
-    inputs, flags, cotangents = make(case)
-    inputs["x_proj"].zero_()
-    inputs["beta"][::3] = 0
-    want = expected(case, inputs, flags, cotangents)
-    got = computed(case, inputs, flags, cotangents)
+    case = for_kernels(16, 16, act, T=2, starts="", precision=precision)
+    arguments, cotangents = make(case)
+    arguments["x_proj"].zero_()
+    if act == "modrelu":
+        arguments["beta"][::3] = 0
+    want = gradients(definition(case), doubles(arguments), doubles(cotangents))
+    got = computed(case, arguments, cotangents)
     assert not got["h"].any()
-    assert relative_error(got["dx"], want["dx"]) < (1e-5 if precision == "fp32" else 2e-2)
-    assert not got["da"].any()
-    assert not got["db"].any()
+    limit = 1e-5 if precision == "fp32" else 2e-2
+    assert relative_error(got["d x_proj"], want["d x_proj"]) < limit
+    assert not got["d factors[0]"].any()
+    assert not got["d factors[1]"].any()
 
 
 def test_gradient_near_the_jump_of_modrelu_is_bounded():
     """A bfloat16 h says |z| = |h| - beta to 2^-9 |h|: the gradient is not amplified beyond that."""
-    case = Case(16, 16, B=4, T=1, h_0=False, slack=10, **BF16)
+    case = for_kernels(16, 16, B=4, T=1, starts="", slack=10, **BF16)
     z = torch.full((4, 1, 512), 1e-4)
     beta = torch.linspace(0.01, 1.0, 256)
     x = z.bfloat16().transpose(0, 1).to(DEVICE)
@@ -462,7 +236,7 @@ def test_gradient_near_the_jump_of_modrelu_is_bounded():
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 16)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_a_run_in_two_pieces_equals_one_run(shape):
-    case = Case(*shape, B=3, T=6, reset=True)
+    case = for_kernels(*shape, B=3, T=6, reset=True)
     given, how = arguments_of_scan(case)
     whole = scan.scan_forward(given, how)
     pieces, state = [], given.h_0
@@ -475,7 +249,7 @@ def test_a_run_in_two_pieces_equals_one_run(shape):
 
 
 def test_two_runs_are_bitwise_equal():
-    case = Case(8, 16, B=5, T=9, slack=10)
+    case = for_kernels(8, 16, B=5, T=9, slack=10)
     arguments = make(case)
     first, second = computed(case, *arguments), computed(case, *arguments)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -483,23 +257,19 @@ def test_two_runs_are_bitwise_equal():
 
 def test_weight_gradient_of_several_chunks_of_time():
     """17 steps make two chunks; the second one starts from a state in the middle."""
-    case = Case(16, 16, B=2, T=17, reset=True, slack=3)  # three times as many steps
-    arguments = make(case)
-    want, got = expected(case, *arguments), computed(case, *arguments)
-    for name in ("da", "db", "dbeta"):
-        assert relative_error(got[name], want[name]) < LIMITS["fp32"][name] * case.slack
+    check(for_kernels(16, 16, B=2, T=17, reset=True, slack=3))  # three times as many steps
 
 
 TOKEN_CASES = [
-    Case(16, 16, T=4, reset=True),
-    Case(16, 16, T=4, H=2, lengths=True, **BF16),
-    Case(32, 32, B=2, T=3),
-    Case(8, 8, B=5, T=4),
-    Case(8, 8, "modtanh", B=5, T=4, reset=True),
-    Case(16, 16, "modtanh", T=4, lengths=True),
-    Case(3, 11, "modtanh", B=5, T=3),
-    Case(16, 16, T=1),
-    Case(128, 1, "tanh", T=2),
+    for_kernels(16, 16, T=4, reset=True),
+    for_kernels(16, 16, T=4, H=2, lengths=True, **BF16),
+    for_kernels(32, 32, B=2, T=3),
+    for_kernels(8, 8, B=5, T=4),
+    for_kernels(8, 8, "modtanh", B=5, T=4, reset=True),
+    for_kernels(16, 16, "modtanh", T=4, lengths=True),
+    for_kernels(3, 11, "modtanh", B=5, T=3),
+    for_kernels(16, 16, T=1),
+    for_kernels(128, 1, "tanh", T=2),
 ]
 
 
@@ -513,7 +283,7 @@ def test_tokens_are_the_rows_they_stand_for(case, layout):
     features = given.x.shape[-1]
     table = (torch.randn(7, features, generator=random) * 0.5).to(DEVICE, case.dtype)
     if layout == "cut":
-        table = arranged(table[None], "odd")[0]
+        table = with_layout(table[None], "odd")[0]
     gathered = given._replace(x=table[tokens])
     given = given._replace(x=table, tokens=tokens)
     h = scan.scan_forward(given, how)
@@ -525,30 +295,14 @@ def test_tokens_are_the_rows_they_stand_for(case, layout):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion ends the process")
 def test_a_token_outside_the_table_is_refused():
-    given, how = arguments_of_scan(Case(16, 16, T=2), x=torch.zeros(7, 512))
+    given, how = arguments_of_scan(for_kernels(16, 16, T=2), x=torch.zeros(7, 512))
     for wrong in (-1, 7):
         with pytest.raises(RuntimeError, match="outside the table's 7 rows"):
             scan.scan_forward(given._replace(tokens=torch.full((2, 3), wrong)), how)
 
 
-@pytest.mark.parametrize(("B", "T"), [(0, 3), (3, 0), (0, 0)])
-def test_empty(B, T):
-    case = Case(16, 16)
-    x, h_0 = torch.zeros(T, B, 512, device=DEVICE), torch.ones(B, 512, device=DEVICE)
-    given, how = arguments_of_scan(case, x=x, h_0=h_0)
-    h, h_n = scan.forward(given, how)
-    assert h.shape == (T, B, 512)
-    dh_n = torch.ones_like(h_0)
-    dx, *gradients, dh_0 = scan.backward(torch.ones_like(h), dh_n, h, given, how)
-    assert dx.shape == (T, B, 512)
-    # without a step, the last state is h_0 itself
-    assert torch.equal(h_n, h_0)
-    assert torch.equal(dh_0, dh_n)
-    assert [not g.any() for g in gradients] == [True, True, True]
-
-
 def test_without_cotangents_the_gradient_is_zero():
-    given = arguments_of_scan(Case(16, 16, T=2))
+    given = arguments_of_scan(for_kernels(16, 16, T=2))
     h = scan.scan_forward(*given)
     dx, dh_0 = scan.scan_backward(None, None, h, *given)
     assert not dx.any()
@@ -602,7 +356,7 @@ def pulled_back(g, h, beta, act, floor):
 def test_long_sequences(act, precision):
     """Three rows against float64 step by step, all weight gradients, two runs, a run in pieces."""
     B, T, P, Q = REAL.values()
-    case = Case(P, Q, act, B=1, T=1, beta=0.02, slack=2)
+    case = for_kernels(P, Q, act, B=1, T=1, beta=0.02, slack=2)
     given, _ = arguments_of_scan(case)
     a, b, beta = given.a, given.b, given.beta
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -621,7 +375,7 @@ def test_long_sequences(act, precision):
     state = complex_states(h_0[rows].to(dtype), P, Q)
     u, states = complex_states(x[:, rows], P, Q), complex_states(h[:, rows], P, Q)
     for t in range(T):
-        state = activate(fa @ state @ fb.mT + u[t], bias, act)
+        state = oracle.activate(fa @ state @ fb.mT + u[t], act, bias)
         if t + 1 in (T // 64, T // 8, T):
             assert relative_error(states[t], state) < ROUNDING[act, precision](t + 1)
 
@@ -670,7 +424,7 @@ def test_long_sequences(act, precision):
 def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):
     """Beyond in and out: nothing of the size of a sequence, forward and backward."""
     B, T, P, Q = REAL.values()
-    values, _ = arguments_of_scan(Case(P, Q, B=1, T=1, slack=2))
+    values, _ = arguments_of_scan(for_kernels(P, Q, B=1, T=1, slack=2))
     x = torch.randn(T, B, 2 * P * Q, device=DEVICE).bfloat16()
     given, how = Scan(x, values.a, values.b, values.beta), How("modrelu", precision="bf16")
 
@@ -695,7 +449,7 @@ def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):
 def test_launchers_in_a_cuda_graph(monkeypatch):
     """Replayed on other inputs they give what a call gives; without a device, called again."""
     monkeypatch.undo()  # the guards would be allocations of the graph
-    given, how = arguments_of_scan(Case(8, 8, B=5, T=2, slack=2, reset=True))
+    given, how = arguments_of_scan(for_kernels(8, 8, B=5, T=2, slack=2, reset=True))
 
     def run():
         h = scan.scan_forward(given, how)
@@ -725,30 +479,37 @@ TUNINGS = [
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=lambda t: "-".join(t))
 def test_tuning_changes_no_result(tuning):
-    case = Case(16, 16, B=3, T=5, reset=True)
-    arguments = make(case)
-    want = expected(case, *arguments)
-    got = computed(case, *arguments, **tuning)
-    for name, limit in LIMITS["fp32"].items():
-        assert relative_error(got[name], want[name]) < limit, name
+    given, how = arguments_of_scan(for_kernels(16, 16, reset=True))
+    scans, sums = ({k: v for k, v in tuning.items() if (k == "SLICES") == w} for w in (False, True))
+
+    def results(scans, sums):
+        h = scan.scan_forward(given, how, **scans)
+        dx, dh_0 = scan.scan_backward(h, None, h, given, how, **scans)
+        return h, dx, dh_0, *weight_grad.weight_grad(dx, h, given, how, **sums)
+
+    for got, want in zip(results(scans, sums), results({}, {})):
+        assert relative_error(got, want) < 1e-6
 
 
 def test_tuning_by_an_unknown_name_is_refused():
-    given = arguments_of_scan(Case(16, 16, T=2))
+    given = arguments_of_scan(for_kernels(16, 16, T=2))
     for name in ("P", "warps", "SLICES"):
         with pytest.raises(TypeError, match=f"tuning: '{name}' is no choice of this kernel"):
             scan.scan_forward(*given, **{name: 1})
 
 
 def test_inputs_are_not_changed():
-    case = Case(8, 8, B=5, lengths=True, reset=True)
-    inputs, flags, cotangents = make(case)
-    copies = [{k: None if v is None else v.clone() for k, v in d.items()} for d in
-              (inputs, flags, cotangents)]  # fmt: skip
-    computed(case, inputs, flags, cotangents)
-    for given, copy in zip((inputs, flags, cotangents), copies):
-        for name, value in given.items():
-            assert value is None or torch.equal(value, copy[name]), name
+    for case in (
+        for_kernels(8, 8, B=5, lengths=True, reset=True),
+        of_lstm(8, 8, B=5, lengths=True, reset=True),
+    ):
+        arguments, cotangents = make(case)
+        (given, how), cotangents = bag(case, arguments), on_device(case, cotangents)
+        tensors = [t for t in (*given, *cotangents.values()) if t is not None]
+        copies = [t.clone() for t in tensors]
+        launched(case, given, how, cotangents)
+        for before, after in zip(copies, tensors):
+            assert torch.equal(before.nan_to_num(3.0), after.nan_to_num(3.0))
 
 
 def factors(P, Q, parts=2, heads=1):
@@ -797,6 +558,14 @@ def test_refusals_say_why(name, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x_proj, a, b, how, words = REFUSED[name]
     assert words in why_not.why_not(x_proj, a, b, **how)
+
+
+def test_refusal_of_other_planes(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x_proj, w = torch.zeros(1, 1, 512), torch.zeros(2, 1, 16, 16)
+    assert why_not.why_not(x_proj, w, w, lstm=True) == "the factors have 2 planes, not 4"
+    w = torch.zeros(4, 1, 16, 16)
+    assert why_not.why_not(x_proj, w, w) == "the factors have 4 planes, not 1 or 2"
 
 
 def test_refusals_of_the_environment(monkeypatch):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
-from test_scan import dense_scan
+from cases import randn
+from oracle import assert_same
 from torch import nn
 from torch.nn.utils.rnn import (
     PackedSequence,
@@ -22,8 +24,6 @@ from kru_triton import KRU, KRULSTM, KRUCell, unitarity_penalty
 from kru_triton.layers import kru as modules
 from kru_triton.nonlinearity import NONLINEARITIES
 
-EXACT = 1e-12  # float64, a few steps, relative to entries of order one
-
 
 def make(*args, seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -33,11 +33,6 @@ def make(*args, seed=0, **kwargs):
             if "beta" in name or "bias" in name:
                 p.uniform_(-0.3, 0.3)
     return kru
-
-
-def randn(*shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def slow(kru, x, h_0=None, reset=None):
@@ -61,7 +56,7 @@ def slow(kru, x, h_0=None, reset=None):
                     [cut[:, t + 1] if t + 1 < time else cut[:, 0] & False for t in range(time)], 1
                 )[:, range(time - 1, -1, -1)]
             start = None if h_0 is None else h_0[len(h_n)]
-            y, last = dense_scan(
+            y, last = oracle.scan(
                 u.transpose(0, 1),
                 factors,
                 parameters.get(f"beta{suffix}"),
@@ -74,12 +69,6 @@ def slow(kru, x, h_0=None, reset=None):
             h_n.append(last)
         x = torch.cat(outputs, -1)
     return x, torch.stack(h_n)
-
-
-def assert_same(actual, expected, limit=EXACT):
-    for got, want in zip(actual, expected, strict=True):
-        assert got.shape == want.shape
-        assert (got - want).abs().max() <= limit
 
 
 def gradients(kru, outputs, *leaves):
@@ -838,6 +827,16 @@ def test_backend_triton_raises_with_the_reason():
     kru = KRU(4, 12, backend="triton").double()  # float64 runs on no fused kernel
     with pytest.raises(RuntimeError, match='backend="triton" cannot run here: '):
         kru(torch.zeros(5, 3, 4, dtype=torch.float64))
+
+
+def test_the_layers_say_why_no_kernel_runs_them():
+    assert KRU(4, 6, backend="torch").why_not_triton() == 'backend="torch"'
+    assert "'meta'" in KRU(4, 64, device="meta").why_not_triton()
+    assert "float64" in KRU(4, 64, dtype=torch.float64).why_not_triton()
+    assert KRU(4, 64, 2).why_not_triton() is None  # interpreted
+    assert KRULSTM(4, 64, bidirectional=True).why_not_triton() is None
+    assert KRUCell(4, 64).why_not_triton() is None
+    assert "backend" in KRUCell(4, 64, backend="torch").why_not_triton()
 
 
 def test_parametrized_factors_count_and_are_not_drawn_anew():

@@ -113,7 +113,7 @@ def _rows(x: Tensor, block: int) -> Tensor:
 def _joined(y: Tensor, batch: int, time: int) -> Tensor:
     """The inverse: `(block, B·m, F)` to `(T, B, F)`."""
     y = y.view(y.shape[0], batch, -1, y.shape[-1]).permute(2, 0, 1, 3)
-    return y.reshape(-1, batch, y.shape[-1])[:time]
+    return y.reshape(-1, batch, y.shape[-1])[:time].contiguous()  # blocks of one step are a view
 
 
 def _power(a: Tensor, b: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
@@ -155,6 +155,9 @@ def _forward(scan: Scan, how: How, block: int) -> tuple[Tensor, Tensor]:
     if block >= time or not batch:
         return scan_op.forward(scan, how)
     check_lengths(scan.lengths, time)
+    if scan.lengths is not None:  # the blocks run on behind a row's end, beside other rows
+        beyond = past_end(time, scan.lengths)[..., None]
+        scan = scan._replace(x=scan.x.masked_fill(beyond, 0))
     cuts = None if scan.reset is None else _rows(scan.reset, block)
     blocks = Scan(_rows(scan.x, block), scan.a, scan.b, reset=cuts)
     _, ends = scan_op.forward(blocks, how)

@@ -7,7 +7,7 @@ import torch
 
 peft = pytest.importorskip("peft")
 
-from test_hf import BOS, FREE, make, tokens_of  # noqa: E402
+from hf_models import BOS, FREE, make, tokens_of  # noqa: E402
 
 from kru_triton.hf import KRUForCausalLM  # noqa: E402
 from kru_triton.train.export import pretrained_tokenizer  # noqa: E402
