@@ -214,7 +214,9 @@ def scan_forward_kernel(
     TOKENS: tl.constexpr = p_tokens is not None
     # what is streamed in is read as words of two bfloat16, and stays so until its step: bfloat16
     # values that live across steps are taken apart by LLVM
-    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    WORD: tl.constexpr = (
+        2 if NVIDIA and (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    )
     QW: tl.constexpr = Q // WORD
     VW: tl.constexpr = V // WORD
     IW: tl.constexpr = IM // WORD
@@ -402,7 +404,9 @@ def scan_backward_kernel(
     IM: tl.constexpr = H * N
     FROM_Z: tl.constexpr = ACT == "modtanh"
     TOKENS: tl.constexpr = p_tokens is not None
-    WORD: tl.constexpr = 2 if (p_h.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    WORD: tl.constexpr = (
+        2 if NVIDIA and (p_h.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    )
     QW: tl.constexpr = Q // WORD
     VW: tl.constexpr = V // WORD
     IW: tl.constexpr = IM // WORD
