@@ -10,12 +10,15 @@ and backwards, with g_t = ∂L/∂Re h_t + i ∂L/∂Im h_t and G_t the same for
 Each program runs all steps of one group of batch rows of one head (see `tile`). Memory plan:
 
     in registers for the whole sequence   the state (backward: its gradient), as mma fragments; the
-                                          factors and β too, up to 512 complex units; beyond, the
-                                          factors are in shared memory and β comes from L1. From
+                                          factors too, up to 512 complex units; beyond, they are in
+                                          shared memory and, in float32, β comes from L1. From
                                           2048 units on several warps share a program and exchange
                                           operands through shared memory
     streamed                              x_t in and h_t out; backward h_t, dh_t in and G_t out, the
                                           row of some steps ahead on its way to L2
+    from step to step                     with AHEAD not X but Z = (X Bᵀ)ᵀ, packed, and the next
+                                          rows as they were read: a turn of the loop is the second
+                                          product, activation, store and first product
     recomputed backward                   |z_t| = |h_t| - β for modReLU; for modtanh, whose h says
                                           nothing of z where it saturates, z_t from h_{t-1} and x_t
 
@@ -319,9 +322,8 @@ def scan_forward_kernel(
         z = second_product(a, x, u, PE, QE)
         if ROWS_AHEAD == 2:
             u = to_tile(row, PE, QE, V, NVIDIA)
-        if (
-            ROWS_AHEAD
-        ):  # into the registers just read, and before the stores: ptxas moves no load up
+        # into the registers just read, and before the stores: ptxas moves no load above one
+        if ROWS_AHEAD:
             more = t + 1 + ROWS_AHEAD < steps
             row, p_u, p_token, token = read_row(
                 p_u,
