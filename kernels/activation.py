@@ -51,9 +51,8 @@ def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexp
 
 
 @triton.jit
-def radial(v, inverse, across, along):
-    """The derivative g ↦ across·g + (along - across) Re(conj(n) g) n, n = v·inverse."""
-    r2 = inverse * inverse
+def radial(v, r2, across, along):
+    """The derivative g ↦ across·g + (along - across) Re(conj(n) g) n, n = v/|v|, 1/|v|² = r2."""
     c = along * r2 - across * r2
     if len(v) == 2:
         return across, c, v[0], v[1]
@@ -68,18 +67,19 @@ def derivative(
     """σ'(z) from h (modtanh: from z) as a tuple of tiles, for `vjp`."""
     if ACT == "modrelu":
         # across = |h|/|z| with |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds
-        # what an inexact difference can amplify. Where h = 0, rk is so large that across is 0.
-        k2 = h[0] * h[0] + 1e-37
+        # what an inexact difference can amplify. Where h = 0, rk is infinite, and so across is 0.
+        k2 = h[0] * h[0]
         if len(h) == 2:
             k2 = h[1] * h[1] + k2
         rk = rsqrt(k2, NVIDIA)
-        across = reciprocal(tl.maximum(1.0 - beta * rk, rk * 1e-9 + FLOOR), NVIDIA)
-        return radial(h, rk, across, 1.0)
+        finite = tl.minimum(rk, 3e18)
+        across = reciprocal(tl.maximum(1.0 - beta * finite, rk * 1e-30 + FLOOR), NVIDIA)
+        return radial(h, finite * finite, across, 1.0)
     elif ACT == "modtanh":
         m2 = norm2(z)
         rm = rsqrt(m2, NVIDIA)
         k = tanh(m2 * rm, FAST, NVIDIA)
-        return radial(z, rm, k * rm, 1.0 - k * k)
+        return radial(z, rm * rm, k * rm, 1.0 - k * k)
     elif ACT == "tanh":
         if len(h) == 2:
             return 1.0 - h[0] * h[0], 1.0 - h[1] * h[1]

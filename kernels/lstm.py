@@ -198,7 +198,9 @@ def lstm_forward_kernel(
     QE: tl.constexpr = S2 * QP
     N: tl.constexpr = P * Q
     F: tl.constexpr = H * N
-    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    WORD: tl.constexpr = (
+        2 if NVIDIA and (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    )
     VW: tl.constexpr = V // WORD
     i_g = tl.program_id(0)
     i_h = tl.program_id(1)
@@ -319,7 +321,9 @@ def lstm_backward_kernel(
     QE: tl.constexpr = S2 * QP
     N: tl.constexpr = P * Q
     F: tl.constexpr = H * N
-    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    WORD: tl.constexpr = (
+        2 if NVIDIA and (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    )
     QW: tl.constexpr = Q // WORD
     VW: tl.constexpr = V // WORD
     FW: tl.constexpr = F // WORD

@@ -72,7 +72,7 @@ def compile_options(
             int(values <= 512)
             if split
             else 2
-            if values <= 512 and not backward
+            if values <= 512 and nvidia and not backward
             else int(values <= 4096)
         ),
         # steps by which rows are fetched into L2, about a microsecond of them
@@ -161,7 +161,7 @@ def lstm_options(
         "SPLIT": split,
         "NVIDIA": nvidia,
         "ANCHORED": tile.size == 256 or tile.size * (2 if backward or split else 1) <= 512,
-        "AHEAD": int(tile.size == 256 and not (backward and split)),
+        "AHEAD": int(tile.size == 256 and nvidia and not (backward and split)),
     }
     work = tile.size * (2 if backward else 1) * (2 if split else 1)
     options = {

@@ -10,12 +10,15 @@ and backwards, with g_t = ∂L/∂Re h_t + i ∂L/∂Im h_t and G_t the same for
 Each program runs all steps of one group of batch rows of one head (see `tile`). Memory plan:
 
     in registers for the whole sequence   the state (backward: its gradient), as mma fragments; the
-                                          factors and β too, up to 512 complex units; beyond, the
-                                          factors are in shared memory and β comes from L1. From
+                                          factors too, up to 512 complex units; beyond, they are in
+                                          shared memory and, in float32, β comes from L1. From
                                           2048 units on several warps share a program and exchange
                                           operands through shared memory
     streamed                              x_t in and h_t out; backward h_t, dh_t in and G_t out, the
                                           row of some steps ahead on its way to L2
+    from step to step                     with AHEAD not X but Z = (X Bᵀ)ᵀ, packed, and the next
+                                          rows as they were read: a turn of the loop is the second
+                                          product, activation, store and first product
     recomputed backward                   |z_t| = |h_t| - β for modReLU; for modtanh, whose h says
                                           nothing of z where it saturates, z_t from h_{t-1} and x_t
 
@@ -76,7 +79,7 @@ from .tile import (
     words_of,
     zeros,
 )
-from .weight_grad import weight_grad
+from .weight_grad import joined, matrices, planes, weight_grad
 from .why_not import is_wide
 from .wide import wide_backward, wide_forward
 
@@ -211,10 +214,14 @@ def scan_forward_kernel(
     N: tl.constexpr = P * Q
     F: tl.constexpr = PARTS * H * N
     IM: tl.constexpr = H * N
+    # a product of h_0 before the loop would have unanchored constants moved into registers
+    ROWS_AHEAD: tl.constexpr = AHEAD if (p_h_0 is None) or ANCHORED else 0
     TOKENS: tl.constexpr = p_tokens is not None
     # what is streamed in is read as words of two bfloat16, and stays so until its step: bfloat16
     # values that live across steps are taken apart by LLVM
-    WORD: tl.constexpr = 2 if (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    WORD: tl.constexpr = (
+        2 if NVIDIA and (p_x.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    )
     QW: tl.constexpr = Q // WORD
     VW: tl.constexpr = V // WORD
     IW: tl.constexpr = IM // WORD
@@ -259,7 +266,7 @@ def scan_forward_kernel(
         p_keep += i_g
     if p_alive is not None:
         p_alive += i_g
-    # what goes from step to step: with AHEAD Z of the first product, else X
+    # what goes from step to step: with ROWS_AHEAD Z of the first product, else X
     if p_h_0 is not None:
         h_0 = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
         x = operand(to_tile(h_0, PE, QE, V, False), SPLIT, NVIDIA)
@@ -267,19 +274,19 @@ def scan_forward_kernel(
             x = select_operand(x, tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1), NVIDIA)
     else:
         x = operand(zeros(PE, QE, PARTS), SPLIT, False)
-    if AHEAD:
+    if ROWS_AHEAD:
         # a product before the loop has constants moved out of it, which shortens the step of
-        # anchored 32 x 32 tiles, and of others only fills registers
+        # anchored 32 x 32 tiles
         if (p_h_0 is not None) or (ANCHORED and (PE * QE > 512)):
             x = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
         else:
             x = operand(zeros(QE, PE, PARTS), SPLIT, False)
-    if AHEAD:
+    if ROWS_AHEAD:
         more = steps > 1
         row, p_u, p_token, token = read_row(
             p_u, p_token, token, more, x_stride_t, x_stride_b, B, o_x, x_mask, IW, PARTS, VW, TOKENS
         )
-    if AHEAD == 2:
+    if ROWS_AHEAD == 2:
         u = to_tile(row, PE, QE, V, NVIDIA)
         more = steps > 2
         row, p_u, p_token, token = read_row(
@@ -292,7 +299,7 @@ def scan_forward_kernel(
         if p_alive is not None:
             alive = tl.load(p_alive)
             p_alive += groups
-        if not AHEAD:
+        if not ROWS_AHEAD:
             more = t + 1 < steps
             row, p_u, p_token, token = read_row(
                 p_u,
@@ -310,13 +317,14 @@ def scan_forward_kernel(
                 TOKENS,
             )
             x = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
-        if AHEAD != 2:
+        if ROWS_AHEAD != 2:
             u = to_tile(row, PE, QE, V, NVIDIA)
         z = second_product(a, x, u, PE, QE)
-        if AHEAD == 2:
+        if ROWS_AHEAD == 2:
             u = to_tile(row, PE, QE, V, NVIDIA)
-        if AHEAD:  # into the registers just read, and before the stores: ptxas moves no load up
-            more = t + 1 + AHEAD < steps
+        # into the registers just read, and before the stores: ptxas moves no load above one
+        if ROWS_AHEAD:
+            more = t + 1 + ROWS_AHEAD < steps
             row, p_u, p_token, token = read_row(
                 p_u,
                 p_token,
@@ -346,7 +354,7 @@ def scan_forward_kernel(
             p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
-        if AHEAD:
+        if ROWS_AHEAD:
             x = first_product(b, x, PE, QE, PARTS, SPLIT, NVIDIA)
 
 
@@ -402,7 +410,9 @@ def scan_backward_kernel(
     IM: tl.constexpr = H * N
     FROM_Z: tl.constexpr = ACT == "modtanh"
     TOKENS: tl.constexpr = p_tokens is not None
-    WORD: tl.constexpr = 2 if (p_h.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    WORD: tl.constexpr = (
+        2 if NVIDIA and (p_h.dtype.element_ty == tl.bfloat16) and (Q % 2 == 0) else 1
+    )
     QW: tl.constexpr = Q // WORD
     VW: tl.constexpr = V // WORD
     IW: tl.constexpr = IM // WORD
@@ -636,7 +646,8 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
         wide_forward(h, scan, how, **tuning)
         return h
     if tokens is not None:
-        tuning = {"PREFETCH": 0, **tuning}  # the table is in L2, or soon will be
+        # the table is in L2, or soon will be, and the tokens themselves are read ahead
+        tuning = {"PREFETCH": 0, "AHEAD": int(tile.size * parts <= 512), **tuning}
     constants, options = compile_options(
         tile, heads, parts, how.precision, how.nonlinearity, nvidia=on_nvidia(), **tuning
     )
@@ -675,6 +686,15 @@ def pre_activations(h: Tensor, scan: Scan, how: How) -> Tensor:
     before = states_before(h, scan).flatten(0, 1)
     step = Scan(x.float().flatten(0, 1)[None], scan.a, scan.b, h_0=before)
     return scan_forward(step, how._replace(nonlinearity="identity")).view(h.shape)
+
+
+def gradient_before(g: Tensor, scan: Scan) -> Tensor:
+    """keep_0 · Aᴴ G_0 conj(B), (B, parts·H·N), from G_0 of the first step."""
+    parts, heads, P, _ = scan.a.shape
+    a, b = joined(scan.a), joined(scan.b)
+    g = a.mH @ matrices(g[None], parts, heads, P, b.shape[-1])[0] @ b.conj()
+    g = planes(g).movedim(0, 1).flatten(1)
+    return g if scan.reset is None else g.masked_fill(scan.reset[0][:, None], 0)
 
 
 def scan_backward(
@@ -738,13 +758,14 @@ def scan_backward(
     source = {"p_x": None, "p_tokens": None, "x_stride_t": 0, "x_stride_b": 0}
     if recompute:
         source = input_arguments(scan.x, scan.tokens, tile)
+    in_kernel = constants["ANCHORED"]  # else its product would fill the registers of the loop
     with device_guard(h):
         scan_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_dh=dh,
             p_dh_n=packed(dh_n),
             p_h=packed(h),
             p_dx=dx,
-            p_dh_0=dh_0,
+            p_dh_0=dh_0 if in_kernel else None,
             p_a_adjoint=adjoint(a),
             p_b_adjoint=adjoint(b),
             p_a=packed(a) if recompute else None,
@@ -763,4 +784,6 @@ def scan_backward(
             **constants,
             **options,
         )
+    if dh_0 is not None and not in_kernel:
+        dh_0.copy_(gradient_before(dx[0], scan))
     return dx, dh_0

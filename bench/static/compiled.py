@@ -127,6 +127,7 @@ class Variant:
                 **words,
             }
         if self.kernel == "backward":
+            in_kernel = flag["h_0"] and self.options(nvidia=True)[0]["ANCHORED"]
             return {
                 "p_dh": memory,
                 "p_dh_n": memory,
@@ -134,7 +135,7 @@ class Variant:
                 "p_x": memory if again else None,
                 "p_tokens": "i32" if again and flag["tokens"] else None,
                 "p_dx": memory,
-                "p_dh_0": "fp32" if flag["h_0"] else None,
+                "p_dh_0": "fp32" if in_kernel else None,
                 "p_a_adjoint": "fp32",
                 "p_b_adjoint": "fp32",
                 "p_a": "fp32" if again else None,
@@ -202,7 +203,8 @@ class Variant:
             constants, options = wide_options(self.tile, **how)
         else:
             if "tokens" in self.flags:
-                how = {"PREFETCH": 0, **how}
+                one = self.tile.size * self.parts <= 512
+                how = {"PREFETCH": 0, "AHEAD": int(one), **how}
             backward = self.kernel == "backward"
             constants, options = compile_options(self.tile, backward=backward, **how)
         if "backward" in self.kernel:
