@@ -61,6 +61,7 @@ CASES = [
     Case(8, 8, B=5, states=False, lengths=True, cotangents=("dh",)),
     Case(8, 8, B=5, lengths=True, cotangents=("dc_n",)),
     Case(3, 11, B=5, T=3, reset=True),
+    Case(32, 1, T=2),
     Case(16, 32, B=2, T=2),
     Case(32, 32, B=1, T=2),
     Case(16, 16, cotangents=("dh_n",)),
