@@ -1,9 +1,10 @@
 # make train   set up, then train the default language model and print its bits per byte
 # make test    set up, then run every test
+# make test-compiled   every kernel test on compiled code of two targets, executed on the CPU
 # make bench   set up, then measure what this device is for (ARGS=--quick: toy sizes)
 # make gpu     on a GPU machine: tests, benchmarks, tuning, a training run
 # All but the last need only Python 3.11 or newer, make and a package registry.
-.PHONY: train test gpu gpu-test gpu-setup lint bench clean
+.PHONY: train test test-compiled gpu gpu-test gpu-setup lint bench clean
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -27,6 +28,17 @@ train: $(VENV)/.ok
 
 test: $(VENV)/.ok
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(if $(ARGS),,$(COMPILED) CHOICE=@tests/machine/chosen.txt)
+
+# what Triton compiles for a target, executed by tests/machine, a process each
+COMPILED = $(MAKE) -j2 --output-sync --no-print-directory compiled-sm_80 compiled-sm_90
+CHOICE = tests/machine tests/test_kernels.py tests/test_dispatch.py
+
+test-compiled: $(VENV)/.ok
+	$(COMPILED)
+
+compiled-%:
+	CUDA_VISIBLE_DEVICES= KRU_TARGET=$* $(PY) -m pytest -q -k "not environment and not interpreter" $(CHOICE)
 
 # On a GPU machine, with its own python: torch, triton, numpy and pytest are all it needs.
 #   make gpu            everything, in order of worth

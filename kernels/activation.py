@@ -28,14 +28,41 @@ def positive(x):
 
 
 @triton.jit
+def rounded_product(x, y, NVIDIA: tl.constexpr):
+    """x y, rounded even where it is subtracted from next.
+
+    `operand` takes h apart into hi + lo. Fused into lo = x y - hi, the product would keep bits that
+    the h in memory does not have, and a run that goes on from there would differ from one that was
+    never cut."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x * y
+
+
+@triton.jit
+def scaled(z, factor, FAST: tl.constexpr, NVIDIA: tl.constexpr):
+    """`scale`; without FAST the products are rounded (see `rounded_product`)."""
+    if FAST:
+        return scale(z, factor)
+    elif len(z) == 2:
+        return rounded_product(z[0], factor, NVIDIA), rounded_product(z[1], factor, NVIDIA)
+    else:
+        return (rounded_product(z[0], factor, NVIDIA),)
+
+
+@triton.jit
 def activate(z, beta, ACT: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr):
     """h = σ(z)."""
     if ACT == "modrelu":
-        return scale(z, tl.maximum(beta * rsqrt(norm2(z), NVIDIA) + 1.0, 0.0))
+        factor = tl.maximum(beta * rsqrt(norm2(z), NVIDIA) + 1.0, 0.0)
+        return scaled(z, factor, FAST, NVIDIA)
     elif ACT == "modtanh":
         m2 = norm2(z)
         rm = rsqrt(m2, NVIDIA)
-        return scale(z, tanh(m2 * rm, FAST, NVIDIA) * rm)
+        return scaled(z, tanh(m2 * rm, FAST, NVIDIA) * rm, FAST, NVIDIA)
     elif ACT == "tanh":
         if len(z) == 2:
             return tanh(z[0], FAST, NVIDIA), tanh(z[1], FAST, NVIDIA)

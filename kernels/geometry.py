@@ -25,7 +25,7 @@ class Tile:
 
     @classmethod
     def of(cls, P: int, Q: int, itemsize: int) -> "Tile":
-        PP, QP = power_of_two(P), power_of_two(Q)
+        PP, QP = power_of_two(P), max(2, power_of_two(Q))  # a thread has columns in pairs
         S1, S2 = max(1, TENSOR_CORE // PP), max(1, TENSOR_CORE // QP)
         return cls(P, Q, PP, QP, S1, S2, V=max(2, min(16 // itemsize, QP // 4)))
 

@@ -146,8 +146,9 @@ def why_not(
     if tile.rows > MAX_ROWS:
         return f"{P}·{Q} units are too few: a program would have to pack {tile.rows} batch rows"
     if lstm:  # backward, a program holds four pairs of factors and their adjoints
-        needed, limit = shared_bytes(tile, 1, precision, 8), shared_limit(x_proj.device)
-        if x_proj.device.type == "cuda" and needed > max(limit, SHARED_EVERYWHERE):
+        needed = shared_bytes(tile, 1, precision, 8)
+        limit = max(SHARED_EVERYWHERE, shared_limit(x_proj.device))
+        if needed > limit:
             return (
                 f"{P}·{Q} units in {precision} precision need {needed} bytes of shared memory and "
                 f"the device grants {limit}"

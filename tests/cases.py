@@ -258,6 +258,7 @@ KERNELS = [
     of_lstm(8, 8, B=5, starts="", lengths=True, cotangents="h"),
     of_lstm(8, 8, B=5, lengths=True, cotangents="c_n"),
     of_lstm(3, 11, B=5, T=3, reset=True),
+    of_lstm(32, 1, T=2),
     of_lstm(16, 32, B=2, T=2),
     of_lstm(32, 32, B=1, T=2),
     of_lstm(16, 16, cotangents="h_n"),

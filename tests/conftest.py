@@ -4,7 +4,9 @@ Both have to be chosen before torch and triton are imported, so here, before any
 With KRU_TARGET=sm_80 or sm_90 the kernel tests execute what Triton compiles for that target, on
 the CPU, and fail also for what the sanitizer finds in it (see `machine`):
 
-    KRU_TARGET=sm_90 python -m pytest tests/test_kernels.py tests/machine
+    CUDA_VISIBLE_DEVICES= KRU_TARGET=sm_90 python -m pytest tests/test_kernels.py tests/machine
+
+`make test-compiled` runs them all.
 """
 
 import os

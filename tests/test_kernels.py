@@ -568,6 +568,15 @@ def test_refusal_of_other_planes(monkeypatch):
     assert why_not.why_not(x_proj, w, w) == "the factors have 4 planes, not 1 or 2"
 
 
+def test_refusal_of_sizes_that_shared_memory_cannot_hold(monkeypatch):
+    """The interpreter says what the device that it stands for would say."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, w = torch.zeros(1, 1, 4 * 4096), torch.zeros(4, 1, 64, 64)
+    reason = why_not.why_not(x, w, w, lstm=True)
+    assert reason.startswith("64·64 units in fp32 precision need 299008 bytes of shared memory and")
+    assert why_not.why_not(x, w, w, lstm=True, precision="bf16") is None
+
+
 def test_refusals_of_the_environment(monkeypatch):
     arguments = (torch.zeros(1, 1, 512), *factors(16, 16))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -160,8 +160,9 @@ INTEGER = {
     "popc": lambda x: np.bitwise_count(x).astype(np.uint32),
 }
 ROUNDING = {"rn", "approx", "full"}  # rz, rm and rp are not executed
-# Largest error that the PTX ISA states for instructions of .f32: units in the last place, a share
-# of the result, and absolute; the largest of the three holds
+# Largest error of instructions of .f32: units in the last place, a share of the result, and
+# absolute; the largest of the three holds. As in section 9.7.3 of PTX ISA 9.1; those of rcp, div,
+# sqrt, sin and cos are assumed
 APPROXIMATE = {
     "rcp.approx": (1, 0.0, 0.0),
     "div.full": (2, 0.0, 0.0),

@@ -11,9 +11,9 @@ from .ptx import elements
 from .scalar import bf16_to_f32
 
 # Hopper's tensor core adds up to 16 products and the accumulator at once: the terms are aligned to
-# the largest of their exponents and cut to 25 bits behind its point, and the sum is cut to float32
-# (Xie et al., MMA-Sim, arXiv 2511.10909; Khattak and Mikaitis, arXiv 2512.07004). The tensor cores
-# of sm_80 take 8 products at a time and keep 24 bits.
+# the largest of their exponents and cut to 25 bits behind its point, and the sum is cut to float32;
+# sm_80 takes 8 products at a time and keeps 24 bits (Xie et al., MMA-Sim, arXiv 2511.10909, whose
+# code, github.com/microsoft/MMA-Sim, names these numbers). Assumed: that no exponent is below -126.
 TERMS, BITS = {80: 8, 90: 16}, {80: 24, 90: 25}
 
 

@@ -12,7 +12,7 @@ import rounding
 import torch
 
 import kru_triton
-from kru_triton.kernels import geometry, why_not
+from kru_triton.kernels import why_not
 from kru_triton.nonlinearity import NONLINEARITIES
 
 # Relative L2 errors of results and of gradients. float32: products of bfloat16 pairs are exact to
@@ -327,19 +327,20 @@ def errors(got, want):
     return {name: error(name) for name in got}
 
 
-def needs_too_much_shared_memory(case) -> bool:
-    """Whether a device refuses this LSTM: it has no kernels that stream their factors."""
+def why_no_lstm(case) -> str | None:
+    """Why this target refuses an LSTM: it has no kernels that stream their factors."""
     if case.op != "lstm":
-        return False
-    tile = geometry.Tile.of(case.P, case.Q, 2 if case.dtype == "bf16" else 4)
-    needed = why_not.shared_bytes(tile, 1, "bf16" if case.narrow else "fp32", 8)
-    return needed > why_not.shared_limit(torch.device("cpu"))
+        return None
+    a, b = (torch.empty(4, case.H, side, side) for side in (case.P, case.Q))
+    memory = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    x = torch.empty(4 * case.H * case.P * case.Q, dtype=memory)
+    return why_not.why_not(x, a, b, lstm=True, precision="bf16" if case.narrow else "fp32")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_reference(case, monkeypatch):
-    if needs_too_much_shared_memory(case):
-        pytest.skip(f"{case.P} x {case.Q} needs more shared memory than this target has")
+    if reason := why_no_lstm(case):
+        pytest.skip(reason)
     if case.wide:
         monkeypatch.setattr(why_not, "MAX_HELD_SIDE", 0)
     tensors, flags, *want = expected(case)
@@ -366,7 +367,11 @@ def test_with_the_errors_of_a_device(case, monkeypatch, device):
 
 
 def test_longer_with_the_errors_of_a_device(device, monkeypatch):
-    """Truncation is always towards zero: were its errors large, they would add up."""
+    """Truncation is always towards zero: were its errors large, they would add up.
+
+    Not in bfloat16: there the definition itself moves by 2e-2 in h_n where its z are disturbed by
+    2^-22, because operands round to the other neighbour and the unitary factors carry that on.
+    """
     case = Case(16, 16, "fp32", T=64, B=1)
     with device.under(approximate=2, truncate=True):
         test_against_the_reference(case, monkeypatch)
