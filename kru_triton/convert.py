@@ -68,6 +68,7 @@ def from_torch(
     options |= {"recompute": recompute, "backend": backend, "precision": precision}
     weight = rnn.weight_hh_l0
     options |= {"device": weight.device, "dtype": weight.dtype}
+    layers: KRU | KRULSTM
     if isinstance(rnn, nn.LSTM):
         layers = KRULSTM(**options)
     else:

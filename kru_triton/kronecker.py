@@ -311,6 +311,7 @@ def kron_matvec(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     parts = first.shape[0] if planar else 1
     heads = first.shape[-3] if first.ndim > 2 else 1
     N = product_shape(factors)[1]
+    tail: tuple[int, ...]
     if planar:
         tail, meaning = (parts * heads * N,), "parts·heads·N"
     elif first.ndim == 3:

@@ -120,7 +120,8 @@ def kru_scan_reference(
     if nonlinearity == "modrelu" and beta is None:
         beta = a.new_zeros(a.shape[1] * a.shape[2] * b.shape[2])
     reset = None if reset is None else reset.t()
-    scan, states = Scan(x_proj.transpose(0, 1), a, b, beta, h_0, reset, lengths), []
+    scan = Scan(x_proj.transpose(0, 1), a, b, beta, h_0, reset, lengths)
+    states: list[Tensor] = []
     h, h_n = scan_forward(scan, How(nonlinearity), states)
     h = h.transpose(0, 1)
     return (h, h_n, states) if return_states else (h, h_n)

@@ -67,8 +67,9 @@ def unitary_(tensor: Tensor, spread: float = 1.0) -> Tensor:
     if tensor.ndim == 4:
         w = torch.stack([w.real, w.imag]) if complex_field else w[None]
     if hasattr(tensor, "full_tensor"):  # a DTensor: shards of what the first rank has drawn
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(tensor, DTensor)
         w = distribute_tensor(w.to(tensor.dtype), tensor.device_mesh, tensor.placements)
     return tensor.copy_(w)
 

@@ -128,8 +128,9 @@ def lstm_arguments(
     time_first: bool = False,
 ) -> LSTMScan:
     """The same for `kru_lstm_scan`: a real recurrence on 4·H heads, and what differs."""
-    options = {"reset": reset, "lengths": lengths, "time_first": time_first}
-    scan = scan_arguments(x, factors, None, None, how, **options)
+    scan = scan_arguments(
+        x, factors, None, None, how, reset=reset, lengths=lengths, time_first=time_first
+    )
     parts, heads = factors[0].shape[:2]
     if parts != 1 or heads % 4:
         raise ValueError(

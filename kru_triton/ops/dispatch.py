@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from kru_triton.ops.arguments import How, LSTMScan, Scan
 
 _logger = logging.getLogger("kru_triton")
-_said = set()
+_said: set[str] = set()
 
 
 def why_not_op() -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kru_triton.ops.arguments import How
+from kru_triton.ops.arguments import How, LSTMScan, Scan
 from kru_triton.ops.dispatch import in_autocast_dtype
 
 library = torch.library.Library("kru_triton", "FRAGMENT")
@@ -25,7 +25,7 @@ def adjoint_schema(kind: type) -> str:
     return schema(kind).replace("Tensor x", "Tensor? x", 1)
 
 
-def bags(kind: type, flat: tuple) -> tuple:
+def bags(kind: type[Scan] | type[LSTMScan], flat: tuple) -> tuple:
     """The bag and the `How` that flat arguments begin with, and those behind them."""
     end = len(kind._fields)
     behind = end + len(How._fields)

@@ -116,7 +116,7 @@ class _Layout:
         """`(T, B)` True beyond a row's length, and the rows that end with a step."""
         if lengths is None:
             return None, {self.time - 1: slice(None)}
-        rows = {}
+        rows: dict[int, list[int]] = {}
         for row, length in enumerate(lengths.tolist()):
             rows.setdefault(length - 1, []).append(row)
         return past_end(self.time, lengths), rows
