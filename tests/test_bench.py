@@ -21,7 +21,7 @@ from bench.speed import cpu, decode, kernels, train_step, tune
 from bench.speed.kernel_cases import Case
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = {"scan", "memory", "layer", "calls", "profile", "growth", "exponent", "linear"}
+SECTIONS = {"scan", "memory", "layer", "growth", "exponent", "linear"}
 
 
 def rows_in(folder):
@@ -47,18 +47,6 @@ def test_cpu_quick(tmp_path, capsys):
     checked = [r["max_relative_error"] for r in rows if r.get("max_relative_error") is not None]
     assert checked
     assert all(0 < error < 1e-4 for error in checked)
-    calls = {
-        (row["name"].split()[1], row["implementation"], row["direction"]): row["calls_per_step"]
-        for row in rows
-        if row["section"] == "calls"
-    }
-    for (shape, implementation, direction), count in calls.items():
-        if implementation == "torch":  # a step is a few calls; the loop's is at least twice as many
-            assert 1 < count <= 10
-            assert calls[shape, "loop", direction] >= 2 * count
-    for row in rows:
-        if row["section"] == "profile":
-            assert abs(sum(row["shares"].values()) - 1) < 0.01
 
 
 @pytest.fixture(scope="module")

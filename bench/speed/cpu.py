@@ -9,7 +9,6 @@ Sections:
     scan     forward + backward with x_proj given, against the loop reference under autograd
     memory   peak memory of the same two, and of a layer that recomputes
     layer    a full KRU layer against torch.nn.LSTM, GRU and RNN, and the part of its products
-    profile  operations per time step, and where the time goes
     growth   time against length, batch, size and number of factors; exponents of the growth
     linear   without a nonlinearity: the loop, blocks of time side by side, and eigenvectors
 
@@ -27,19 +26,16 @@ import math
 import multiprocessing
 import resource
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
 from kru_triton import KRU, KRULSTM, kru_linear_scan, kru_scan, unitary_
 from kru_triton.kronecker import group_factors
-from kru_triton.ops.arguments import How, Scan
 from kru_triton.reference import kru_scan_reference
-from kru_triton.torch_backend import scan as torch_backend
 
 BENCH = "cpu"
 SHAPES = [(32, 128, (32, 32)), (32, 1020, (2,) * 7)]  # (B, T, sizes of square factors)
@@ -258,150 +254,6 @@ def bench_layer(table, quick):
         table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"], **values)
 
 
-# profile
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts aten calls; views apart, since they touch no data."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.views = Counter(), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        (self.views if func.is_view else self.calls)[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def grouped(batch, length, sizes):
-    """What the op's own kernels take: x_proj, a, b, beta, and the cotangents time-first."""
-    x, factors, beta, dh, dh_n = problem(batch, length, sizes)
-    a, b = (w.detach().contiguous() for w in group_factors(factors))
-    return x.detach(), a, b, beta.detach(), dh.transpose(0, 1).contiguous(), dh_n
-
-
-def run_forward(x, a, b, beta, dh, dh_n):
-    return torch_backend.forward(Scan(x.transpose(0, 1), a, b, beta), How("modrelu"))[0]
-
-
-def run_backward(x, a, b, beta, dh, dh_n, h):
-    return torch_backend.backward(dh, dh_n, h, Scan(None, a, b, beta), How("modrelu"))
-
-
-def calls_of(implementation, direction, batch, length, sizes):
-    """(calls, views) of a whole run; of the loop, autograd's own backward."""
-    if implementation == "torch":
-        arguments = grouped(batch, length, sizes)
-        forward = functools.partial(run_forward, *arguments)
-        backward = functools.partial(run_backward, *arguments)
-    else:
-        x, factors, beta, dh, dh_n = problem(batch, length, sizes)
-        forward = functools.partial(kru_scan_reference, x, factors, beta)
-
-        def backward(h):
-            return torch.autograd.grad(h, (x, beta, *factors), (dh, dh_n))
-
-    run = forward if direction == "forward" else functools.partial(backward, forward())
-    with CountCalls() as counter:
-        run()
-    return counter.calls, counter.views
-
-
-def bench_profile(table, quick):
-    table.title("profile: aten calls per time step (slope between two lengths), views apart")
-    for batch, _, sizes in QUICK_SHAPES if quick else SHAPES:
-        for implementation in IMPLEMENTATIONS:
-            for direction in ("forward", "backward"):
-                # whole chunks at both lengths, so that the work per chunk counts in proportion
-                few, many = (8, 16) if quick else (32, 96)
-                runs = [calls_of(implementation, direction, batch, t, sizes) for t in (few, many)]
-                calls, views = (
-                    (sum(b.values()) - sum(a.values())) / (many - few) for a, b in zip(*runs)
-                )
-                growth = runs[1][0] - runs[0][0]
-                most = ", ".join(
-                    f"{name} {count / (many - few):.2f}" for name, count in growth.most_common(5)
-                )
-                table.add(
-                    "calls",
-                    f"calls {shape_name(batch, many, sizes)} {implementation} {direction}",
-                    f"{calls:6.2f} + {views:5.2f} views per step   ({most})",
-                    implementation=implementation,
-                    direction=direction,
-                    calls_per_step=calls,
-                    views_per_step=views,
-                )
-    for shape in QUICK_SHAPES if quick else SHAPES:
-        profile_shape(table, shape, 2 if quick else 5)
-
-
-def kind_of(event, sizes):
-    """The part of the algorithm an aten call belongs to, told by its name and operand shapes."""
-    heads, batch, p, c, q = sizes
-    name, shapes = event.key.removeprefix("aten::"), [list(s) for s in event.input_shapes]
-    if name in ("baddbmm_", "baddbmm", "bmm", "mm", "addmm"):
-        if name == "baddbmm_" and shapes[0] == [heads, c * q, c * q]:
-            return "weight gradients"
-        if name == "bmm" and shapes[0][1:] == [p * c, q]:
-            return "weight gradients"
-        if name == "bmm" and shapes[0][1] > batch * p and shapes[1] == [heads, c * q, c * q]:
-            return "recomputed X Bᵀ"
-        return "matrix products in the loop"
-    if name in ("copy_", "clone", "_to_copy", "contiguous"):
-        return "copies"
-    if name in ("sum", "add_", "add"):
-        return "weight gradients"
-    if name in ("zero_", "fill_", "empty", "empty_like", "zeros", "empty_strided", "new_zeros"):
-        return "allocation"
-    return "nonlinearity"
-
-
-def profile_shape(table, shape, repeats):
-    """Self time of aten calls by purpose, and what is left of the wall time.
-
-    The profiler adds about a microsecond to every call, so shares are of the profiled run; the
-    floor is an unprofiled run of the same steps on 1 row and 2x2 factors, where nothing is left but
-    the calls themselves.
-    """
-    batch, length, _ = shape
-    arguments = grouped(*shape)
-    h = run_forward(*arguments)
-    p, q = arguments[1].shape[-1], arguments[2].shape[-1]
-    small = grouped(1, length, (2, 2))
-    small_h = run_forward(*small)
-    functions = {
-        "forward": (lambda: run_forward(*arguments), lambda: run_forward(*small)),
-        "backward": (lambda: run_backward(*arguments, h), lambda: run_backward(*small, small_h)),
-    }
-    for direction, (function, smallest) in functions.items():
-        times = interleaved({"all": function, "floor": smallest}, 2 * repeats)
-        wall, floor = times["all"]["ms_p50"], times["floor"]["ms_p50"]
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            profiled = (time.perf_counter() - start) * 1e3 / repeats
-        shares = Counter()
-        for event in profiler.key_averages(group_by_input_shape=True):
-            if event.key.startswith("aten::"):
-                kind = kind_of(event, (1, batch, p, 2, q))
-                shares[kind] += event.self_cpu_time_total / 1e3 / repeats / profiled
-        shares["Python between calls"] = 1 - sum(shares.values())
-        text = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.most_common())
-        table.add(
-            "profile",
-            f"profile {shape_name(*shape)} {direction}",
-            f"{wall:8.2f} ms, {1e3 * wall / length:.1f} µs per step, of which calls alone "
-            f"{1e3 * floor / length:.1f} µs\n{'':37}{text}",
-            **times["all"],
-            us_per_step=1e3 * wall / length,
-            call_floor_us_per_step=1e3 * floor / length,
-            shares={k: round(v, 4) for k, v in shares.items()},
-        )
-
-
 # growth
 
 
@@ -562,7 +414,6 @@ BENCHES = {
     "scan": bench_scan,
     "memory": bench_memory,
     "layer": bench_layer,
-    "profile": bench_profile,
     "growth": bench_growth,
     "linear": bench_linear,
 }
