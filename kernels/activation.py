@@ -9,7 +9,7 @@ Neither direction tests for zero or can give NaN: at z = 0, h = 0 and G is finit
 import triton
 import triton.language as tl
 
-from .tile import reciprocal, rsqrt, scale, tanh
+from .tile import INTERPRET, reciprocal, rsqrt, scale, tanh
 
 
 @triton.jit
@@ -94,14 +94,16 @@ def derivative(
     """σ'(z) from h (modtanh: from z) as a tuple of tiles, for `vjp`."""
     if ACT == "modrelu":
         # across = |h|/|z| with |z| = |h| - β, known no better than h is rounded: FLOOR·|h| bounds
-        # what an inexact difference can amplify. Where h = 0, rk is infinite, and so across is 0.
+        # what an inexact difference can amplify. Where h = 0, rk is infinite and across is 0: of
+        # 0·inf the maximum takes the other (the interpreter's takes the NaN).
         k2 = h[0] * h[0]
         if len(h) == 2:
             k2 = h[1] * h[1] + k2
         rk = rsqrt(k2, NVIDIA)
-        finite = tl.minimum(rk, 3e18)
-        across = reciprocal(tl.maximum(1.0 - beta * finite, rk * 1e-30 + FLOOR), NVIDIA)
-        return radial(h, finite * finite, across, 1.0)
+        if INTERPRET:
+            beta = tl.where(beta == 0.0, 1e-30, beta)
+        across = reciprocal(tl.maximum(1.0 - beta * rk, rk * 1e-30 + FLOOR), NVIDIA)
+        return radial(h, tl.minimum(rk * rk, 1e37), across, 1.0)
     elif ACT == "modtanh":
         m2 = norm2(z)
         rm = rsqrt(m2, NVIDIA)

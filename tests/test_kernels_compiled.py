@@ -41,7 +41,7 @@ CEILINGS = {
     "backward-8x8-bf16": 500,
     "backward-16x16-bf16": 400,
     "backward-16x32-bf16": 750,
-    "backward-32x32-bf16": 1500,
+    "backward-32x32-bf16": 1600,
     "forward-16x16-fp32": 600,
     "forward-32x32-fp32": 3250,
     "lstm_forward-16x16-bf16": 530,
