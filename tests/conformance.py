@@ -4,12 +4,12 @@ python tests/conformance.py             print the table of kernels/README.md
 python tests/conformance.py --write     and put it there, between its marks
 """
 
+import argparse
 import dataclasses
 import functools
 import inspect
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +200,12 @@ def written():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=table.__doc__)
+    parser.add_argument("--write", action="store_true", help="into kernels/README.md, too")
+    options = parser.parse_args()
     text = table()
     print(text)
-    if sys.argv[1:] == ["--write"]:
+    if options.write:
         README.write_text(README.read_text().replace(written(), text))
 
 
