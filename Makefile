@@ -36,6 +36,7 @@ CHOICE = tests/machine tests/test_kernels.py tests/test_dispatch.py
 
 test-compiled: $(VENV)/.ok
 	$(COMPILED)
+	KRU_ALL_TARGETS=1 $(PY) -m pytest tests/test_kernels_compiled.py
 
 compiled-%:
 	CUDA_VISIBLE_DEVICES= KRU_TARGET=$* $(PY) -m pytest -q -k "not environment and not interpreter" $(CHOICE)

@@ -487,8 +487,10 @@ def test_tuning_changes_no_result(tuning):
         dx, dh_0 = scan.scan_backward(h, None, h, given, how, **scans)
         return h, dx, dh_0, *weight_grad.weight_grad(dx, h, given, how, **sums)
 
-    for got, want in zip(results(scans, sums), results({}, {})):
-        assert relative_error(got, want) < 1e-6
+    # without ANCHORED, dh_0 is a float32 product behind the kernel, not one of bfloat16 pairs
+    limits = [1e-6, 1e-6, 2**-16 if "ANCHORED" in tuning else 1e-6, 1e-6, 1e-6]
+    for got, want, limit in zip(results(scans, sums), results({}, {}), limits):
+        assert relative_error(got, want) < limit
 
 
 def test_tuning_by_an_unknown_name_is_refused():
