@@ -25,7 +25,8 @@ def shared_bytes(tile: Tile, parts: int, precision: str, sets: int) -> int:
     terms = 2 if precision == "fp32" else 1
     planes = 3 if parts == 2 else 1  # re, im, -im
     sides = (tile.S1 * tile.PP) ** 2 + (tile.S2 * tile.QP) ** 2
-    exchange = tile.size * 4 * terms + 4096  # between the warps of one program
+    # between the warps of one program; of float32 the packed intermediate is carried along
+    exchange = tile.size * (12 if terms == 2 else 4) + 8192
     return sides * planes * terms * 2 * sets + exchange
 
 
