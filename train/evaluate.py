@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kru_triton.lm.model import LanguageModel
+from kru_triton.ops.arguments import Backend
 from kru_triton.train.run.checkpoints import write_atomic
 from kru_triton.train.run.device import pick_dtype
 from kru_triton.train.run.directory import commit, versions
@@ -83,7 +84,7 @@ class EvaluateConfig:
     """auto, cpu, cuda, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """bfloat16: under autocast. auto: that where the device multiplies it in hardware."""
-    backend: Literal["auto", "triton", "torch"] = "auto"
+    backend: Backend = "auto"
     """Which implementation of the recurrence runs."""
 
     def __post_init__(self):

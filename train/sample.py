@@ -23,11 +23,11 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import tyro
 
+from kru_triton.ops.arguments import Backend
 from kru_triton.train.run.script import one_line
 from kru_triton.train.run.settings import UserError, check_seed
 from kru_triton.train.text.generate import encode_prompt, generate, until
@@ -57,7 +57,7 @@ class SampleConfig:
     """Of the draws."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
-    backend: Literal["auto", "triton", "torch"] = "auto"
+    backend: Backend = "auto"
     """Which implementation of the recurrence runs."""
 
 

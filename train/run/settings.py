@@ -23,6 +23,8 @@ import tyro
 
 from kru_triton.lm.model import match_parameters
 from kru_triton.lm.presets import PRESETS, LanguageModelConfig
+from kru_triton.nonlinearity import Nonlinearity
+from kru_triton.ops.arguments import Backend, Precision
 
 # Training settings of the presets. Their steps count where neither --steps nor --minutes is given.
 # fmt: off
@@ -90,7 +92,7 @@ class Config:
     """Independent recurrent blocks (attention heads for the transformer)."""
     field: Literal["complex", "real"] = "complex"
     """Numbers the recurrence works in."""
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
+    nonlinearity: Nonlinearity = "modrelu"
     """Nonlinearity of the recurrence."""
     radius: float = 0.9
     """The recurrent matrix starts as this times a unitary one."""
@@ -108,9 +110,9 @@ class Config:
     """Dropout on the output of each block's branches."""
     context_length: int = 256
     """Window of the transformer baseline, in tokens. Recurrent models have none."""
-    backend: Literal["auto", "triton", "torch"] = "auto"
+    backend: Backend = "auto"
     """Which implementation of the recurrence runs."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the Triton kernels."""
 
     steps: int = 0

@@ -24,12 +24,12 @@ import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 
+from kru_triton.nonlinearity import Nonlinearity
 from kru_triton.train.run.settings import UserError
 from kru_triton.train.tasks.loop import Task, epoch_batch, run
 from kru_triton.train.tasks.settings import TaskConfig, parse
@@ -67,7 +67,7 @@ class Config(TaskConfig):
     patience: int = 10
     batch_size: int = 16
     eval_every: int = 50
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "tanh"
+    nonlinearity: Nonlinearity = "tanh"
     lr: float = 3e-3
     recurrent_lr: float = 1e-3
     unitarity_weight: float = 0.0

@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from kru_triton.nonlinearity import Nonlinearity
+from kru_triton.ops.arguments import Backend, Precision
 from kru_triton.train.run.settings import UserError, check_seed, read_toml
 
 
@@ -33,7 +35,7 @@ class TaskConfig:
     """Independent recurrent blocks of kru and krulstm, attention heads of the transformer."""
     field: Literal["complex", "real"] = "complex"
     """Numbers the recurrence of kru works in."""
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modrelu"
+    nonlinearity: Nonlinearity = "modrelu"
     """Of kru, unitary and orthogonal."""
     frozen_factors: bool = False
     """Control: leave the recurrent matrices of kru or krulstm as they were drawn."""
@@ -44,9 +46,9 @@ class TaskConfig:
     the whole circle's; one for all layers, or one per layer. Near 0 a layer is an integrator."""
     dropout: float = 0.0
     """Between stacked layers and before the readout."""
-    backend: Literal["auto", "triton", "torch"] = "auto"
+    backend: Backend = "auto"
     """Which implementation of the Kronecker recurrence runs."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of the Triton kernels."""
 
     steps: int = 1000

@@ -21,12 +21,12 @@ if __name__ == "__main__":
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 
+from kru_triton.nonlinearity import Nonlinearity
 from kru_triton.train.run.settings import UserError
 from kru_triton.train.tasks.loop import Task, epoch_batch, run
 from kru_triton.train.tasks.settings import TaskConfig, parse
@@ -75,7 +75,7 @@ class Config(TaskConfig):
     patience: int = 10
     batch_size: int = 16
     eval_every: int = 200
-    nonlinearity: Literal["modrelu", "modtanh", "tanh", "relu", "identity"] = "modtanh"
+    nonlinearity: Nonlinearity = "modtanh"
     lr: float = 3e-3
     recurrent_lr: float = 1e-3
     run_dir: str = "runs/timit"
