@@ -494,7 +494,8 @@ def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `torch_backend.lstm.forward`, of arguments that `why_not` lets pass."""
     h, c = lstm_forward(scan, how)
     firsts, lengths = ((h, scan.h_0), (c, scan.c_0)), scan.lengths
-    return h, c, *(last_state(s, torch.float32, first, lengths) for s, first in firsts)
+    h_n, c_n = (last_state(s, torch.float32, first, lengths) for s, first in firsts)
+    return h, c, h_n, c_n
 
 
 def backward(
@@ -588,7 +589,7 @@ def lstm_backward(
     allocate = h.new_zeros if lengths is not None else h.new_empty
     dx = allocate((T, B, 4 * F))
     if h.numel() == 0:
-        return dx, *(a.new_zeros(B, F) for _ in range(2))
+        return dx, a.new_zeros(B, F), a.new_zeros(B, F)
     dh_0, dc_0 = (a.new_empty(B, F) for _ in range(2))
     x = aligned_rows(x, tile)
     dh = aligned_rows(dh.to(h.dtype), tile) if dh is not None else None

@@ -741,9 +741,9 @@ def scan_backward(
         dh = aligned_rows(dh.to(h.dtype), tile)
     recompute = how.nonlinearity == "modtanh"
     if streamed:
-        source = pre_activations(h, scan, how) if recompute else h
+        states = pre_activations(h, scan, how) if recompute else h
         flags = (keep, alive, steps)
-        wide_backward(dx, dh_0, dh, dh_n, source, flags, scan, how, **tuning)
+        wide_backward(dx, dh_0, dh, dh_n, states, flags, scan, how, **tuning)
         return dx, dh_0
     constants, options = compile_options(
         tile,

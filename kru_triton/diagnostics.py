@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kru_triton.kronecker import check_factors, kron_dense, product_shape, square_cuts
+from kru_triton.layers.kru import KRU
 from kru_triton.layers.lstm import KRULSTM
 from kru_triton.reference import kru_lstm_scan_reference, kru_scan_reference
 from kru_triton.unitarity import gram_residual, named_factors
@@ -142,7 +143,7 @@ def _shapes(factors: Sequence[Tensor]) -> str:
 
 
 def gradient_norm_by_lag(
-    kru: nn.Module,
+    kru: KRU | KRULSTM,
     x: Tensor,
     h_0: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
@@ -199,15 +200,11 @@ def gradient_norm_by_lag(
     with torch.no_grad():
         x_proj = kru.input_projection(x, layer=0, direction=0)
         factors = [w.detach() for w in kru.recurrent_factors(layer=0, direction=0)]
-    lstm = isinstance(kru, KRULSTM)
     B, T, F = x_proj.shape
-    F = F // 4 if lstm else F
+    F = F // kru.gates if isinstance(kru, KRULSTM) else F
     if not 1 <= readout_steps <= T:
         raise ValueError(f"readout_steps: must be 1 … T = {T}, got {readout_steps}")
-    if lstm and h_0 is not None and not (isinstance(h_0, tuple | list) and len(h_0) == 2):
-        raise TypeError(f"h_0: must be a tuple (h_0, c_0) for a KRULSTM, got {type(h_0).__name__}")
-    start = (None, None) if h_0 is None else h_0 if lstm else (h_0,)
-    start = [_first_state(name, s, B, F) for name, s in zip(("h_0", "c_0"), start)]
+    start = _first_states(kru, h_0, B, F)
     expected = (B, readout_steps, F)
     if cotangent is None:
         generator = torch.Generator().manual_seed(seed)
@@ -219,7 +216,7 @@ def gradient_norm_by_lag(
         )
     with torch.enable_grad():
         x_proj.requires_grad_()
-        if lstm:
+        if isinstance(kru, KRULSTM):
             states, cells = _lstm_states(x_proj, factors, *start)
         else:
             beta = kru.beta(layer=0, direction=0)
@@ -237,6 +234,16 @@ def gradient_norm_by_lag(
         gradients = torch.autograd.grad(loss, [*states, *cells], materialize_grads=True)
     norms = torch.stack([g.norm() for g in gradients]).view(-1, T).norm(dim=0).flip(0)
     return torch.arange(T), norms / norms[0] if relative else norms
+
+
+def _first_states(kru: KRU | KRULSTM, h_0, B: int, F: int) -> list[Tensor | None]:
+    """h_0 of the first layer, for a KRULSTM c_0 too."""
+    names = ("h_0", "c_0") if isinstance(kru, KRULSTM) else ("h_0",)
+    if len(names) == 1 or h_0 is None:
+        h_0 = [h_0] * len(names)
+    elif not (isinstance(h_0, tuple | list) and len(h_0) == 2):
+        raise TypeError(f"h_0: must be a tuple (h_0, c_0) for a KRULSTM, got {type(h_0).__name__}")
+    return [_first_state(name, state, B, F) for name, state in zip(names, h_0)]
 
 
 def _first_state(name: str, state: Tensor | None, B: int, F: int) -> Tensor | None:
@@ -284,8 +291,8 @@ def unitarity_figure(module_or_factors: nn.Module | Iterable):
     errors = unitarity_error(module_or_factors)
     figure, axes = _figure(width=7.0, height=1.8 + 0.25 * len(errors))
     for row, values in enumerate(errors.values()):
-        values = values.double().clamp_min(1e-16).tolist()
-        axes.plot(values, [row] * len(values), "o", color="C0", alpha=0.6, markersize=5)
+        points = values.double().clamp_min(1e-16).tolist()
+        axes.plot(points, [row] * len(points), "o", color="C0", alpha=0.6, markersize=5)
     axes.set_xscale("log")
     axes.set_yticks(range(len(errors)), errors.keys(), fontsize=8)
     axes.set_ylim(len(errors) - 0.5, -0.5)

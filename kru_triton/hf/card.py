@@ -1,12 +1,16 @@
 """The model card of an exported model."""
 
+from typing import cast
+
 from transformers import PreTrainedModel
+
+from kru_triton.lm.model import LanguageModel
 
 
 def model_card(model: PreTrainedModel, facts: str = "") -> str:
     """README.md of a saved model: what it is and how to load it, and `facts`, a paragraph."""
     config = model.config
-    network = model.base_model.network
+    network = cast(LanguageModel, model.base_model.network)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

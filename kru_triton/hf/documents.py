@@ -3,6 +3,8 @@
 B batch, T tokens of this call.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -64,7 +66,7 @@ def ordered(x: Tensor, order: Tensor) -> Tensor:
 
 def read_documents(
     position_ids: Tensor | None,
-    packed: dict[str, Tensor | int | None],
+    packed: dict[str, Any],  # tensors, numbers or None
     mask: Tensor | None,
     batch: int,
     time: int,

@@ -10,7 +10,7 @@ model's step, and nothing else; `why_not_graphed` says where that is not enough.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from kru_triton.torch_backend.scan import left_block, right_block
 if TYPE_CHECKING:
     from kru_triton.layers.kru import KRU
     from kru_triton.layers.lstm import KRULSTM
+
+Result = TypeVar("Result")
 
 
 class Step:
@@ -156,7 +158,7 @@ def why_not_graphed(model: nn.Module) -> str | None:
     return None
 
 
-def capture(function: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
+def capture(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
     """The launches of `function` as a CUDA graph, and what it returned, which replays fill anew.
 
     The graph reads the inputs of `function` where they were, and holds none of them.

@@ -159,10 +159,9 @@ class RNNMixer(Mixer):
         for start, end in itertools.pairwise(bounds):
             if start in cuts:
                 state = [s.masked_fill(reset[:, start, None], 0) for s in state]
-            hidden = [s[None].contiguous() for s in state]
-            hidden = tuple(hidden) if self.num_states == 2 else hidden[0]
-            y, hidden = self.rnn(x[start:end], hidden)
-            state = [s[0] for s in (hidden if self.num_states == 2 else (hidden,))]
+            before = tuple(s[None].contiguous() for s in state)
+            y, after = self.rnn(x[start:end], before if self.num_states == 2 else before[0])
+            state = [s[0] for s in (after if self.num_states == 2 else (after,))]
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.projection(y), state

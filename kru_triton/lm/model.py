@@ -58,7 +58,8 @@ class LanguageModel(nn.Module):
                 f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
             )
         self.config = config
-        self.graphs = None  # while decoding, by shapes and dtypes of the inputs
+        # while decoding, by shapes and dtypes of the inputs
+        self.graphs: dict[tuple, GraphedStep] | None = None
         if config.frame == "plain":
             self.blocks = nn.ModuleList([_PlainBlock(config)])
             return
@@ -237,7 +238,9 @@ class LanguageModel(nn.Module):
         stand: the gates of nn.LSTM, query, key and value, or the real and imaginary parts of a
         KRU's input weights, one above the other, are one matrix.
         """
-        groups = {name: [] for name in ("factors", "embeddings", "matrices", "vectors")}
+        groups: dict[str, list[nn.Parameter]] = {
+            name: [] for name in ("factors", "embeddings", "matrices", "vectors")
+        }
         for name, p in self.named_parameters():
             kind = "factors" if ".factor" in name else "matrices" if p.dim() > 1 else "vectors"
             if kind == "matrices" and self._is_embedding(name):
@@ -316,9 +319,10 @@ class _PlainBlock(nn.Module):
                 f"frame: 'plain' is one recurrent layer, got model={config.model!r} and "
                 f"num_layers={config.num_layers}"
             )
-        sizes = {"d_model": config.vocab_size, "gated": False}
-        sizes |= {"input_gated": False, "token_shift": False}
-        self.mixer = mixer_of(dataclasses.replace(config, **sizes))
+        plain = dataclasses.replace(
+            config, d_model=config.vocab_size, gated=False, input_gated=False, token_shift=False
+        )
+        self.mixer = mixer_of(plain)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         for name, p in self.mixer.named_parameters():
             if name.endswith("weight_ih_l0"):

@@ -131,7 +131,8 @@ def _power(a: Tensor, b: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
         ratio = (most[1] / most[0]).sqrt()
         powers = [powers[0] * ratio, powers[1] / ratio]
     planar = (torch.stack((w.real, w.imag)) if w.is_complex() else w[None] for w in powers)
-    return tuple(w.to(a.dtype) for w in planar)
+    a_power, b_power = (w.to(a.dtype) for w in planar)
+    return a_power, b_power
 
 
 def _between(first: Tensor | None, ends: Tensor, scan: Scan, how: How, block: int) -> Tensor:

@@ -131,10 +131,10 @@ def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = a.new_empty(h.shape)
     h_n, c_n = a.new_zeros(h.shape[1:]), a.new_zeros(h.shape[1:])
     state, cell = layout.states(layout.chunk + 1), layout.states(layout.chunk + 1)
-    for slots, last, start in ((state, h_n, h_0), (cell, c_n, c_0)):
-        if start is not None:
-            last.copy_(start)
-        slots[0].copy_(layout.flat(last[None])[0])
+    for slots, last_state, first in ((state, h_n, h_0), (cell, c_n, c_0)):
+        if first is not None:
+            last_state.copy_(first)
+        slots[0].copy_(layout.flat(last_state[None])[0])
     gates = layout.gates(layout.chunk)
     middle = layout.gates(1)
     middle_out, middle_rows = layout.left_out(middle), layout.rows(middle)

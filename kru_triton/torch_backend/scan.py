@@ -82,7 +82,8 @@ def _merged_grad(d: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     db = torch.einsum("chpqrs,khpr->ckhqs", d, a)
     if a.shape[0] == 1:
         return da[0], db[0]
-    return tuple(torch.stack((x[0, 0] + x[1, 1], x[1, 0] - x[0, 1])) for x in (da, db))
+    da, db = (torch.stack((x[0, 0] + x[1, 1], x[1, 0] - x[0, 1])) for x in (da, db))
+    return da, db
 
 
 class _Step:
@@ -282,22 +283,23 @@ def backward(
         order, back = by_length(lengths)
         dh = None if dh is None else dh[:, order]
         dh_n = None if dh_n is None else dh_n[order]
-        dx, *d_weights, dh_0 = backward(dh, dh_n, h[:, order], in_order(scan, order), how)
-        return dx[:, back], *d_weights, dh_0[back]
+        dx, da, db, d_beta, dh_0 = backward(dh, dh_n, h[:, order], in_order(scan, order), how)
+        return dx[:, back], da, db, d_beta, dh_0[back]
     allocate = torch.empty if lengths is None else torch.zeros
     dx = allocate(h.shape, dtype=h.dtype, device=h.device)
     dh_0 = a.new_zeros(batch, features) if dh_n is None else dh_n.to(a.dtype, copy=True)
     first = a.new_zeros(batch, features) if h_0 is None else h_0
-    d_weights = [torch.zeros_like(a), torch.zeros_like(b), a.new_zeros(features // a.shape[0])]
+    da, db = torch.zeros_like(a), torch.zeros_like(b)
+    d_beta = a.new_zeros(features // a.shape[0])
     for start, end, rows in reversed(intervals(batch, time, lengths)):
         before = h[start - 1, :rows] if start else first[:rows]
         part = interval(scan, start, end, rows)._replace(h_0=before)
         at = slice(start, end), slice(rows)
         d_out = None if dh is None else dh[at]
         added = _backward(dx[at], dh_0[:rows], d_out, h[at], part, how.nonlinearity)
-        for total, more in zip(d_weights, added):
+        for total, more in zip((da, db, d_beta), added):
             total += more
-    return dx, *d_weights, dh_0
+    return dx, da, db, d_beta, dh_0
 
 
 def _backward(
