@@ -20,7 +20,7 @@ from kru_triton.train.text.documents import (
     read_documents,
     statistics,
 )
-from kru_triton.train.text.held_out import held_out_text, split_in_memory
+from kru_triton.train.text.held_out import held_out_text, is_held_out, split_in_memory
 from kru_triton.train.text.sources import find_source
 from kru_triton.train.text.tokenizer import ByteTokenizer
 
@@ -231,6 +231,12 @@ def test_validation_text_of_the_standard_library_is_not_trained_on(tmp_path):
     assert held_out
     assert "ast.py" in names
     assert not names & held_out
+
+
+def test_the_rule_by_checksum_stays_what_it_was():
+    """Another rule would validate runs that go on, and old checkpoints, on what they trained on."""
+    held_out = [i for i in range(1000) if is_held_out(b"document %d" % i)]
+    assert held_out == [28, 71, 96, 116, 216, 312, 316, 412, 512, 612, 616, 712, 716, 843, 943, 947]
 
 
 def test_what_counts_once_is_said_in_words(tmp_path, capsys):
