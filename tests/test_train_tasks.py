@@ -176,6 +176,9 @@ def test_state_tracking_asks_what_its_protocol_says(name):
         assert (answers[:, -1] >= 0).all()
         assert (answers[:, -1] < task.output_size).all()
         assert ((answers[:, :-1] >= 0) == group).all()
+    _, task = state_tracking.setup([*flags, "--curriculum", "45"])
+    longest = [max(task.batch(step)[0].shape[1] for step in range(s, s + 15)) for s in (0, 20, 45)]
+    assert longest[0] <= 3 < longest[1] <= 7 < longest[2] == 9
 
 
 @pytest.mark.parametrize("name", ["parity", "modular", "s3"])

@@ -65,6 +65,8 @@ class Config(TaskConfig):
     """Longest training sequence, in symbols."""
     test_length: int = 512
     """Length of the test sequences."""
+    curriculum: int = 0
+    """Steps in which the longest training length grows evenly to --train-length; 0: no growth."""
     steps: int = 10000
     batch_size: int = 64
     lr: float = 1e-3
@@ -145,6 +147,8 @@ def task(config: Config) -> Task:
             f"--test-length must be at least --train-length ({config.train_length}), got "
             f"{config.test_length}"
         )
+    if config.curriculum < 0:
+        raise UserError(f"--curriculum must be a number of steps, or 0, got {config.curriculum}")
     symbol_count, answer_count, draw, last_alone = TASKS[config.task]
 
     def one_hot(symbols: Tensor) -> Tensor:
@@ -152,6 +156,8 @@ def task(config: Config) -> Task:
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng, length = generator(config.seed, 0, step), config.train_length
+        if step < config.curriculum:
+            length = 1 + length * step // config.curriculum
         if last_alone:
             length = int(torch.randint(1, length + 1, (), generator=rng))
             length -= config.task == "modular" and length % 2 == 0
