@@ -3,7 +3,9 @@
     modReLU   h = relu(|z| + β) z/|z|            tanh, relu   of every part by itself
     modtanh   h = tanh(|z|) z/|z|                identity
 
-Neither direction tests for zero or can give NaN: at z = 0, h = 0 and G is finite.
+Neither direction tests for zero or can give NaN: at z = 0, h = 0 and G is finite. Of a sum of two
+products `tl.fma` says which one is rounded: left to the compiler, it differs from register to
+register, and with it the copies of a row (`tile.offsets`).
 """
 
 import triton
@@ -98,7 +100,7 @@ def derivative(
         # 0·inf the maximum takes the other (the interpreter's takes the NaN).
         k2 = h[0] * h[0]
         if len(h) == 2:
-            k2 = h[1] * h[1] + k2
+            k2 = tl.fma(h[1], h[1], k2)
         rk = rsqrt(k2, NVIDIA)
         if INTERPRET:
             beta = tl.where(beta == 0.0, 1e-30, beta)
@@ -123,10 +125,10 @@ def vjp(g, s, ACT: tl.constexpr):
     """G = σ'(z)ᵀ g from `derivative`; g and G stand for ∂L/∂Re + i ∂L/∂Im."""
     if (ACT == "modrelu") or (ACT == "modtanh"):
         if len(g) == 2:
-            c = (s[2] * g[0] + s[3] * g[1]) * s[1]
-            return s[0] * g[0] + c * s[2], s[0] * g[1] + c * s[3]
+            c = tl.fma(s[2], g[0], s[3] * g[1]) * s[1]
+            return tl.fma(s[0], g[0], c * s[2]), tl.fma(s[0], g[1], c * s[3])
         else:
-            return (s[0] * g[0] + s[2] * g[0] * s[1] * s[2],)
+            return (tl.fma(s[0], g[0], s[2] * g[0] * s[1] * s[2]),)
     elif ACT == "tanh":
         if len(g) == 2:
             return g[0] * s[0], g[1] * s[1]

@@ -256,7 +256,7 @@ def lstm_forward_kernel(
         if not AHEAD:
             u = to_tiles(rows, PE, QE, V, NVIDIA)
         i, f, g, o = gates(a, b, x, u, PE, QE, SPLIT, NVIDIA, AHEAD)
-        c = (f * c[0] + i * g,)
+        c = (tl.fma(f, c[0], i * g),)
         h = (o * tanh(c[0], not SPLIT, NVIDIA),)
         if p_alive is not None:
             bits = tile_bits(alive, PE, QE, PP, QP, S1)
