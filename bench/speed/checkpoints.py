@@ -39,7 +39,7 @@ class TimedWriter(checkpoints.Writer):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.row_flags(harness.plain_parser(__doc__, "checkpoints"))
+    parser = harness.parser(__doc__, "checkpoints")
     parser.add_argument("--preset", default="base")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5)

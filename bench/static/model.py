@@ -1,7 +1,6 @@
 """What a kernel should take, from the instructions it compiles to, and what limits it.
 
-    python -m bench model --device h200              # times, what bounds them, growth
-    python -m bench model --device b200 --gpus 8
+    python -m bench model --device h200      # times, what bounds them; measured ones beside them
 
 A program of a scan kernel is a few warps that run all steps of one group of batch rows. Its step
 cannot be shorter than its latency, warps that share a subpartition add their issue or tensor-core
@@ -20,9 +19,9 @@ units each, and the work of complex factors.
 
 Counts are the newest rows of `python -m bench schedule` for the device's architecture, else the
 budget of `compiled_budget.json` (sm_90). Constants are from data sheets, from the literature and
-from the distances that ptxas keeps (see DEVICES): guesses until a run of `python -m bench kernels`
-stands beside them, whose rows carry predicted_ms next to ms_p50. A measured one goes in by its
-name: `python -m bench model --device h100 --set mma_cycles=6.4 bandwidth=2.9e12`.
+from the distances that ptxas keeps (see DEVICES): guesses, in whose place comes what `make gpu` has
+measured (`constants` of rows in --results). Its times are shown beside the predicted ones. A
+constant goes in by hand by its name: `--set mma_cycles=6.4 bandwidth=2.9e12`.
 
 B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
 """
@@ -32,6 +31,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,20 +76,19 @@ class Device:
     mma_cycles: float  # per 16x8x16 bfloat16 product and subpartition
     registers: int  # of 4 bytes per processor and lane of 32 (64 for AMD)
     warps: int  # resident per processor
-    link: float  # bytes/s to other GPUs, one way
     l2: float  # bytes/s that all processors read from L2
 
 
-# processors, clock, link: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
+# processors, clock: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
 # have been seen to run); mma_cycles: the distance at which ptxas issues independent products
 # (`schedule.PIPES`; mi300x: a guess); l2: 32 bytes per processor and clock (mi300x: 64, and its
 # caches are per die).
 DEVICES = {
-    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64, 450e9, 7.6e12),
-    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64, 450e9, 7.4e12),
-    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 300e9, 4.9e12),
-    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64, 900e9, 8.8e12),
-    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 448e9, 4.1e13),
+    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64, 7.6e12),
+    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64, 7.4e12),
+    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 4.9e12),
+    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64, 8.8e12),
+    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 4.1e13),
 }
 
 
@@ -265,128 +264,106 @@ def of_direction(direction: str, *arguments) -> Prediction:
     return Prediction(sum(p.seconds for p in parts), slowest.bound)
 
 
-def linear_seconds(P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device) -> float:
-    """`kru_linear_scan`, forward + backward: the passes over blocks, those between them in float32,
-    and six copies that bring blocks together and apart."""
-    block = 1 << round(math.log2(T / 2) / 2)
-    blocks = math.ceil(T / block)
-    rows = P, Q, dtype, B * blocks, block, heads, device
-    kernels = ("forward",) * 3 + ("backward", "weight_grad")
-    passes = [predict(kernel, *rows) for kernel in kernels]
-    passes += [predict("forward", P, Q, "fp32", B, blocks, heads, device)] * 2
-    copies = 6 * 2 * 2 * P * Q * ITEMSIZE[dtype] * heads * B * T / device.bandwidth
-    return sum(p.seconds for p in passes) + copies
+def device_of(name: str, rows: Iterable[dict] = ()) -> Device | None:
+    """The known device whose name the driver's name contains, with the constants that rows of one
+    measured (`python -m bench gpu --part c`) in place of its own; the last of each."""
+    device = next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
+    return device and dataclasses.replace(device, **constants(device, rows)[0])
 
 
-def device_of(name: str) -> Device | None:
-    """The known device whose name the driver's name contains."""
-    return next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
-
-
-def predicted_ms(direction, P, Q, dtype, B, T, heads, name: str, kind="kru") -> float | None:
-    """For a row of `python -m bench kernels`; None on a device that the model does not know."""
-    device = device_of(name)
-    if device is None:
-        return None
-    return 1e3 * of_direction(direction, P, Q, dtype, B, T, heads, device, kind).seconds
-
-
-def all_reduce_seconds(parameters: int, gpus: int, device: Device) -> float:
-    """A ring all-reduce of float32 gradients."""
-    return 2 * (gpus - 1) / gpus * 4 * parameters / device.link
+def constants(device: Device, rows: Iterable[dict]) -> tuple[dict, dict]:
+    """Measured constants of the device: its fields, and the latencies of `static/schedule.py`."""
+    own, latencies = {}, {}
+    for row in rows:
+        if device.match.lower() in row["device"].lower():
+            for name, value in row.get("constants", {}).items():
+                if name.startswith("latency "):
+                    latencies[name.removeprefix("latency ")] = round(value)
+                else:
+                    own[name] = value
+    return own, latencies
 
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 
 
-def table(device: Device, gpus: int, T: int, dtype: str, kind: str) -> list[str]:
+def table(device: Device, T: int, dtype: str, kind: str) -> list[str]:
     """Times of every size and batch, and from which batch on memory is the limit."""
     lines = [
         "| factors | " + " | ".join(f"B={b}" for b in BATCHES) + " | memory-bound from B |",
         "|---" * (len(BATCHES) + 2) + "|",
     ]
     for P, Q in SIZES if kind == "kru" else LSTM_SIZES:
-        shape = (P, Q, dtype)
-        numbers = 2 * (P * P + Q * Q) + P * Q if kind == "kru" else 4 * (P * P + Q * Q)
-        reduce = all_reduce_seconds(numbers, gpus, device)
-        cells = []
-        for B in BATCHES:
-            p = of_direction("both", *shape, math.ceil(B / gpus), T, 1, device, kind)
-            cells.append(f"{1e3 * (p.seconds + reduce):.3g} {p.bound}")
-        first = next(
-            (
-                B
-                for B in range(4, 16384, 4)
-                if all(
-                    predict(k, *shape, math.ceil(B / gpus), T, 1, device, kind).bound == "memory"
-                    for k in ("forward", "backward")
-                )
-            ),
-            "-",
-        )
-        lines.append(f"| {P}x{Q} | " + " | ".join(cells) + f" | {first} |")
+
+        def told(B, P=P, Q=Q):
+            p = of_direction("both", P, Q, dtype, B, T, 1, device, kind)
+            return f"{1e3 * p.seconds:.3g} {p.bound}"
+
+        def of_memory(B, P=P, Q=Q):
+            parts = [
+                predict(k, P, Q, dtype, B, T, 1, device, kind) for k in ("forward", "backward")
+            ]
+            return all(part.bound == "memory" for part in parts)
+
+        first = next((B for B in range(4, 16384, 4) if of_memory(B)), "-")
+        lines.append(f"| {P}x{Q} | " + " | ".join(map(told, BATCHES)) + f" | {first} |")
     return lines
 
 
-def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
+def beside(device: Device, rows: Iterable[dict]) -> list[str]:
+    """Measured times of our kernels (`python -m bench gpu --part d`) beside predicted ones."""
+    lines = []
+    for row in rows:
+        own = (row["bench"], row["status"], row.get("implementation")) == ("steps", "ok", "kru")
+        if own and device.match.lower() in row["device"].lower() and not row.get("setting"):
+            shape = [row[key] for key in ("P", "Q", "dtype", "B", "T", "heads")]
+            found = predict(row["direction"], *shape, device)
+            predicted = 1e3 * found.seconds
+            times = f"{row['ms_p50']:.3f} | {predicted:.3f} | {row['ms_p50'] / predicted:.2f}"
+            lines.append(f"| {row['case']} | {row['direction']} | {times} | {found.bound} |")
+    heads = ["| case | kernel | measured ms | predicted ms | measured / predicted | bound by |"]
+    return ["", *heads, "|---" * 6 + "|", *lines] if lines else []
+
+
+def report(device: Device, T: int, dtype: str, rows: list[dict]) -> list[str]:
     """The tables of the command."""
-    what = f"{gpus} GPU, {dtype}, T={T}, one head: ms of forward + backward with weight gradients"
+    what = f"{dtype}, T={T}, one head: ms of forward + backward with weight gradients"
     lines = [
         f"kru_scan on {device.match}, modReLU, {what}, and what bounds most of it",
         f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
         "budget of sm_90)",
         "",
-        *table(device, gpus, T, dtype, "kru"),
+        *table(device, T, dtype, "kru"),
         "",
         f"Kronecker LSTM on {device.match}, {what}, its input projection given",
         "",
-        *table(device, gpus, T, dtype, "lstm"),
+        *table(device, T, dtype, "lstm"),
+        *beside(device, rows),
     ]
-    lines += [
-        "",
-        f"without a nonlinearity, T={4 * T}: kru_scan / kru_linear_scan, forward + backward",
-    ]
-    for P, Q in ((16, 16), (32, 32)):
-        ratios = {
-            B: of_direction("both", P, Q, dtype, B, 4 * T, 1, device).seconds
-            / linear_seconds(P, Q, dtype, B, 4 * T, 1, device)
-            for B in (16, 256, 1024)
-        }
-        lines.append(f"  {P}x{Q}: " + "; ".join(f"B={B} {r:.1f}x" for B, r in ratios.items()))
-    lines += ["", "growth of kru_scan forward + backward from 32x32, per doubling (2 is linear)"]
-    for B in (16, 2048):
-
-        def seconds(B=B, T=T, P=32, Q=32, heads=1):
-            return of_direction("both", P, Q, dtype, B, T, heads, device).seconds
-
-        base = seconds()
-        ratios = {
-            "T": seconds(T=2 * T) / base,
-            "B": seconds(B=2 * B) / base,
-            "heads, each of 32x32": seconds(heads=2) / base,
-            "N, one head, 16x32 -> 32x32": base / seconds(P=16),
-            "heads at equal units, 32x32 -> 4 of 16x16": seconds(P=16, Q=16, heads=4) / base,
-            "GPUs": (
-                seconds(B=math.ceil(B / 2)) + all_reduce_seconds(2 * 2 * 32**2 + 32**2, 2, device)
-            )
-            / base,
-        }
-        lines.append(f"  B={B}: " + "; ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
     return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = harness.plain_parser(__doc__, "model")
     parser.add_argument("--device", nargs="+", choices=DEVICES, default=list(DEVICES))
-    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Device")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of rows")
     options = parser.parse_args(argv)
-    measured = {name: float(value) for name, value in (pair.split("=") for pair in options.set)}
-    if min(options.gpus, options.length) < 1:
-        parser.error(f"--gpus and --length: must be positive, got {options.gpus}, {options.length}")
+    given = {name: float(value) for name, value in (pair.split("=") for pair in options.set)}
+    if options.length < 1:
+        parser.error(f"--length: must be positive, got {options.length}")
+    files = sorted(options.results.glob("*.jsonl"))
+    rows = harness.latest([row for path in files for row in harness.read_rows(path)])
     for name in options.device:
-        device = dataclasses.replace(DEVICES[name], **measured)
-        print(*report(device, options.gpus, options.length, options.dtype), "", sep="\n")
+        measured, latencies = constants(DEVICES[name], rows)
+        if measured:
+            print("measured:", ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+        if latencies:
+            words = " ".join(f"{k}={v}" for k, v in latencies.items())
+            print(f"the cycles of a step, with the measured latencies, are those of\n  python -m "
+                  f"bench schedule --arch {DEVICES[name].arch} --latency {words}")  # fmt: skip
+        device = dataclasses.replace(DEVICES[name], **measured, **given)
+        print(*report(device, options.length, options.dtype, rows), "", sep="\n")
     return 0
