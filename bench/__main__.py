@@ -39,7 +39,6 @@ BENCHMARKS = {
     "model": Benchmark("static.model", "predicted times, what bounds them, growth"),
     "plot": Benchmark("plot", "draws the figures from the rows"),
     "picture": Benchmark("picture", "draws the picture of the README from committed rows"),
-    "checkpoints": Benchmark("speed.checkpoints", "what checkpoints cost a training run"),
     "context": Benchmark("speed.context", "time per token after 10 to 100,000 others"),
     "states": Benchmark("quality.states", "state tracking beyond the lengths trained on"),
     "baselines": Benchmark("quality.baselines", "trained models at equal tokens and equal time"),

@@ -1,14 +1,12 @@
 """Benchmarks of the CPU run from end to end on toy sizes and write rows that can be read."""
 
-import math
-
 import pytest
 
 from bench import __main__ as front
 from bench import harness
 from bench.speed import cpu
 
-SECTIONS = {"scan", "memory", "layer", "growth", "exponent", "linear"}
+SECTIONS = {"scan", "memory", "layer", "growth", "exponent"}
 
 
 def rows_in(folder):
@@ -53,13 +51,3 @@ def test_list_names_benchmarks(capsys):
     said = capsys.readouterr().out
     for word in front.BENCHMARKS:
         assert word in said
-
-
-def test_checkpoint_overhead(tmp_path):
-    flags = ["--preset", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
-    assert front.main(["checkpoints", *flags]) == 0
-    (row,) = rows_in(tmp_path)
-    assert row["bytes"] > 1e6
-    assert row["write_s"] > 0
-    interval = row["checkpoint_every"] * row["step_s"]
-    assert math.isclose(row["share"], (row["blocked_s"] + row["thread_s"]) / interval)

@@ -405,7 +405,7 @@ from triton.compiler import ASTSource
 from bench.gpu import micro
 from bench.static import compiled
 
-TYPES = {"p_said": "*i64", "steps": "i32", "stride": "i32", "a": "fp32", "b": "fp32"}
+TYPES = {"p_said": "*i32", "steps": "i32", "stride": "i32", "a": "fp32", "b": "fp32"}
 
 def loop(kernel, memory, **constants):
     signature, values = {}, {}

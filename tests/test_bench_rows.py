@@ -282,7 +282,7 @@ def test_model_growth(name):
     device = model.DEVICES[name]
 
     def seconds(B=4096, T=1024, P=16, heads=1):
-        return model.of_direction("both", P, 16, "bf16", B, T, heads, device).seconds
+        return model.forward_backward(P, 16, "bf16", B, T, heads, device).seconds
 
     base = seconds()
     assert math.isclose(seconds(T=2048) / base, 2)
@@ -406,25 +406,6 @@ def test_committed_rows_make_tables():
     for path in harness.RESULTS.glob("*.jsonl"):
         lines, _ = harness.table(path)
         assert len(lines) > 4
-
-
-def test_model_of_wide_factors_and_of_the_lstm():
-    device = model.DEVICES["h200"]
-
-    def of(kernel, P, Q, B, kind="kru"):
-        return model.predict(kernel, P, Q, "bf16", B, 1024, 1, device, kind)
-
-    assert model.counts("wide_forward", 256, 16, "bf16", "sm_90").instructions == 4 * 900
-    # the factor is read from L2 by every program in every step: 2 planes of 256 x 256 in 2 bytes
-    assert of("forward", 256, 16, 512).bound == "L2"
-    expected = 512 * 1024 * 2 * 256**2 * 2 / device.l2
-    assert math.isclose(of("forward", 256, 16, 512).seconds, expected)
-    assert of("weight_grad", 256, 16, 512).bound == "memory"
-    # at many rows memory is the limit: gates, state and cell of 2, 2 and 4 bytes
-    assert of("forward", 16, 16, 4096, "lstm").bound == "memory"
-    expected = 4096 * 1024 * 256 * (4 * 2 + 2 + 4) / device.bandwidth
-    assert math.isclose(of("forward", 16, 16, 4096, "lstm").seconds, expected)
-    assert of("backward", 32, 32, 16, "lstm").bound == "latency"
 
 
 def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):

@@ -30,23 +30,13 @@ BENCH = "micro"
 
 @triton.jit
 def read(REGISTER: tl.constexpr, ON: tl.constexpr):
-    """A special register of 64 bits; 0 where compiled code does not run on a device."""
-    if ON:
-        return tl.inline_asm_elementwise(
-            "mov.u64 $0, %" + REGISTER + ";", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-        )
-    else:
-        return tl.full((), 0, tl.int64)
-
-
-@triton.jit
-def read_short(REGISTER: tl.constexpr, ON: tl.constexpr):
+    """A special register; 0 where compiled code does not run on a device."""
     if ON:
         return tl.inline_asm_elementwise(
             "mov.u32 $0, %" + REGISTER + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
     else:
-        return tl.full((), 0, tl.int32)
+        return 0
 
 
 @triton.jit
@@ -59,7 +49,7 @@ def mma(p_out, p_said, steps, CHAINS: tl.constexpr, ON: tl.constexpr):
     acc2 = acc + 1.0
     acc3 = acc + 2.0
     acc4 = acc + 3.0
-    begin = read("clock64", ON)
+    begin = read("clock", ON)
     for _ in range(steps):
         if CHAINS == 1:
             for _ in tl.static_range(4):
@@ -69,12 +59,12 @@ def mma(p_out, p_said, steps, CHAINS: tl.constexpr, ON: tl.constexpr):
             acc2 = tl.dot(a, a, acc2)
             acc3 = tl.dot(a, a, acc3)
             acc4 = tl.dot(a, a, acc4)
-    end = read("clock64", ON)
+    end = read("clock", ON)
     i_p = tl.program_id(0)
     tl.store(p_out + i_p * 256 + i[:, None] * 16 + i[None, :], acc + acc2 + acc3 + acc4)
     tl.store(p_said + i_p * 3, end - begin)
-    tl.store(p_said + i_p * 3 + 1, read_short("smid", ON).to(tl.int64))
-    tl.store(p_said + i_p * 3 + 2, read_short("warpid", ON).to(tl.int64))
+    tl.store(p_said + i_p * 3 + 1, read("smid", ON))
+    tl.store(p_said + i_p * 3 + 2, read("warpid", ON))
 
 
 @triton.jit
@@ -82,11 +72,11 @@ def special(p_x, p_said, steps, SIZE: tl.constexpr, ON: tl.constexpr):
     """Eight reciprocal roots a step, each of the one before, on SIZE/32 values of a lane."""
     o = tl.arange(0, SIZE)
     x = tl.load(p_x + o)
-    begin = read("clock64", ON)
+    begin = read("clock", ON)
     for _ in range(steps):
         for _ in tl.static_range(8):
             x = rsqrt(x, ON)
-    end = read("clock64", ON)
+    end = read("clock", ON)
     tl.store(p_x + o, x)
     tl.store(p_said, end - begin)
 
@@ -98,7 +88,7 @@ def load(p_x, p_out, p_said, steps, stride, AHEAD: tl.constexpr, ON: tl.constexp
     p = p_x + o
     p_line = p_x + AHEAD * stride
     sum = tl.zeros((32,), tl.int32)
-    begin = read("clock64", ON)
+    begin = read("clock", ON)
     for t in range(steps):
         if AHEAD:
             prefetch(p_line)
@@ -106,7 +96,7 @@ def load(p_x, p_out, p_said, steps, stride, AHEAD: tl.constexpr, ON: tl.constexp
         x = tl.load(p, cache_modifier=".cg")
         sum += x
         p += x + stride
-    end = read("clock64", ON)
+    end = read("clock", ON)
     tl.store(p_out + o, sum)
     tl.store(p_said, end - begin)
 
@@ -119,14 +109,14 @@ def code(p_x, p_said, steps, a, b, SIZE: tl.constexpr, ON: tl.constexpr):
     y = x + 1.0
     z = x + 2.0
     w = x + 3.0
-    begin = read("clock64", ON)
+    begin = read("clock", ON)
     for _ in range(steps):
         for _ in tl.static_range(SIZE):
             x = x * a + b
             y = y * a + b
             z = z * a + b
             w = w * a + b
-    end = read("clock64", ON)
+    end = read("clock", ON)
     tl.store(p_x + o, x + y + z + w)
     tl.store(p_said, end - begin)
 
@@ -154,7 +144,7 @@ class Micro:
 
     def __init__(self, device: torch.device, on: bool, processors: int):
         self.device, self.on, self.processors = device, on, processors
-        self.said = torch.zeros(16 * processors, 3, dtype=torch.int64, device=device)
+        self.said = torch.zeros(16 * processors, 3, dtype=torch.int32, device=device)
 
     def steps(self, count: int) -> int:
         return count if self.on else 2

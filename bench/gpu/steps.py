@@ -243,8 +243,9 @@ def race(results, case: Case, found: list[Candidate], device, rounds: int, about
         values |= {"units": case.units, "us_per_step": 1e6 * seconds / case.T}
         line = f"{values['us_per_step']:8.3f} us/step"
         if candidate.name.startswith("kru"):
-            io, _ = model.NUMBERS[direction]
-            moved = io * case.units * case.B * case.T * model.ITEMSIZE[case.dtype]
+            moved = (
+                model.NUMBERS[direction] * case.units * case.B * case.T * model.ITEMSIZE[case.dtype]
+            )
             values["gb_per_s"] = moved / seconds / 1e9
             line += f"  {values['gb_per_s']:7.1f} GB/s"
         if candidate.name == "kru" and known:

@@ -10,7 +10,6 @@ Sections:
     memory   peak memory of the same two, and of a layer that recomputes
     layer    a full KRU layer against torch.nn.LSTM, GRU and RNN, and the part of its products
     growth   time against length, batch, size and number of factors; exponents of the growth
-    linear   without a nonlinearity: the loop, and blocks of time side by side
 
 Results are checked against the loop in float64 on the shapes that are timed, before the timing.
 Baselines take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
@@ -33,17 +32,12 @@ import torch
 from torch import nn
 
 from bench import harness
-from kru_triton import KRU, KRULSTM, kru_linear_scan, kru_scan, unitary_
+from kru_triton import KRU, KRULSTM, kru_scan, unitary_
 from kru_triton.reference import kru_scan_reference
 
 BENCH = "cpu"
 SHAPES = [(32, 128, (32, 32)), (32, 1020, (2,) * 7)]  # (B, T, sizes of square factors)
 QUICK_SHAPES = [(4, 16, (4, 4)), (4, 20, (2, 2, 2))]
-LINEAR_SHAPES = [
-    (batch, length, sizes)
-    for sizes in ((16, 16), (32, 32))
-    for batch, length in ((1, 128), (1, 1024), (1, 4096), (8, 1024), (32, 128), (32, 512))
-]
 IMPLEMENTATIONS = {
     "torch": lambda *a, **k: kru_scan(*a, **k, backend="torch"),
     "loop": kru_scan_reference,
@@ -292,43 +286,11 @@ def exponent(values, times):
     return ((x * y).sum() / (x * x).sum()).item()
 
 
-# linear
-
-
-LINEAR = {
-    "loop_scan": lambda x, w: kru_scan(x, w, nonlinearity="identity", backend="torch")[0],
-    "block_scan": lambda x, w: kru_linear_scan(x, w, backend="torch")[0],
-}
-
-
-def bench_linear(table, quick):
-    table.title("linear: forward, and forward + backward; ratio = loop / this")
-    for shape in [(1, 16, (4, 4))] if quick else LINEAR_SHAPES:
-        x, factors, _, dh, _ = problem(*shape)
-
-        def forward(scan, x=x, factors=factors):
-            with torch.no_grad():
-                return scan(x, factors)
-
-        def both(scan, x=x, factors=factors, dh=dh):
-            return torch.autograd.grad(scan(x, factors), (x, *factors), dh)
-
-        for direction, function in (("forward", forward), ("both", both)):
-            candidates = {name: functools.partial(function, s) for name, s in LINEAR.items()}
-            times = interleaved(candidates, 2 if quick else 5)
-            for name, ms in times.items():
-                values = {"implementation": name, "direction": direction}
-                values["shape"] = shape_name(*shape)
-                title = f"linear {direction} {values['shape']} {name}"
-                table.add_times("linear", title, ms, times["loop_scan"], **values)
-
-
 BENCHES = {
     "scan": bench_scan,
     "memory": bench_memory,
     "layer": bench_layer,
     "growth": bench_growth,
-    "linear": bench_linear,
 }
 
 

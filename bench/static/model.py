@@ -11,11 +11,8 @@ cycles, and all programs together cannot move their bytes faster than memory doe
 
 The latency is that of the compiled code's scheduling bits, one warp alone (`step_cycles` of
 `python -m bench schedule`). The weight-gradient kernel runs in parallel over time: its latency is
-hidden, its issue, tensor, shared-memory and memory times remain. Where a factor is too large for a
-program (`kernels/wide.py`), every program reads it from L2 in every step, which L2's bandwidth
-bounds, and the weight gradients are products of torch, bounded by the memory that their
-intermediate tensors pass through. The Kronecker LSTM has a state, a cell and four gates of N real
-units each, and the work of complex factors.
+hidden, its issue, tensor, shared-memory and memory times remain. The kernels for factors too large
+for a program, and those of the LSTM, are not in it.
 
 Counts are the newest rows of `python -m bench schedule` for the device's architecture, else the
 budget of `compiled_budget.json` (sm_90). Constants are from data sheets, from the literature and
@@ -36,32 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import harness
-from kru_triton.kernels import geometry, why_not
-from kru_triton.kernels.options import (
-    compile_options,
-    lstm_options,
-    weight_grad_options,
-    wide_options,
-)
+from kru_triton.kernels import geometry
+from kru_triton.kernels.options import compile_options, weight_grad_options
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-# numbers of a batch row, step and unit that a kernel moves: (of activations, of 4 bytes); the
-# LSTM's weight gradient reads the state once for each gate, the cells are float32
-NUMBERS = {
-    "forward": (4, 0),
-    "backward": (6, 0),
-    "weight_grad": (4, 0),
-    "wide_forward": (4, 0),
-    "wide_backward": (6, 0),
-    "lstm_forward": (5, 1),
-    "lstm_backward": (10, 2),
-    "lstm_weight_grad": (8, 0),
-}
-CONTRACTED = (
-    30  # of 4 bytes, where torch computes the weight gradients: copies and complex products
-)
-SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (256, 16))
-LSTM_SIZES = ((8, 8), (16, 16), (32, 32))
+# numbers of a batch row, step and unit that a kernel moves
+NUMBERS = {"forward": 4, "backward": 6, "weight_grad": 4}
+SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64))
 
 
 @dataclass(frozen=True)
@@ -76,19 +54,17 @@ class Device:
     mma_cycles: float  # per 16x8x16 bfloat16 product and subpartition
     registers: int  # of 4 bytes per processor and lane of 32 (64 for AMD)
     warps: int  # resident per processor
-    l2: float  # bytes/s that all processors read from L2
 
 
 # processors, clock: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
 # have been seen to run); mma_cycles: the distance at which ptxas issues independent products
-# (`schedule.PIPES`; mi300x: a guess); l2: 32 bytes per processor and clock (mi300x: 64, and its
-# caches are per die).
+# (`schedule.PIPES`; mi300x: a guess).
 DEVICES = {
-    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64, 7.6e12),
-    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64, 7.4e12),
-    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 4.9e12),
-    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64, 8.8e12),
-    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 4.1e13),
+    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64),
+    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64),
+    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64),
+    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64),
+    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32),
 }
 
 
@@ -117,32 +93,23 @@ def _budget() -> dict[str, dict]:
 
 
 def products(tile: geometry.Tile, kernel: str, precision: str) -> float:
-    """16x8x16 products per step of one program.
-
-    Two complex ones, or what is as much, two of each of four gates; twice that for the weight
-    gradient, and in the LSTM's adjoint, which computes the gates again.
-    """
+    """16x8x16 products per step of one program: two complex ones, for the weight gradient four."""
     pe, qe = tile.S1 * tile.PP, tile.S2 * tile.QP
     one = 4 * math.ceil(pe / 16) * math.ceil(qe / 16)
     count = one * (math.ceil(qe / 8) + math.ceil(pe / 8))
-    twice = kernel in ("weight_grad", "lstm_backward")
-    return count * (2 if twice else 1) * (3 if precision == "fp32" else 1)
+    return count * (2 if kernel == "weight_grad" else 1) * (3 if precision == "fp32" else 1)
 
 
-def launch_options(kernel: str, P: int, Q: int, dtype: str) -> tuple[dict, dict]:
-    """Constants and launch options, from the functions that the launchers call."""
+def num_warps(kernel: str, P: int, Q: int, dtype: str) -> int:
+    """Of a program, from the functions that the launchers call."""
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
     if kernel == "weight_grad":
-        return weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[:2]
-    if kernel.startswith("lstm"):
-        return lstm_options(tile, 1, dtype, backward="back" in kernel, nvidia=True)
-    if kernel.startswith("wide"):
-        return wide_options(geometry.Wide.of(P, Q), 1, 2, dtype, "modrelu", nvidia=True)
-    return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
+        return weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[1]["num_warps"]
+    return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)[1]["num_warps"]
 
 
 def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
-    """Counts of a modReLU or LSTM kernel for P·Q units.
+    """Counts of a modReLU kernel for P·Q units.
 
     A size that was not compiled takes those of its padded sides, or else of the compiled size
     nearest in units, instructions in proportion to them.
@@ -150,10 +117,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     Raises:
         ValueError: no size of that kernel and dtype has been compiled.
     """
-    wide = kernel.startswith("wide")
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
-    constants, options = launch_options(kernel, P, Q, dtype)
-    blocks = constants["SIDE"] / constants["BLOCK"] if wide else 1  # of rows of the large factor
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
     tables = []  # by size: the one launch, or the two of dA and dB
     for table in (_compiled(arch), _budget()):
@@ -164,22 +128,20 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
         tables.append(sizes)
     same = ((P, Q), (tile.PP, tile.QP), (Q, P), (tile.QP, tile.PP))
     found = next((sizes[s] for sizes in tables for s in same if s in sizes), None)
-    scale, warps = 1.0, options["num_warps"]
+    scale, warps = 1.0, num_warps(kernel, P, Q, dtype)
     if found is None and (sizes := tables[0] or tables[1]):
         nearest = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
         found = sizes[nearest]
-        before = launch_options(kernel, *nearest, dtype)[1]["num_warps"]
-        # a block of rows of the large factor costs the same, however many there are
-        scale = 1.0 if wide else P * Q / (nearest[0] * nearest[1]) * before / warps
+        scale = P * Q / (nearest[0] * nearest[1]) * num_warps(kernel, *nearest, dtype) / warps
     if found is not None:
         return Counts(
-            latency=scale * blocks * sum(row["step_cycles"] for row in found),
-            instructions=scale * blocks * sum(row["instructions_per_step"] for row in found),
+            latency=scale * sum(row["step_cycles"] for row in found),
+            instructions=scale * sum(row["instructions_per_step"] for row in found),
             mma=products(tile, kernel, dtype) / warps,
-            shared=scale * blocks * sum(row["shared_wavefronts"] for row in found),
+            shared=scale * sum(row["shared_wavefronts"] for row in found),
             registers=max(row["registers"] for row in found),
             warps=warps,
-            rows=geometry.Wide.of(P, Q).rows if wide else tile.rows,
+            rows=tile.rows,
         )
     raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
 
@@ -187,40 +149,15 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
-    bound: str  # latency, issue, tensor, shared memory, L2, memory
-
-
-def streams(P: int, Q: int) -> bool:
-    """Whether a factor is too large for a program."""
-    return max(P, Q) > why_not.MAX_HELD_SIDE
+    bound: str  # latency, issue, tensor, shared memory, memory
 
 
 def predict(
-    kernel: str,
-    P: int,
-    Q: int,
-    dtype: str,
-    B: int,
-    T: int,
-    heads: int,
-    device: Device,
-    kind: str = "kru",
+    kernel: str, P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device
 ) -> Prediction:
-    """Time of one launch of `kernel`: "forward", "backward" or "weight_grad", of a kind of layer.
-
-    Args:
-        kind: "kru" or "lstm".
-    """
-    named = f"lstm_{kernel}" if kind == "lstm" else kernel
-    units = P * Q * heads * B * T
-    if streams(P, Q) and kernel == "weight_grad":
-        return Prediction(4 * CONTRACTED * units / device.bandwidth, "memory")
-    if streams(P, Q):
-        named = f"wide_{kernel}"
-    io, full = NUMBERS[named]
-    memory = (io * ITEMSIZE[dtype] + 4 * full) * units / device.bandwidth
-    # the real weight gradients of four gates are counted as the complex ones
-    c = counts(kernel if kernel == "weight_grad" else named, P, Q, dtype, device.arch)
+    """Time of one launch of `kernel`: "forward", "backward" or "weight_grad"."""
+    memory = NUMBERS[kernel] * ITEMSIZE[dtype] * P * Q * heads * B * T / device.bandwidth
+    c = counts(kernel, P, Q, dtype, device.arch)
     issue, tensor = c.instructions, c.mma * device.mma_cycles
     busy = max(issue, tensor)
     subpartitions = 4 * device.processors
@@ -231,10 +168,6 @@ def predict(
         bound = max(cycles, key=cycles.get)
         seconds = programs * T * c.warps * cycles[bound] / device.processors / device.clock
     else:
-        l2 = 0.0
-        if streams(P, Q):
-            factor = 2 * geometry.Wide.of(P, Q).side ** 2 * 2 * (2 if dtype == "fp32" else 1)
-            l2 = factor * programs * T / device.l2
         held = max(
             1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))
         )
@@ -247,19 +180,12 @@ def predict(
                 bound = "issue" if issue >= tensor else "tensor"
             seconds += T * max(c.latency, warps * busy) / device.clock
             left -= resident
-        if l2 > seconds:
-            seconds, bound = l2, "L2"
     return Prediction(memory, "memory") if memory > seconds else Prediction(seconds, bound)
 
 
-def of_direction(direction: str, *arguments) -> Prediction:
-    """The launches of a direction: "forward", "backward" (with weight gradients) or "both"."""
-    kernels = {
-        "forward": ("forward",),
-        "backward": ("backward", "weight_grad"),
-        "both": ("forward", "backward", "weight_grad"),
-    }[direction]
-    parts = [predict(kernel, *arguments) for kernel in kernels]
+def forward_backward(*arguments) -> Prediction:
+    """All three launches."""
+    parts = [predict(kernel, *arguments) for kernel in NUMBERS]
     slowest = max(parts, key=lambda p: p.seconds)
     return Prediction(sum(p.seconds for p in parts), slowest.bound)
 
@@ -287,22 +213,20 @@ def constants(device: Device, rows: Iterable[dict]) -> tuple[dict, dict]:
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 
 
-def table(device: Device, T: int, dtype: str, kind: str) -> list[str]:
+def table(device: Device, T: int, dtype: str) -> list[str]:
     """Times of every size and batch, and from which batch on memory is the limit."""
     lines = [
         "| factors | " + " | ".join(f"B={b}" for b in BATCHES) + " | memory-bound from B |",
         "|---" * (len(BATCHES) + 2) + "|",
     ]
-    for P, Q in SIZES if kind == "kru" else LSTM_SIZES:
+    for P, Q in SIZES:
 
         def told(B, P=P, Q=Q):
-            p = of_direction("both", P, Q, dtype, B, T, 1, device, kind)
+            p = forward_backward(P, Q, dtype, B, T, 1, device)
             return f"{1e3 * p.seconds:.3g} {p.bound}"
 
         def of_memory(B, P=P, Q=Q):
-            parts = [
-                predict(k, P, Q, dtype, B, T, 1, device, kind) for k in ("forward", "backward")
-            ]
+            parts = [predict(k, P, Q, dtype, B, T, 1, device) for k in ("forward", "backward")]
             return all(part.bound == "memory" for part in parts)
 
         first = next((B for B in range(4, 16384, 4) if of_memory(B)), "-")
@@ -323,24 +247,6 @@ def beside(device: Device, rows: Iterable[dict]) -> list[str]:
             lines.append(f"| {row['case']} | {row['direction']} | {times} | {found.bound} |")
     heads = ["| case | kernel | measured ms | predicted ms | measured / predicted | bound by |"]
     return ["", *heads, "|---" * 6 + "|", *lines] if lines else []
-
-
-def report(device: Device, T: int, dtype: str, rows: list[dict]) -> list[str]:
-    """The tables of the command."""
-    what = f"{dtype}, T={T}, one head: ms of forward + backward with weight gradients"
-    lines = [
-        f"kru_scan on {device.match}, modReLU, {what}, and what bounds most of it",
-        f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
-        "budget of sm_90)",
-        "",
-        *table(device, T, dtype, "kru"),
-        "",
-        f"Kronecker LSTM on {device.match}, {what}, its input projection given",
-        "",
-        *table(device, T, dtype, "lstm"),
-        *beside(device, rows),
-    ]
-    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -365,5 +271,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the cycles of a step, with the measured latencies, are those of\n  python -m "
                   f"bench schedule --arch {DEVICES[name].arch} --latency {words}")  # fmt: skip
         device = dataclasses.replace(DEVICES[name], **measured, **given)
-        print(*report(device, options.length, options.dtype, rows), "", sep="\n")
+        what = f"{options.dtype}, T={options.length}, one head: ms of forward + backward"
+        print(f"kru_scan on {device.match}, modReLU, {what} with weight gradients, and what bounds "
+              f"most of it\n({len(_compiled(device.arch))} kernels compiled for {device.arch}; for "
+              "the rest the budget of sm_90)\n")  # fmt: skip
+        print(*table(device, options.length, options.dtype), *beside(device, rows), "", sep="\n")
     return 0
