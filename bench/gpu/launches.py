@@ -7,8 +7,12 @@ sanitizer. B batch rows, T steps, P, Q sides of the factors of each of `heads` h
 """
 
 import argparse
+import contextlib
 import itertools
 import math
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +31,27 @@ def why_no_kernels(device: torch.device) -> str | None:
     """Why no kernel can run on the device, in one sentence; None if they can."""
     w = torch.empty(2, 1, 16, 16, device=device)
     return why_not.why_not(torch.empty(1, 1, 512, device=device), w, w)
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[None]:
+    """With KRU_TARGET=sm_90, CPU tensors are for the kernels those of a device of this target, whose
+    compiled code tests/machine executes.
+
+    Raises:
+        AssertionError: its sanitizer has found something.
+    """
+    target = os.environ.get("KRU_TARGET")
+    if not target:
+        yield
+        return
+    sys.path.insert(0, str(harness.ROOT / "tests"))
+    from machine.driver import active
+
+    with active(target) as machine:
+        yield
+    if findings := machine.findings():
+        raise AssertionError("; ".join(findings))
 
 
 @dataclass

@@ -3,7 +3,9 @@
     python -m bench gpu                            # all parts, on the first GPU
     python -m bench gpu --part c d --budget 200    # some, by letter or name, in so many seconds
     python -m bench gpu --box e=60                 # one part's time box set by hand
-    python -m bench gpu --device cpu --quick       # a rehearsal on toy sizes, without a GPU
+    python -m bench gpu --device cpu --quick       # a rehearsal on toy sizes, without a GPU: in
+                                                   # Triton's interpreter, or with KRU_TARGET=sm_90
+                                                   # compiled, on tests/machine
 
     a compile    do the kernels compile here? all that the others launch, on all cores
     b correct    are they right, and the same twice? sanitizer; counters of the profiler
@@ -33,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from bench import harness
-from bench.gpu.launches import why_no_kernels
+from bench.gpu.launches import stand_in, why_no_kernels
 
 BUDGET = 540.0  # seconds
 LAST = 5.0  # of them for the table
@@ -92,10 +94,11 @@ def work(part: Part, device: torch.device, options: argparse.Namespace) -> int:
                 results.add_reason(
                     part.name, f"{part.name} memory", "skipped", reason + "process holds the rest"
                 )
-        if part.kernels and (reason := why_no_kernels(device)):
-            results.add_reason(part.name, f"{part.name} kernels", "skipped", reason)
-        else:
-            importlib.import_module(f"bench.gpu.{part.name}").run(results, device)
+        with stand_in():
+            if part.kernels and (reason := why_no_kernels(device)):
+                results.add_reason(part.name, f"{part.name} kernels", "skipped", reason)
+            else:
+                importlib.import_module(f"bench.gpu.{part.name}").run(results, device)
     except Exception as error:  # whatever ends a part is its row
         status = "skipped" if harness.is_out_of_memory(error) else "failed"
         results.add_reason(part.name, f"{part.name} end", status, harness.reason_of(error))
@@ -149,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.setdefault("TRITON_CACHE_DIR", str(harness.ROOT / "build" / "triton"))
     if device.type == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
+        environment["TRITON_INTERPRET"] = "0" if "KRU_TARGET" in environment else "1"
     for number, letter in enumerate(letters):
         part = PARTS[letter]
         rest = letters[number:]
