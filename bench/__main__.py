@@ -1,9 +1,9 @@
 """One way in for all benchmarks.
 
-    python -m bench --list                    what there is, and the cases of each
+    python -m bench --list                    what there is
     python -m bench --quick                   every benchmark on toy sizes: shows that it runs
     python -m bench --all                     every benchmark that this device is for
-    python -m bench kernels --case scan-B256  one of them, with its own flags (--help)
+    python -m bench gpu --part d              one of them, with its own flags (--help)
     python -m bench --table                   the newest rows of this device, with ratios
 
 Rows are appended to bench/results/ (toy runs: build/bench), to the file of the device or of the
@@ -28,15 +28,10 @@ class Benchmark:
     module: str
     what: str
     on: str = ""  # which device --all runs it on; none: it is only run by name
-    cases: bool = False  # it has --list, --case and --device
 
 
 BENCHMARKS = {
-    "kernels": Benchmark("speed.kernels", "kernels and layers against others", "cuda", True),
-    "tune": Benchmark("speed.tune", "launch constants that only a GPU can settle", "cuda", True),
-    "train_step": Benchmark("speed.train_step", "training steps over lengths", "cuda", True),
-    "decode": Benchmark("speed.decode", "generation, against a cached transformer", "cuda", True),
-    "learn": Benchmark("quality.learn", "models trained where torch is all there is", "cuda", True),
+    "gpu": Benchmark("gpu.run", "every answer of a GPU in nine minutes: `make gpu`", "cuda"),
     "cpu": Benchmark("speed.cpu", "the torch backend on a CPU, and how its cost grows", "cpu"),
     "compiled": Benchmark("static.compiled", "registers and instructions of the kernels", "cpu"),
     "schedule": Benchmark("static.schedule", "cycles of a step from the machine code's bits"),
@@ -44,9 +39,7 @@ BENCHMARKS = {
     "model": Benchmark("static.model", "predicted times, what bounds them, growth"),
     "plot": Benchmark("plot", "draws the figures from the rows"),
     "picture": Benchmark("picture", "draws the picture of the README from committed rows"),
-    "checkpoints": Benchmark("speed.checkpoints", "what checkpoints cost a training run"),
     "context": Benchmark("speed.context", "time per token after 10 to 100,000 others"),
-    "neighbours": Benchmark("speed.neighbours", "training beside other busy processes"),
     "states": Benchmark("quality.states", "state tracking beyond the lengths trained on"),
     "baselines": Benchmark("quality.baselines", "trained models at equal tokens and equal time"),
 }
@@ -54,51 +47,6 @@ BENCHMARKS = {
 
 def run(name: str, flags: list[str]) -> int:
     return importlib.import_module(f"bench.{BENCHMARKS[name].module}").main(flags)
-
-
-def list_everything() -> None:
-    for name, benchmark in BENCHMARKS.items():
-        print(f"{name:<11} {benchmark.what}")
-    for name, benchmark in BENCHMARKS.items():
-        if benchmark.cases:
-            print(f"\ncases of {name}:")
-            run(name, ["--list"])
-
-
-def table(folder: Path, device: str) -> int:
-    """The newest rows of a device: times in ms, and how many times ours a baseline's time is."""
-    path = folder / f"{harness.slug(device)}.jsonl"
-    rows = harness.latest(harness.read_rows(path))
-    if not rows:
-        print(f"no rows in {path}")
-        return 1
-    ours = {}  # our best time of every case
-    for row in rows:
-        if str(row.get("implementation")).startswith("kru") and {"ms_p50", "case"} <= row.keys():
-            key = (row["bench"], row["case"], row["direction"])
-            ours[key] = min(row["ms_p50"], ours.get(key, row["ms_p50"]))
-    print(f"| {device}: benchmark, row | ms (p50) | times ours | what else |\n|---|---|---|---|")
-    for row in rows:
-        if row["status"] != "ok":
-            print(f"| {row['bench']} {row['name']} | {row['status']} | | {row['reason'][:80]} |")
-            continue
-        base = ours.get((row["bench"], row.get("case"), row.get("direction")))
-        ms = row.get("ms_p50")
-        told = []
-        if "predicted_ms" in row:
-            told.append(f"predicted {row['predicted_ms']:.3f}")
-        if "floor_ms" in row:
-            told.append(f"floor {row['floor_ms']:.3f}")
-        if "tokens_per_s" in row:
-            told.append(f"{row['tokens_per_s']:.4g} tokens/s")
-        if "train_bpb_last" in row:
-            told.append(f"{row['train_bpb_last']:.3f} bits per byte")
-        ratio = f"{ms / base:.2f}" if ms and base else ""
-        shown = f"{ms:.3f}" if ms else ""
-        print(f"| {row['bench']} {row['name']} | {shown} | {ratio} | {', '.join(told)} |")
-    failed = [row for row in rows if row["status"] == "failed"]
-    print(f"\n{len(rows)} rows of {path}, {len(failed)} failed")
-    return int(bool(failed))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,13 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the rows")
     options = parser.parse_args(argv)
     if options.list:
-        list_everything()
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:<11} {benchmark.what}")
         return 0
     device = harness.device_for(options, parser)
     out = ["--out", str(options.out)] if options.out else []
     if options.table:
         folder = options.out or (harness.SCRATCH if options.quick else harness.RESULTS)
-        return table(folder, harness.device_name(device))
+        path = folder / f"{harness.slug(harness.device_name(device))}.jsonl"
+        lines, failed = harness.table(path)
+        print(*lines, sep="\n")
+        return int(failed > 0 or not path.exists())
     if not (options.quick or options.all):
         parser.error("say --list, --quick, --all, --table or the name of a benchmark")
     codes = {}
@@ -137,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"\n=== {name}", flush=True)
         flags = [*out, *(["--quick"] if options.quick else [])]
-        flags += ["--device", str(device)] if benchmark.cases else []
+        flags += ["--device", str(device)] if name == "gpu" else []
         # a process each: what breaks a device's context, or runs out of memory, ends one alone
         command = [sys.executable, "-m", "bench", name, *flags]
         codes[name] = subprocess.run(command, cwd=harness.ROOT).returncode

@@ -6,10 +6,7 @@
 Figures that have no rows are left out, and said so; nothing is computed but ratios. Each carries
 device, commit and date of its rows. Needs matplotlib (the extra `plot`).
 
-    kernels-scan      forward + backward against batch rows, ours and others', prediction, floor
-    kernels-length    microseconds per step against length
-    train-step        tokens per second against sequence length
-    decode            tokens per second against cached positions
+    steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
     cpu-growth        torch backend: time against T, B, N, F beside a linear law
     cpu-speed         torch backend against the loop and torch.nn
@@ -26,6 +23,7 @@ from pathlib import Path
 from bench import harness
 
 FORMATS = ("svg", "png", "pdf")
+COMPARED = ("kru", "nn.LSTM", "nn.GRU")
 
 
 def ok(rows, bench, **equal):
@@ -39,7 +37,7 @@ def ok(rows, bench, **equal):
     ]
 
 
-def lines(axis, rows, x: str, y: str, label) -> None:
+def lines(axis, rows, x: str, y: str, label, style="-") -> None:
     """One line per label, in the order of x."""
     series = defaultdict(list)
     for row in rows:
@@ -47,7 +45,9 @@ def lines(axis, rows, x: str, y: str, label) -> None:
     for name, points in series.items():
         ours = name.startswith("kru")
         width = 2.2 if ours else 1
-        axis.plot(*zip(*sorted(points)), marker="o", markersize=3, label=name, linewidth=width)
+        axis.plot(
+            *zip(*sorted(points)), style, marker="o", markersize=3, label=name, linewidth=width
+        )
 
 
 def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
@@ -66,77 +66,23 @@ def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
     axis.legend(fontsize=6)
 
 
-USUAL = {"op": "scan", "direction": "both", "dtype": "bf16", "precision": "auto",
-         "nonlinearity": "modrelu"}  # fmt: skip
-
-
-def scan(rows, new):
-    found = [row for row in ok(rows, "kernels", **USUAL) if row["P"] == row["Q"]]
-    lengths = [row["T"] for row in found]
-    usual = max(set(lengths), key=lengths.count, default=0)
+def steps(rows, new):
+    found = ok(rows, "steps", dtype="bf16")
+    found = [row for row in found if "setting" not in row and row["implementation"] in COMPARED]
     panels = defaultdict(list)
     for row in found:
-        if row["T"] == usual:
-            panels[row["P"], row["heads"]].append(row)
-    panels = {key: chosen for key, chosen in panels.items() if len({r["B"] for r in chosen}) > 1}
+        panels[row["P"], row["Q"], row["heads"]].append(row)
     if not panels:
         return None
     figure, axes = new(len(panels))
-    for axis, ((_, heads), chosen) in zip(axes, panels.items()):
-        lines(axis, chosen, "B", "ms_p50", lambda row: row["implementation"])
-        predicted = sorted((r["B"], r["predicted_ms"]) for r in chosen if "predicted_ms" in r)
-        floor = sorted(
-            (r["B"], r["floor_ms"]) for r in chosen if r["implementation"] == "kru triton"
-        )
-        for points, name, style in ((predicted, "predicted", ":"), (floor, "floor", "--")):
-            if points:
-                axis.plot(*zip(*points), style, color="black", label=name, linewidth=1)
-        axis.set_title(f"{chosen[0]['units']} units, {heads} heads, T={chosen[0]['T']}", fontsize=9)
-        finish(axis, "batch rows", "ms, forward + backward")
-    return figure, found
-
-
-def length(rows, new):
-    found = ok(rows, "kernels", **USUAL, B=64, P=32, Q=32, heads=1)
-    if len({row["T"] for row in found}) < 2:
-        return None
-    figure, (axis,) = new(1)
-    lines(axis, found, "T", "us_per_step", lambda row: row["implementation"])
-    finish(axis, "length", "microseconds per step, forward + backward")
-    return figure, found
-
-
-def train_step(rows, new):
-    found = [row for row in ok(rows, "train_step", direction="both") if "T" in row]
-    if len({row["T"] for row in found}) < 2:
-        return None
-    figure, (axis,) = new(1)
-    lines(axis, found, "T", "tokens_per_s", lambda row: row["implementation"])
-    finish(axis, "sequence length, tokens per step fixed", "tokens per second of training")
-    return figure, found
-
-
-def decode(rows, new):
-    found = ok(rows, "decode")
-    batches = list(dict.fromkeys(row["B"] for row in found))
-    if not batches:
-        return None
-    figure, axes = new(len(batches))
-    for axis, batch in zip(axes, batches):
-        chosen = [row for row in found if row["B"] == batch]
-        cached = [row for row in chosen if row["length"]]
-        lines(
-            axis,
-            cached,
-            "length",
-            "tokens_per_s",
-            lambda row: "transformer" + (" graph" if "graph" in row["implementation"] else ""),
-        )
-        for number, row in enumerate(r for r in chosen if not r["length"]):
-            name = row["implementation"]
-            axis.axhline(row["tokens_per_s"], color=f"C{number + 2}", label=name, linewidth=1.5)
-        axis.set_title(f"{batch} rows", fontsize=9)
-        finish(axis, "cached positions", "tokens per second")
+    for axis, ((P, Q, heads), chosen) in zip(axes, panels.items()):
+        lines(axis, chosen, "B", "us_per_step", lambda r: f"{r['implementation']} {r['direction']}")
+        said = [
+            {**r, "said": 1e3 * r["predicted_ms"] / r["T"]} for r in chosen if "predicted_ms" in r
+        ]
+        lines(axis, said, "B", "said", lambda r: f"{r['direction']}, predicted", ":")
+        axis.set_title(f"{P}x{Q}, {heads} head{'s' * (heads > 1)}", fontsize=9)
+        finish(axis, "batch rows", "microseconds per step")
     return figure, found
 
 
@@ -255,10 +201,7 @@ def states(rows, new):
 
 
 FIGURES = {
-    "kernels-scan": scan,
-    "kernels-length": length,
-    "train-step": train_step,
-    "decode": decode,
+    "steps": steps,
     "context": context,
     "cpu-growth": growth,
     "cpu-speed": speed,

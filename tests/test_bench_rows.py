@@ -15,7 +15,7 @@ import torch
 from bench import __main__ as front
 from bench import harness, plot
 from bench.harness import Candidate, Unavailable, slug
-from bench.speed import cpu, kernel_baselines, kernel_cases, kernels
+from bench.speed import cpu
 from bench.static import model
 
 CPU = torch.device("cpu")
@@ -36,8 +36,8 @@ def options(out, *flags):
     return harness.parser("", "test").parse_args(["--out", str(out), *flags])
 
 
-def results(out, *flags):
-    return harness.Results(CPU, options(out, *flags), "test")
+def results(out, *flags, **more):
+    return harness.Results(CPU, options(out, *flags), "test", **more)
 
 
 def describe(candidate, direction, times):
@@ -109,7 +109,7 @@ def test_rows_are_appended_and_not_measured_twice(tmp_path, monkeypatch):
     candidates = [Candidate("one", lambda: (count(calls), None), directions=("forward",))]
     for _ in range(2):
         harness.race(results(tmp_path), "b", "case", candidates, CPU, describe, rounds=3)
-    assert len(calls) == 5  # twice to warm up, three rounds
+    assert len(calls) == 4  # once to warm up, three rounds
     (row,) = harness.read_rows(results(tmp_path).path)
     assert (row["name"], row["commit"], row["rounds"]) == ("case forward one", "abc", 3)
     harness.race(results(tmp_path, "--again"), "b", "case", candidates, CPU, describe, rounds=3)
@@ -185,16 +185,16 @@ def test_parts_are_timed_apart_and_together(tmp_path):
     harness.race(own, "b", "case", [both], CPU, describe, rounds=2)
     rows = {row["direction"]: row for row in harness.read_rows(own.path)}
     assert rows.keys() == {"forward", "backward", "both"}
-    assert seen == [7] * 4
+    assert seen == [7] * 3
     assert rows["both"]["ms_p50"] >= rows["backward"]["ms_p50"]
 
 
-def test_a_spent_budget_is_said_and_left_for_later(tmp_path, capsys):
-    own = results(tmp_path, "--minutes", "1e-9")
+def test_a_spent_budget_is_left_for_later(tmp_path):
+    own = results(tmp_path, deadline=0.0)
     candidates = [Candidate("one", lambda: (lambda: None, None), directions=("forward",))]
-    harness.race(own, "b", "case", candidates, CPU, describe)
+    harness.race(own, "b", "case", candidates, CPU, describe, rounds=1)
     assert own.finish() == 0
-    assert "left for another run of the same command: 1" in capsys.readouterr().out
+    assert own.left == ["case one"]
     assert not harness.read_rows(own.path)
 
 
@@ -277,45 +277,12 @@ def test_without_git_the_commit_is_a_hash_of_the_sources(tmp_path, monkeypatch):
     assert harness.commit() != first
 
 
-def test_equal_parameters():
-    for kind, layer in (("LSTM", torch.nn.LSTM), ("GRU", torch.nn.GRU), ("RNN", torch.nn.RNN)):
-        hidden = kernel_baselines.equal_parameters(kind, 256, 300_000)
-        count = sum(p.numel() for p in layer(256, hidden).parameters())
-        assert abs(count / 300_000 - 1) < 0.05
-    case = kernel_cases.Case("layer", 1, 1, 8, 8, heads=2, D=24)
-    kru = kernels.KRU(24, 128, factors=(8, 8), num_heads=2)
-    assert kernel_baselines.layer_parameters(case) == sum(p.numel() for p in kru.parameters())
-
-
-def test_work_counts_bytes_and_operations():
-    scan = kernel_cases.Case("scan", 2, 3, 4, 4)
-    moved, flops, _ = kernel_cases.work(scan, "kru", "forward")
-    assert moved == 2 * 3 * (32 + 32) * 2  # x_proj in, h out, two bytes each
-    assert flops == 2 * 3 * (8 * 16 * (4 + 4))  # complex multiply-adds of A X and X Bᵀ
-    layer = kernel_cases.Case("layer", 2, 3, 4, 4, D=10)
-    moved, flops, _ = kernel_cases.work(layer, "LSTM", "both", hidden=16)
-    assert moved == 3 * 2 * 3 * (10 + 16) * 2
-    assert flops == 3 * 2 * 3 * 2 * 4 * 16 * (16 + 10)
-
-
-def test_the_planar_step_is_the_definition():
-    case = kernel_cases.Case("scan", 3, 1, 3, 4, heads=2, dtype="fp32")
-    x, factors, beta, _, _ = kernel_cases.scan_problem(case, CPU)
-    h_0 = torch.randn(3, 2 * 24)
-    a, b = factors
-    expected, _ = kernel_baselines.kru_scan_reference(x, factors, beta, h_0)
-    h = kernel_baselines.planar_step(
-        h_0.view(3, 2, 2, 3, 4), x[:, 0].view(3, 2, 2, 3, 4), a, b, beta.view(2, 3, 4)
-    )
-    assert torch.allclose(h.flatten(1), expected[:, 0], atol=1e-6)
-
-
 @pytest.mark.parametrize("name", model.DEVICES)
 def test_model_growth(name):
     device = model.DEVICES[name]
 
     def seconds(B=4096, T=1024, P=16, heads=1):
-        return model.of_direction("both", P, 16, "bf16", B, T, heads, device).seconds
+        return model.forward_backward(P, 16, "bf16", B, T, heads, device).seconds
 
     base = seconds()
     assert math.isclose(seconds(T=2048) / base, 2)
@@ -341,15 +308,42 @@ def test_model_counts_products_of_tiles():
 
 
 def test_model_of_unknown_devices_and_its_report(capsys):
-    assert model.predicted_ms("both", 16, 16, "bf16", 1, 1, 1, "AMD EPYC") is None
-    assert model.predicted_ms("both", 16, 16, "bf16", 64, 1024, 1, "NVIDIA H200") > 0
-    assert model.main(["--device", "b200", "--gpus", "8"]) == 0
+    assert model.device_of("AMD EPYC") is None
+    assert model.device_of("NVIDIA H200") == model.DEVICES["h200"]
+    assert model.main(["--device", "b200"]) == 0
     said = capsys.readouterr().out
     assert "memory-bound from B" in said
     assert "| 64x64 |" in said
     with pytest.raises(SystemExit):
         model.main(["--device", "v100"])
     assert "h200" in capsys.readouterr().err
+
+
+def test_the_model_takes_what_a_device_measured_and_shows_measured_times(tmp_path, capsys):
+    shape = {"P": 16, "Q": 16, "dtype": "bf16", "B": 4096, "T": 1024, "heads": 1}
+    times = {"ms_p20": 9.0, "ms_p50": 10.0, "ms_p80": 11.0, "direction": "forward"}
+    own = {"case": "B4096", "implementation": "kru", **shape, **times}
+    rows = [
+        {"bench": "ceilings", "constants": {"bandwidth": 1e12}},
+        {"bench": "micro", "constants": {"latency l2": 273.4}},
+        {"bench": "micro", "device": "NVIDIA H200", "constants": {"bandwidth": 7e12}},
+        {"bench": "steps", **own},
+        {"bench": "steps", **own, "setting": {"PREFETCH": 4}},
+        {"bench": "steps", "implementation": "kru", "status": "failed", "reason": "it was"},
+    ]
+    rows = [
+        {**ROW, "device": "NVIDIA H100 80GB HBM3", "name": str(i), **r} for i, r in enumerate(rows)
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert model.device_of("NVIDIA H100 80GB HBM3", rows).bandwidth == 1e12
+    assert model.main(["--device", "h100", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "measured: bandwidth 1e+12" in said
+    assert "python -m bench schedule --arch sm_90 --latency l2=273" in said
+    predicted = 1e3 * 2 * 2 * 256 * 2 * 4096 * 1024 / 1e12  # bytes over the measured bandwidth
+    line = f"| B4096 | forward | 10.000 | {predicted:.3f} | {10 / predicted:.2f} | memory |"
+    assert said.count("| B4096 |") == 1
+    assert line in said
 
 
 def test_exponent_of_a_power_law():
@@ -360,25 +354,17 @@ def test_exponent_of_a_power_law():
 def synthetic(path):
     """One row of every kind that a figure draws."""
     times = {"ms_p20": 1.0, "ms_p50": 2.0, "ms_p80": 3.0, "direction": "both"}
-    shape = {**plot.USUAL, "P": 32, "Q": 32, "heads": 1, "units": 1024, "us_per_step": 1.0}
-    model_says = {"predicted_ms": 1.5, "floor_ms": 0.5}
+    shape = {"dtype": "bf16", "P": 32, "Q": 32, "heads": 1, "T": 1024, "us_per_step": 1.0}
     rows = []
 
     def add(bench, name, **values):
         rows.append({**ROW, "bench": bench, "name": name, **values})
 
-    for B, T in ((16, 256), (16, 1024), (64, 256), (64, 1024)):
-        for ms, name in ((2.0, "kru triton"), (5.0, "nn.LSTM(1024)")):
-            values = {**shape, **times, "ms_p50": ms, "ms_p80": ms + 1, **model_says}
-            case = f"B{B}-T{T}"
-            add("kernels", f"{case} {name}", case=case, B=B, T=T, implementation=name, **values)
-    for T in (256, 512):
-        values = {**times, "T": T, "tokens_per_s": 1e6 / T}
-        add("train_step", f"T{T}", case=f"T{T}", implementation="kru", **values)
-    for length in (0, 256, 2048):
-        name = f"transformer L{length}" if length else "kru"
-        values = {**times, "B": 1, "length": length, "tokens_per_s": 100.0 + length}
-        add("decode", name, case="B1", implementation=name, **values)
+    for B in (16, 64):
+        for ms, name in ((2.0, "kru"), (5.0, "nn.LSTM")):
+            values = {**shape, **times, "ms_p50": ms, "ms_p80": ms + 1, "predicted_ms": 1.6}
+            case = f"B{B}"
+            add("steps", f"{case} {name}", case=case, B=B, implementation=name, **values)
     for seen in (10, 100):
         add("context", f"kru {seen}", implementation="kru", context=seen, **times)
     for value in (16, 32):
@@ -386,7 +372,7 @@ def synthetic(path):
         add("cpu", f"growth {value}", section="growth", family="length T", **values)
     add("cpu", "exponent", section="exponent", family="length T", exponent=1.0)
     add("cpu", "scan torch", section="scan", ratio=2.0, **times)
-    add("kernels", "flashrnn", status="skipped", reason="not installed")
+    add("steps", "flashrnn", status="skipped", reason="not installed")
     final = {"data": "stdlib", "preset": "tiny", "params": 108000, "flags": "", "kind": "tokens"}
     final |= {"model": "kru", "optimizer": "adamw", "lr": 1e-2, "steps": 8, "parameters": 108000}
     curve = [[1000 * step, 5.0 - step / 10] for step in range(1, 9)]
@@ -407,56 +393,19 @@ def test_every_figure_is_drawn_from_rows_alone(tmp_path):
 
 
 def test_the_table_shows_ratios_and_reasons(tmp_path, capsys):
-    synthetic(tmp_path / "x.jsonl")
-    assert front.table(tmp_path, "X") == 0
-    said = capsys.readouterr().out
-    assert "| kernels B16-T256 nn.LSTM(1024) | 5.000 | 2.50 | predicted 1.500, floor 0.5" in said
-    assert "| kernels flashrnn | skipped | | not installed |" in said
-    assert said.rstrip().endswith("0 failed")
-    assert front.table(tmp_path, "Y") == 1
+    synthetic(tmp_path / "amd-epyc.jsonl")
+    lines, failed = harness.table(tmp_path / "amd-epyc.jsonl")
+    assert failed == 0
+    assert "| steps B16 nn.LSTM | 5.000 | 2.50 | 3.12 |  |" in lines
+    assert "| steps flashrnn | skipped |  |  | not installed |" in lines
+    assert lines[-1].endswith("0 failed")
+    assert front.main(["--table", "--device", "cpu", "--out", str(tmp_path / "nothing")]) == 1
 
 
-def test_model_of_wide_factors_and_of_the_lstm():
-    device = model.DEVICES["h200"]
-
-    def of(kernel, P, Q, B, kind="kru"):
-        return model.predict(kernel, P, Q, "bf16", B, 1024, 1, device, kind)
-
-    assert model.counts("wide_forward", 256, 16, "bf16", "sm_90").instructions == 4 * 900
-    # the factor is read from L2 by every program in every step: 2 planes of 256 x 256 in 2 bytes
-    assert of("forward", 256, 16, 512).bound == "L2"
-    expected = 512 * 1024 * 2 * 256**2 * 2 / device.l2
-    assert math.isclose(of("forward", 256, 16, 512).seconds, expected)
-    assert of("weight_grad", 256, 16, 512).bound == "memory"
-    # at many rows memory is the limit: gates, state and cell of 2, 2 and 4 bytes
-    assert of("forward", 16, 16, 4096, "lstm").bound == "memory"
-    expected = 4096 * 1024 * 256 * (4 * 2 + 2 + 4) / device.bandwidth
-    assert math.isclose(of("forward", 16, 16, 4096, "lstm").seconds, expected)
-    assert of("backward", 32, 32, 16, "lstm").bound == "latency"
-
-
-def test_a_prediction_stands_beside_our_kernels_alone():
-    ceilings = {"copy_bytes_per_s": 1e30, "matmul_flops": 1e30}
-    scan = kernel_cases.Case("scan", 64, 1024, 32, 32)
-    lstm = kernel_cases.Case("lstm", 64, 1024, 32, 32, D=1024)
-
-    def predicted(case, name, limit=ceilings):
-        return kernels.predicted_ms(case, name, "both", "NVIDIA H200", limit)
-
-    assert predicted(scan, "kru triton graph") == predicted(scan, "kru triton") > 0
-    assert predicted(lstm, "krulstm triton") > predicted(scan, "kru triton")
-    slow = {**ceilings, "matmul_flops": 1e12}  # the projection's three products are then the time
-    more = predicted(lstm, "krulstm triton", slow) - predicted(lstm, "krulstm triton")
-    assert math.isclose(more, 1e3 * 3 * 2 * 1024 * 4096 * 64 * 1024 / 1e12, rel_tol=1e-6)
-    assert predicted(scan, "nn.LSTM(1024)") is None
-    assert predicted(scan, "kru torch") is None
-
-
-def test_work_of_tokens_is_their_eight_bytes():
-    tokens = kernel_cases.Case("tokens", 2, 3, 4, 4, D=257)
-    moved, flops, _ = kernel_cases.work(tokens, "kru", "forward")
-    assert moved == 2 * 3 * (8 + 32 * 2)
-    assert flops == 2 * 3 * (8 * 16 * (4 + 4))
+def test_committed_rows_make_tables():
+    for path in harness.RESULTS.glob("*.jsonl"):
+        lines, _ = harness.table(path)
+        assert len(lines) > 4
 
 
 def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):

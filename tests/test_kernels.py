@@ -157,11 +157,12 @@ def check(case):
         limits = {k: max(v, LIMITS[case.op, "bf16"][k]) for k, v in limits.items()}
     errors = {k: relative_error(got[k], v) for k, v in want.items()}
     assert errors == {k: pytest.approx(0, abs=limits[k.split()[0]] * case.slack) for k in errors}
+    return errors
 
 
 @pytest.mark.parametrize("case", KERNELS, ids=str)
-def test_against_the_definition(case):
-    check(case)
+def test_against_the_definition(case, record_property):
+    record_property("errors", check(case))
 
 
 @pytest.mark.parametrize("case", STREAMED, ids=str)

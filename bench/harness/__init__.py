@@ -1,18 +1,10 @@
 """What the benchmarks share. Only torch is needed.
 
 device.py  the device, the commit; cli.py  flags; rows.py  rows and their checks; race.py  timing
+table.py  the newest of them
 """
 
-from bench.harness.cli import (
-    cases_main,
-    chosen,
-    command_line,
-    device_for,
-    parser,
-    plain_parser,
-    pyplot_for,
-    row_flags,
-)
+from bench.harness.cli import command_line, device_for, parser, plain_parser, pyplot_for
 from bench.harness.device import (
     ROOT,
     commit,
@@ -45,3 +37,4 @@ from bench.harness.rows import (
     latest,
     read_rows,
 )
+from bench.harness.table import table

@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{torch.cuda.current_device()}"
     if name not in there:
         raise ValueError(f"device: {name!r} is not here; there are auto, {', '.join(there)}")
-    if name != "cpu":
+    if name != "cpu" and torch.device(name).index != torch.cuda.current_device():
         torch.cuda.set_device(name)  # events and graphs belong to the current one
     return torch.device(name)
 

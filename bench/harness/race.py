@@ -10,9 +10,6 @@ from bench.harness.device import free_memory, synchronize
 from bench.harness.rows import Results
 from kru_triton.layers.decoding import capture
 
-MAX_ROUNDS, MIN_ROUNDS = 50, 5
-SECONDS_PER_RACE = 6.0
-
 
 class Unavailable(Exception):
     """A candidate that cannot be measured here, with the reason that its row gives."""
@@ -104,7 +101,7 @@ def race(
     candidates: list[Candidate],
     device: torch.device,
     describe: Callable[[Candidate, str, dict], tuple[str, dict]],
-    rounds: int | None = None,
+    rounds: int,
     flush: bool = True,
     alone: bool = False,
 ) -> None:
@@ -115,7 +112,7 @@ def race(
 
     Args:
         describe: (candidate, direction, times) -> (line to print, further values of the row).
-        rounds: None takes as many as fit some seconds, at least MIN_ROUNDS.
+        rounds: fewer, but one, where time is up.
         flush: empty a GPU's L2 cache before each call.
     """
 
@@ -131,7 +128,7 @@ def race(
     def reason_direction(candidate):
         return candidate.directions[0] if len(candidate.directions) == 1 else ""
 
-    ready, first, peaks, too_large = {}, {}, {}, []
+    ready, peaks, too_large = {}, {}, []
 
     def give_up(candidate, error):
         """A row with the reason; a broken device context raises again at the synchronization."""
@@ -145,15 +142,9 @@ def race(
             status, reason = "skipped", str(error)
         else:
             status, reason = "skipped" if candidate.baseline else "failed", reason_of(error)
-        results.add_reason(
-            bench,
-            row_name(candidate, reason_direction(candidate)),
-            status,
-            reason,
-            case=case,
-            implementation=candidate.name,
-            **candidate.values,
-        )
+        values = {"case": case, "implementation": candidate.name, **candidate.values}
+        name = row_name(candidate, reason_direction(candidate))
+        results.add_reason(bench, name, status, reason, **values)
         if not is_out_of_memory(error):
             synchronize(device)
 
@@ -171,15 +162,13 @@ def race(
             if device.type == "cuda":
                 # a graph allocated its memory when it was captured: None
                 peaks[id(candidate)] = torch.cuda.max_memory_allocated(device) - before or None
-            first[id(candidate)] = sum(clock(*functions))
             ready[id(candidate)] = (candidate, functions, [])
         except Exception as error:  # whatever a baseline or a compiler raises is its row's reason
             give_up(candidate, error)
         free_memory(device)
-    if rounds is None and first:
-        rounds = int(1e3 * SECONDS_PER_RACE / max(sum(first.values()), 1e-3))
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, rounds))
-    for _ in range(rounds or 0):
+    for turn in range(rounds):
+        if turn and results.seconds_left() < 0:
+            break
         for candidate, functions, times in list(ready.values()):
             try:
                 times.append(clock(*functions))
@@ -195,19 +184,11 @@ def race(
             # a candidate of one part says itself what that part is
             stats = quantiles(parts["forward" if functions[1] is None else direction])
             line, values = describe(candidate, direction, stats)
-            results.add(
-                bench,
-                row_name(candidate, direction),
-                f"{stats['ms_p50']:10.3f} ms  {line}",
-                case=case,
-                implementation=candidate.name,
-                direction=direction,
-                peak_bytes=peaks.get(id(candidate)),
-                alone=alone,
-                **stats,
-                **candidate.values,
-                **values,
-            )
+            values |= {"case": case, "implementation": candidate.name, "direction": direction}
+            values |= {"peak_bytes": peaks.get(id(candidate)), "alone": alone}
+            line = f"{stats['ms_p50']:10.3f} ms  {line}"
+            name = row_name(candidate, direction)
+            results.add(bench, name, line, **stats, **candidate.values, **values)
     ready.clear()
     functions = None  # the last candidate's memory
     for candidate in too_large:
@@ -240,11 +221,8 @@ def ceilings(results: Results, device: torch.device) -> dict:
         "copy_bytes_per_s": 2 * size / 1e-3 / quantiles(copy)["ms_p50"],
         "matmul_flops": 2 * side**3 / 1e-3 / quantiles(product)["ms_p50"],
     }
-    results.add(
-        "ceilings",
-        "ceilings",
-        f"copy {found['copy_bytes_per_s'] / 1e9:.0f} GB/s, product of {side}³ "
-        f"{found['matmul_flops'] / 1e12:.2f} TFLOP/s",
-        **found,
-    )
+    line = f"copy {found['copy_bytes_per_s'] / 1e9:.0f} GB/s, product of {side}³ "
+    line += f"{found['matmul_flops'] / 1e12:.2f} TFLOP/s"
+    constants = {"bandwidth": found["copy_bytes_per_s"]}
+    results.add("ceilings", "ceilings", line, constants=constants, **found)
     return found

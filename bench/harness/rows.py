@@ -7,8 +7,10 @@ of `bench/results` holds the rows of one device, or of one benchmark, and is nam
 
 import argparse
 import datetime
+import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -68,11 +70,18 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def append_row(path: Path, row: dict) -> dict:
-    """`row`, checked and appended to a file."""
+    """`row`, checked and appended to a file: all of its line, or nothing and an OSError."""
     check_row(row, f"row {row.get('name')!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.truncate(path, before)
+            raise
     return row
 
 
@@ -86,12 +95,20 @@ class Results:
 
     Args:
         device: a torch device, or the name of what was measured if it is not this machine.
-        options: of `parser` or `row_flags` (out, again, quick, minutes).
+        options: of `parser` (out, again, quick).
         command: as a user would type it.
         file: stem of the file; None: the device's.
+        deadline: of time.monotonic(), from which on nothing is started.
     """
 
-    def __init__(self, device, options: argparse.Namespace, command: str, file: str | None = None):
+    def __init__(
+        self,
+        device,
+        options: argparse.Namespace,
+        command: str,
+        file: str | None = None,
+        deadline: float = math.inf,
+    ):
         self.provenance = provenance(device, command)
         self.folder = Path(options.out or (SCRATCH if options.quick else RESULTS))
         self.path = self.folder / f"{file or slug(self.provenance['device'])}.jsonl"
@@ -99,8 +116,7 @@ class Results:
         self.failures = 0
         self.left = []  # what there was no time for
         self.ceilings = {}  # of the device, once measured
-        seconds = 60 * options.minutes if options.minutes else math.inf
-        self.deadline = time.monotonic() + seconds
+        self.deadline = deadline
         known = {p: read_rows(p) for p in {self.path, RESULTS / self.path.name}}
         self.done = set()
         if not options.again and not self.provenance["commit"].endswith("-dirty"):
@@ -122,18 +138,26 @@ class Results:
 
     def out_of_time(self, what: str) -> bool:
         """Whether the budget is spent; `what` is then listed as left over."""
-        if time.monotonic() < self.deadline:
+        if self.seconds_left() > 0:
             return False
         self.left.append(what)
         return True
 
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
     def add(self, bench: str, name: str, line: str, status: str = "ok", **values) -> dict:
-        """Append a row; `line` is what a reader of the terminal sees."""
+        """Append a row; `line` is what a reader of the terminal, or of the table, sees."""
         self.failures += status == "failed"
         row = {"bench": bench, "name": name, "status": status, **values, **self.provenance}
+        row["said"] = " ".join(line.split())
         if self.quick:
             row["quick"] = True
-        append_row(self.path, row)
+        try:
+            append_row(self.path, row)
+        except OSError as error:  # no room: what was measured is at least seen
+            self.failures += 1
+            line += f"  NOT WRITTEN: {error}"
         print(f"  {name:<44} {line}", flush=True)
         self.done.add((bench, name))
         return row
@@ -143,9 +167,6 @@ class Results:
         self.add(bench, name, f"{status}: {reason[:120]}", status=status, reason=reason, **values)
 
     def finish(self) -> int:
-        """Print what was left and return the exit status: 1 if a row failed."""
-        if self.left:
-            print(f"\nout of time, left for another run of the same command: {len(self.left)} of "
-                  f"them, the next one {self.left[0]}")  # fmt: skip
+        """The exit status: 1 if a row failed."""
         print(f"\nrows appended to {self.path}")
         return int(self.failures > 0)

@@ -5,7 +5,7 @@
 
 Language models of preset `tiny` at matched parameters, one row, float32. A recurrent model reads
 the context with its scan and goes on in `model.decoding()`, as `generate` does; the transformer
-attends to a preallocated cache of all positions (`decode.py`). Contexts take turns, 20 tokens
+attends to a preallocated cache of all positions (`gpu/models.py`). Contexts take turns, 20 tokens
 each; a row holds the 20th, 50th and 80th percentile of one token's time.
 """
 
@@ -15,8 +15,7 @@ from collections import defaultdict
 import torch
 
 from bench import harness
-from bench.speed.decode import CachedTransformer
-from bench.speed.train_step import config_of
+from bench.gpu.models import CachedTransformer, config_of
 from kru_triton.lm.model import LanguageModel
 from kru_triton.lm.presets import PRESETS
 

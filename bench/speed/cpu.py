@@ -10,7 +10,6 @@ Sections:
     memory   peak memory of the same two, and of a layer that recomputes
     layer    a full KRU layer against torch.nn.LSTM, GRU and RNN, and the part of its products
     growth   time against length, batch, size and number of factors; exponents of the growth
-    linear   without a nonlinearity: the loop, blocks of time side by side, and eigenvectors
 
 Results are checked against the loop in float64 on the shapes that are timed, before the timing.
 Baselines take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
@@ -33,18 +32,12 @@ import torch
 from torch import nn
 
 from bench import harness
-from kru_triton import KRU, KRULSTM, kru_linear_scan, kru_scan, unitary_
-from kru_triton.kronecker import group_factors
+from kru_triton import KRU, KRULSTM, kru_scan, unitary_
 from kru_triton.reference import kru_scan_reference
 
 BENCH = "cpu"
 SHAPES = [(32, 128, (32, 32)), (32, 1020, (2,) * 7)]  # (B, T, sizes of square factors)
 QUICK_SHAPES = [(4, 16, (4, 4)), (4, 20, (2, 2, 2))]
-LINEAR_SHAPES = [
-    (batch, length, sizes)
-    for sizes in ((16, 16), (32, 32))
-    for batch, length in ((1, 128), (1, 1024), (1, 4096), (8, 1024), (32, 128), (32, 512))
-]
 IMPLEMENTATIONS = {
     "torch": lambda *a, **k: kru_scan(*a, **k, backend="torch"),
     "loop": kru_scan_reference,
@@ -128,15 +121,9 @@ def bench_scan(table, quick):
         }
         times = interleaved(candidates, 3 if quick else 15)
         for name, ms in times.items():
-            table.add_times(
-                "scan",
-                f"scan {shape_name(*shape)} {name}",
-                ms,
-                baseline=times["loop"],
-                implementation=name,
-                shape=shape_name(*shape),
-                max_relative_error=error if name == "torch" else None,
-            )
+            values = {"implementation": name, "shape": shape_name(*shape)}
+            values["max_relative_error"] = error if name == "torch" else None
+            table.add_times("scan", f"scan {values['shape']} {name}", ms, times["loop"], **values)
 
 
 # memory
@@ -202,16 +189,10 @@ def bench_memory(table, quick):
                 peak = pool.apply(measure_memory, (torch.get_num_threads(), name, shape))
             peaks[name] = peak
             ratio = peaks[names[0]] / max(1, peak)
-            table.add(
-                "memory",
-                f"memory {shape_name(*shape)} {name}",
-                f"{peak / 2**20:9.1f} MiB   {peak / h_bytes:5.2f} times h   {ratio:5.2f}x less",
-                implementation=name,
-                shape=shape_name(*shape),
-                peak_bytes=peak,
-                h_bytes=h_bytes,
-                ratio=ratio,
-            )
+            line = f"{peak / 2**20:9.1f} MiB   {peak / h_bytes:5.2f} times h   {ratio:5.2f}x less"
+            values = {"implementation": name, "shape": shape_name(*shape), "peak_bytes": peak}
+            values |= {"h_bytes": h_bytes, "ratio": ratio}
+            table.add("memory", f"memory {values['shape']} {name}", line, **values)
 
 
 # layer
@@ -288,25 +269,14 @@ def bench_growth(table, quick):
         times = interleaved(candidates, 2 if quick else 5)
         first = times[values[0]]["ms_p50"]
         for value, ms in times.items():
-            relative = ms["ms_p50"] / first
-            table.add(
-                "growth",
-                f"growth {family} {shape_name(*shape_of(value))}",
-                f"{ms['ms_p50']:9.2f} ms   {relative:5.2f} times the first",
-                family=family,
-                value=value,
-                relative=relative,
-                **ms,
-            )
+            name = f"growth {family} {shape_name(*shape_of(value))}"
+            found = {"family": family, "value": value, "relative": ms["ms_p50"] / first, **ms}
+            line = f"{ms['ms_p50']:9.2f} ms   {found['relative']:5.2f} times the first"
+            table.add("growth", name, line, **found)
         slope = exponent(values, [ms["ms_p50"] for ms in times.values()])
-        table.add(
-            "exponent",
-            f"growth {family} exponent",
-            f"{slope:9.2f}   (the maths: {expected})",
-            family=family,
-            exponent=slope,
-            expected=expected,
-        )
+        found = {"family": family, "exponent": slope, "expected": expected}
+        line = f"{slope:9.2f}   (the maths: {expected})"
+        table.add("exponent", f"growth {family} exponent", line, **found)
 
 
 def exponent(values, times):
@@ -316,125 +286,24 @@ def exponent(values, times):
     return ((x * y).sum() / (x * x).sum()).item()
 
 
-# linear
-
-
-def loop_scan(x, factors):
-    return kru_scan(x, factors, nonlinearity="identity", backend="torch")[0]
-
-
-def block_scan(x, factors):
-    return kru_linear_scan(x, factors, backend="torch")[0]
-
-
-def eigen_scan(x, factors):
-    """By the eigenvectors of A and B (in float64): N scalar recurrences, in blocks of time."""
-    batch, length, features = x.shape
-    a, b = (torch.complex(*w.detach()[:, 0].double()) for w in group_factors(factors))
-    (a, va), (b, vb) = torch.linalg.eig(a), torch.linalg.eig(b)
-    kind = torch.complex64 if x.dtype == torch.float32 else torch.complex128
-    eigenvalues = (a[:, None] * b).flatten().to(kind)
-    va, vb, va_inverse, vb_inverse = (w.to(kind) for w in (va, vb, va.inverse(), vb.inverse()))
-    h = torch.complex(x[..., : features // 2], x[..., features // 2 :]).view(-1, len(a), len(b))
-    h = va_inverse @ (h @ vb_inverse.T)
-    block = 1 << length.bit_length() // 2
-    h = h.view(batch, length // block, block, -1)
-    for t in range(1, block):
-        h[:, :, t].addcmul_(h[:, :, t - 1], eigenvalues)
-    powers = eigenvalues.expand(block, -1).cumprod(0)
-    for j in range(1, length // block):
-        h[:, j].addcmul_(powers, h[:, j - 1, -1:])
-    h = (va @ (h.view(-1, len(a), len(b)) @ vb.T)).view(batch, length, -1)
-    return torch.cat((h.real, h.imag), -1)
-
-
-def near_defective(size, off):
-    """Planar (2, 1, size, size): 0.9 on the diagonal, `off` above it and 1e-6 below."""
-    w = 0.9 * torch.eye(size) + torch.diag_embed(torch.full((size - 1,), off), 1)
-    w += torch.diag_embed(torch.full((size - 1,), 1e-6), -1)
-    return torch.stack((w, torch.zeros_like(w)))[:, None]
-
-
-def linear_errors(table, length):
-    """Relative error of h against the loop in float64; A more and more defective, B unitary."""
-    torch.manual_seed(0)
-    x, b = torch.randn(2, length, 32), unitary_(torch.empty(2, 1, 4, 4))
-    for name, a in {
-        "0.97 of unitary": 0.97 * unitary_(torch.empty(2, 1, 4, 4)),
-        **{f"0.9 I + {off:g} above": near_defective(4, off) for off in (1e-6, 1e-4, 1e-2, 0.1)},
-    }.items():
-        exact = loop_scan(x.double(), [a.double(), b.double()])
-        condition = torch.linalg.cond(torch.linalg.eig(a[0, 0].double())[1]).item()
-        errors = {
-            scan.__name__: ((scan(x, [a, b]) - exact).norm() / exact.norm()).item()
-            for scan in (loop_scan, block_scan, eigen_scan)
-        }
-        table.add(
-            "linear",
-            f"linear error A = {name}",
-            f"condition {condition:.1e}   " + "   ".join(f"{k} {v:.1e}" for k, v in errors.items()),
-            condition=condition,
-            errors=errors,
-        )
-
-
-def bench_linear(table, quick):
-    table.title("linear: relative error of h in float32; condition of the eigenvectors of A")
-    linear_errors(table, 64 if quick else 1024)
-    table.title("linear: forward, and forward + backward; ratio = loop / this")
-    for shape in [(1, 16, (4, 4))] if quick else LINEAR_SHAPES:
-        x, factors, _, dh, _ = problem(*shape)
-
-        def forward(scan, x=x, factors=factors):
-            with torch.no_grad():
-                return scan(x, factors)
-
-        def both(scan, x=x, factors=factors, dh=dh):
-            return torch.autograd.grad(scan(x, factors), (x, *factors), dh)
-
-        for direction, function, scans in (
-            ("forward", forward, (loop_scan, block_scan, eigen_scan)),
-            ("both", both, (loop_scan, block_scan)),
-        ):
-            candidates = {scan.__name__: functools.partial(function, scan) for scan in scans}
-            times = interleaved(candidates, 2 if quick else 5)
-            for name, ms in times.items():
-                table.add_times(
-                    "linear",
-                    f"linear {direction} {shape_name(*shape)} {name}",
-                    ms,
-                    baseline=times["loop_scan"],
-                    implementation=name,
-                    direction=direction,
-                    shape=shape_name(*shape),
-                )
-
-
 BENCHES = {
     "scan": bench_scan,
     "memory": bench_memory,
     "layer": bench_layer,
     "growth": bench_growth,
-    "linear": bench_linear,
 }
 
 
 def main(argv=None):
-    parser = harness.plain_parser(__doc__, "cpu")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: shows only that it runs")
+    parser = harness.parser(__doc__, "cpu")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="SECTION")
-    parser.add_argument("--list", action="store_true", help="names of the sections, nothing else")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--out", type=Path, help="folder of the rows; default bench/results")
     options = parser.parse_args(argv)
-    if options.list:
-        print(*BENCHES, sep="\n")
-        return 0
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: must be positive, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.again, options.minutes = True, None
+    options.again = True
     table = Table(torch.device("cpu"), options, harness.command_line("cpu", argv))
     for section in options.only:
         BENCHES[section](table, options.quick)

@@ -36,7 +36,7 @@ LANES, LENGTH, SHARDS, MERGES = 32, 128, 8, 4096
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.row_flags(harness.plain_parser(__doc__, "data"))
+    parser = harness.parser(__doc__, "data")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, nargs=2, default=[200, 40], help="bytes, BPE")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])

@@ -417,7 +417,7 @@ def measure(variant: Variant, arch: str) -> dict:
 
 def parser(doc: str, name: str, targets: Iterable[str]) -> argparse.ArgumentParser:
     """Flags that choose variants and where their rows go."""
-    made = harness.row_flags(harness.plain_parser(doc, name))
+    made = harness.parser(doc, name)
     made.add_argument("--arch", nargs="+", choices=targets, default=list(targets))
     made.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     made.add_argument("--variant", nargs="+", help="only the variants of these names")

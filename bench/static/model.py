@@ -1,7 +1,6 @@
 """What a kernel should take, from the instructions it compiles to, and what limits it.
 
-    python -m bench model --device h200              # times, what bounds them, growth
-    python -m bench model --device b200 --gpus 8
+    python -m bench model --device h200      # times, what bounds them; measured ones beside them
 
 A program of a scan kernel is a few warps that run all steps of one group of batch rows. Its step
 cannot be shorter than its latency, warps that share a subpartition add their issue or tensor-core
@@ -12,17 +11,14 @@ cycles, and all programs together cannot move their bytes faster than memory doe
 
 The latency is that of the compiled code's scheduling bits, one warp alone (`step_cycles` of
 `python -m bench schedule`). The weight-gradient kernel runs in parallel over time: its latency is
-hidden, its issue, tensor, shared-memory and memory times remain. Where a factor is too large for a
-program (`kernels/wide.py`), every program reads it from L2 in every step, which L2's bandwidth
-bounds, and the weight gradients are products of torch, bounded by the memory that their
-intermediate tensors pass through. The Kronecker LSTM has a state, a cell and four gates of N real
-units each, and the work of complex factors.
+hidden, its issue, tensor, shared-memory and memory times remain. The kernels for factors too large
+for a program, and those of the LSTM, are not in it.
 
 Counts are the newest rows of `python -m bench schedule` for the device's architecture, else the
 budget of `compiled_budget.json` (sm_90). Constants are from data sheets, from the literature and
-from the distances that ptxas keeps (see DEVICES): guesses until a run of `python -m bench kernels`
-stands beside them, whose rows carry predicted_ms next to ms_p50. A measured one goes in by its
-name: `python -m bench model --device h100 --set mma_cycles=6.4 bandwidth=2.9e12`.
+from the distances that ptxas keeps (see DEVICES): guesses, in whose place comes what `make gpu` has
+measured (`constants` of rows in --results). Its times are shown beside the predicted ones. A
+constant goes in by hand by its name: `--set mma_cycles=6.4 bandwidth=2.9e12`.
 
 B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
 """
@@ -32,36 +28,18 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import harness
-from kru_triton.kernels import geometry, why_not
-from kru_triton.kernels.options import (
-    compile_options,
-    lstm_options,
-    weight_grad_options,
-    wide_options,
-)
+from kru_triton.kernels import geometry
+from kru_triton.kernels.options import compile_options, weight_grad_options
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-# numbers of a batch row, step and unit that a kernel moves: (of activations, of 4 bytes); the
-# LSTM's weight gradient reads the state once for each gate, the cells are float32
-NUMBERS = {
-    "forward": (4, 0),
-    "backward": (6, 0),
-    "weight_grad": (4, 0),
-    "wide_forward": (4, 0),
-    "wide_backward": (6, 0),
-    "lstm_forward": (5, 1),
-    "lstm_backward": (10, 2),
-    "lstm_weight_grad": (8, 0),
-}
-CONTRACTED = (
-    30  # of 4 bytes, where torch computes the weight gradients: copies and complex products
-)
-SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (256, 16))
-LSTM_SIZES = ((8, 8), (16, 16), (32, 32))
+# numbers of a batch row, step and unit that a kernel moves
+NUMBERS = {"forward": 4, "backward": 6, "weight_grad": 4}
+SIZES = ((8, 8), (8, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64))
 
 
 @dataclass(frozen=True)
@@ -76,20 +54,17 @@ class Device:
     mma_cycles: float  # per 16x8x16 bfloat16 product and subpartition
     registers: int  # of 4 bytes per processor and lane of 32 (64 for AMD)
     warps: int  # resident per processor
-    link: float  # bytes/s to other GPUs, one way
-    l2: float  # bytes/s that all processors read from L2
 
 
-# processors, clock, link: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
+# processors, clock: data sheets; bandwidth: 90 % of the data sheet's (h200, h100: as copies
 # have been seen to run); mma_cycles: the distance at which ptxas issues independent products
-# (`schedule.PIPES`; mi300x: a guess); l2: 32 bytes per processor and clock (mi300x: 64, and its
-# caches are per die).
+# (`schedule.PIPES`; mi300x: a guess).
 DEVICES = {
-    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64, 450e9, 7.6e12),
-    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64, 450e9, 7.4e12),
-    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64, 300e9, 4.9e12),
-    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64, 900e9, 8.8e12),
-    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32, 448e9, 4.1e13),
+    "h200": Device("H200", "sm_90", 132, 1.8e9, 4.3e12, 6.0, 65536, 64),
+    "h100": Device("H100", "sm_90", 132, 1.75e9, 3.0e12, 6.0, 65536, 64),
+    "a100": Device("A100", "sm_80", 108, 1.41e9, 1.8e12, 8.0, 65536, 64),
+    "b200": Device("B200", "sm_100", 148, 1.85e9, 7.2e12, 8.0, 65536, 64),
+    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 4.8e12, 8.0, 131072, 32),
 }
 
 
@@ -118,32 +93,23 @@ def _budget() -> dict[str, dict]:
 
 
 def products(tile: geometry.Tile, kernel: str, precision: str) -> float:
-    """16x8x16 products per step of one program.
-
-    Two complex ones, or what is as much, two of each of four gates; twice that for the weight
-    gradient, and in the LSTM's adjoint, which computes the gates again.
-    """
+    """16x8x16 products per step of one program: two complex ones, for the weight gradient four."""
     pe, qe = tile.S1 * tile.PP, tile.S2 * tile.QP
     one = 4 * math.ceil(pe / 16) * math.ceil(qe / 16)
     count = one * (math.ceil(qe / 8) + math.ceil(pe / 8))
-    twice = kernel in ("weight_grad", "lstm_backward")
-    return count * (2 if twice else 1) * (3 if precision == "fp32" else 1)
+    return count * (2 if kernel == "weight_grad" else 1) * (3 if precision == "fp32" else 1)
 
 
-def launch_options(kernel: str, P: int, Q: int, dtype: str) -> tuple[dict, dict]:
-    """Constants and launch options, from the functions that the launchers call."""
+def num_warps(kernel: str, P: int, Q: int, dtype: str) -> int:
+    """Of a program, from the functions that the launchers call."""
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
     if kernel == "weight_grad":
-        return weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[:2]
-    if kernel.startswith("lstm"):
-        return lstm_options(tile, 1, dtype, backward="back" in kernel, nvidia=True)
-    if kernel.startswith("wide"):
-        return wide_options(geometry.Wide.of(P, Q), 1, 2, dtype, "modrelu", nvidia=True)
-    return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)
+        return weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[1]["num_warps"]
+    return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)[1]["num_warps"]
 
 
 def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
-    """Counts of a modReLU or LSTM kernel for P·Q units.
+    """Counts of a modReLU kernel for P·Q units.
 
     A size that was not compiled takes those of its padded sides, or else of the compiled size
     nearest in units, instructions in proportion to them.
@@ -151,10 +117,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     Raises:
         ValueError: no size of that kernel and dtype has been compiled.
     """
-    wide = kernel.startswith("wide")
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
-    constants, options = launch_options(kernel, P, Q, dtype)
-    blocks = constants["SIDE"] / constants["BLOCK"] if wide else 1  # of rows of the large factor
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
     tables = []  # by size: the one launch, or the two of dA and dB
     for table in (_compiled(arch), _budget()):
@@ -165,22 +128,20 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
         tables.append(sizes)
     same = ((P, Q), (tile.PP, tile.QP), (Q, P), (tile.QP, tile.PP))
     found = next((sizes[s] for sizes in tables for s in same if s in sizes), None)
-    scale, warps = 1.0, options["num_warps"]
+    scale, warps = 1.0, num_warps(kernel, P, Q, dtype)
     if found is None and (sizes := tables[0] or tables[1]):
         nearest = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
         found = sizes[nearest]
-        before = launch_options(kernel, *nearest, dtype)[1]["num_warps"]
-        # a block of rows of the large factor costs the same, however many there are
-        scale = 1.0 if wide else P * Q / (nearest[0] * nearest[1]) * before / warps
+        scale = P * Q / (nearest[0] * nearest[1]) * num_warps(kernel, *nearest, dtype) / warps
     if found is not None:
         return Counts(
-            latency=scale * blocks * sum(row["step_cycles"] for row in found),
-            instructions=scale * blocks * sum(row["instructions_per_step"] for row in found),
+            latency=scale * sum(row["step_cycles"] for row in found),
+            instructions=scale * sum(row["instructions_per_step"] for row in found),
             mma=products(tile, kernel, dtype) / warps,
-            shared=scale * blocks * sum(row["shared_wavefronts"] for row in found),
+            shared=scale * sum(row["shared_wavefronts"] for row in found),
             registers=max(row["registers"] for row in found),
             warps=warps,
-            rows=geometry.Wide.of(P, Q).rows if wide else tile.rows,
+            rows=tile.rows,
         )
     raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
 
@@ -188,40 +149,15 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
-    bound: str  # latency, issue, tensor, shared memory, L2, memory
-
-
-def streams(P: int, Q: int) -> bool:
-    """Whether a factor is too large for a program."""
-    return max(P, Q) > why_not.MAX_HELD_SIDE
+    bound: str  # latency, issue, tensor, shared memory, memory
 
 
 def predict(
-    kernel: str,
-    P: int,
-    Q: int,
-    dtype: str,
-    B: int,
-    T: int,
-    heads: int,
-    device: Device,
-    kind: str = "kru",
+    kernel: str, P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device
 ) -> Prediction:
-    """Time of one launch of `kernel`: "forward", "backward" or "weight_grad", of a kind of layer.
-
-    Args:
-        kind: "kru" or "lstm".
-    """
-    named = f"lstm_{kernel}" if kind == "lstm" else kernel
-    units = P * Q * heads * B * T
-    if streams(P, Q) and kernel == "weight_grad":
-        return Prediction(4 * CONTRACTED * units / device.bandwidth, "memory")
-    if streams(P, Q):
-        named = f"wide_{kernel}"
-    io, full = NUMBERS[named]
-    memory = (io * ITEMSIZE[dtype] + 4 * full) * units / device.bandwidth
-    # the real weight gradients of four gates are counted as the complex ones
-    c = counts(kernel if kernel == "weight_grad" else named, P, Q, dtype, device.arch)
+    """Time of one launch of `kernel`: "forward", "backward" or "weight_grad"."""
+    memory = NUMBERS[kernel] * ITEMSIZE[dtype] * P * Q * heads * B * T / device.bandwidth
+    c = counts(kernel, P, Q, dtype, device.arch)
     issue, tensor = c.instructions, c.mma * device.mma_cycles
     busy = max(issue, tensor)
     subpartitions = 4 * device.processors
@@ -232,10 +168,6 @@ def predict(
         bound = max(cycles, key=cycles.get)
         seconds = programs * T * c.warps * cycles[bound] / device.processors / device.clock
     else:
-        l2 = 0.0
-        if streams(P, Q):
-            factor = 2 * geometry.Wide.of(P, Q).side ** 2 * 2 * (2 if dtype == "fp32" else 1)
-            l2 = factor * programs * T / device.l2
         held = max(
             1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))
         )
@@ -248,145 +180,100 @@ def predict(
                 bound = "issue" if issue >= tensor else "tensor"
             seconds += T * max(c.latency, warps * busy) / device.clock
             left -= resident
-        if l2 > seconds:
-            seconds, bound = l2, "L2"
     return Prediction(memory, "memory") if memory > seconds else Prediction(seconds, bound)
 
 
-def of_direction(direction: str, *arguments) -> Prediction:
-    """The launches of a direction: "forward", "backward" (with weight gradients) or "both"."""
-    kernels = {
-        "forward": ("forward",),
-        "backward": ("backward", "weight_grad"),
-        "both": ("forward", "backward", "weight_grad"),
-    }[direction]
-    parts = [predict(kernel, *arguments) for kernel in kernels]
+def forward_backward(*arguments) -> Prediction:
+    """All three launches."""
+    parts = [predict(kernel, *arguments) for kernel in NUMBERS]
     slowest = max(parts, key=lambda p: p.seconds)
     return Prediction(sum(p.seconds for p in parts), slowest.bound)
 
 
-def linear_seconds(P: int, Q: int, dtype: str, B: int, T: int, heads: int, device: Device) -> float:
-    """`kru_linear_scan`, forward + backward: the passes over blocks, those between them in float32,
-    and six copies that bring blocks together and apart."""
-    block = 1 << round(math.log2(T / 2) / 2)
-    blocks = math.ceil(T / block)
-    rows = P, Q, dtype, B * blocks, block, heads, device
-    kernels = ("forward",) * 3 + ("backward", "weight_grad")
-    passes = [predict(kernel, *rows) for kernel in kernels]
-    passes += [predict("forward", P, Q, "fp32", B, blocks, heads, device)] * 2
-    copies = 6 * 2 * 2 * P * Q * ITEMSIZE[dtype] * heads * B * T / device.bandwidth
-    return sum(p.seconds for p in passes) + copies
+def device_of(name: str, rows: Iterable[dict] = ()) -> Device | None:
+    """The known device whose name the driver's name contains, with the constants that rows of one
+    measured (`python -m bench gpu --part c`) in place of its own; the last of each."""
+    device = next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
+    return device and dataclasses.replace(device, **constants(device, rows)[0])
 
 
-def device_of(name: str) -> Device | None:
-    """The known device whose name the driver's name contains."""
-    return next((d for d in DEVICES.values() if d.match.lower() in name.lower()), None)
-
-
-def predicted_ms(direction, P, Q, dtype, B, T, heads, name: str, kind="kru") -> float | None:
-    """For a row of `python -m bench kernels`; None on a device that the model does not know."""
-    device = device_of(name)
-    if device is None:
-        return None
-    return 1e3 * of_direction(direction, P, Q, dtype, B, T, heads, device, kind).seconds
-
-
-def all_reduce_seconds(parameters: int, gpus: int, device: Device) -> float:
-    """A ring all-reduce of float32 gradients."""
-    return 2 * (gpus - 1) / gpus * 4 * parameters / device.link
+def constants(device: Device, rows: Iterable[dict]) -> tuple[dict, dict]:
+    """Measured constants of the device: its fields, and the latencies of `static/schedule.py`."""
+    own, latencies = {}, {}
+    for row in rows:
+        if device.match.lower() in row["device"].lower():
+            for name, value in row.get("constants", {}).items():
+                if name.startswith("latency "):
+                    latencies[name.removeprefix("latency ")] = round(value)
+                else:
+                    own[name] = value
+    return own, latencies
 
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 
 
-def table(device: Device, gpus: int, T: int, dtype: str, kind: str) -> list[str]:
+def table(device: Device, T: int, dtype: str) -> list[str]:
     """Times of every size and batch, and from which batch on memory is the limit."""
     lines = [
         "| factors | " + " | ".join(f"B={b}" for b in BATCHES) + " | memory-bound from B |",
         "|---" * (len(BATCHES) + 2) + "|",
     ]
-    for P, Q in SIZES if kind == "kru" else LSTM_SIZES:
-        shape = (P, Q, dtype)
-        numbers = 2 * (P * P + Q * Q) + P * Q if kind == "kru" else 4 * (P * P + Q * Q)
-        reduce = all_reduce_seconds(numbers, gpus, device)
-        cells = []
-        for B in BATCHES:
-            p = of_direction("both", *shape, math.ceil(B / gpus), T, 1, device, kind)
-            cells.append(f"{1e3 * (p.seconds + reduce):.3g} {p.bound}")
-        first = next(
-            (
-                B
-                for B in range(4, 16384, 4)
-                if all(
-                    predict(k, *shape, math.ceil(B / gpus), T, 1, device, kind).bound == "memory"
-                    for k in ("forward", "backward")
-                )
-            ),
-            "-",
-        )
-        lines.append(f"| {P}x{Q} | " + " | ".join(cells) + f" | {first} |")
+    for P, Q in SIZES:
+
+        def told(B, P=P, Q=Q):
+            p = forward_backward(P, Q, dtype, B, T, 1, device)
+            return f"{1e3 * p.seconds:.3g} {p.bound}"
+
+        def of_memory(B, P=P, Q=Q):
+            parts = [predict(k, P, Q, dtype, B, T, 1, device) for k in ("forward", "backward")]
+            return all(part.bound == "memory" for part in parts)
+
+        first = next((B for B in range(4, 16384, 4) if of_memory(B)), "-")
+        lines.append(f"| {P}x{Q} | " + " | ".join(map(told, BATCHES)) + f" | {first} |")
     return lines
 
 
-def report(device: Device, gpus: int, T: int, dtype: str) -> list[str]:
-    """The tables of the command."""
-    what = f"{gpus} GPU, {dtype}, T={T}, one head: ms of forward + backward with weight gradients"
-    lines = [
-        f"kru_scan on {device.match}, modReLU, {what}, and what bounds most of it",
-        f"({len(_compiled(device.arch))} kernels compiled for {device.arch}; for the rest the "
-        "budget of sm_90)",
-        "",
-        *table(device, gpus, T, dtype, "kru"),
-        "",
-        f"Kronecker LSTM on {device.match}, {what}, its input projection given",
-        "",
-        *table(device, gpus, T, dtype, "lstm"),
-    ]
-    lines += [
-        "",
-        f"without a nonlinearity, T={4 * T}: kru_scan / kru_linear_scan, forward + backward",
-    ]
-    for P, Q in ((16, 16), (32, 32)):
-        ratios = {
-            B: of_direction("both", P, Q, dtype, B, 4 * T, 1, device).seconds
-            / linear_seconds(P, Q, dtype, B, 4 * T, 1, device)
-            for B in (16, 256, 1024)
-        }
-        lines.append(f"  {P}x{Q}: " + "; ".join(f"B={B} {r:.1f}x" for B, r in ratios.items()))
-    lines += ["", "growth of kru_scan forward + backward from 32x32, per doubling (2 is linear)"]
-    for B in (16, 2048):
-
-        def seconds(B=B, T=T, P=32, Q=32, heads=1):
-            return of_direction("both", P, Q, dtype, B, T, heads, device).seconds
-
-        base = seconds()
-        ratios = {
-            "T": seconds(T=2 * T) / base,
-            "B": seconds(B=2 * B) / base,
-            "heads, each of 32x32": seconds(heads=2) / base,
-            "N, one head, 16x32 -> 32x32": base / seconds(P=16),
-            "heads at equal units, 32x32 -> 4 of 16x16": seconds(P=16, Q=16, heads=4) / base,
-            "GPUs": (
-                seconds(B=math.ceil(B / 2)) + all_reduce_seconds(2 * 2 * 32**2 + 32**2, 2, device)
-            )
-            / base,
-        }
-        lines.append(f"  B={B}: " + "; ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
-    return lines
+def beside(device: Device, rows: Iterable[dict]) -> list[str]:
+    """Measured times of our kernels (`python -m bench gpu --part d`) beside predicted ones."""
+    lines = []
+    for row in rows:
+        own = (row["bench"], row["status"], row.get("implementation")) == ("steps", "ok", "kru")
+        if own and device.match.lower() in row["device"].lower() and not row.get("setting"):
+            shape = [row[key] for key in ("P", "Q", "dtype", "B", "T", "heads")]
+            found = predict(row["direction"], *shape, device)
+            predicted = 1e3 * found.seconds
+            times = f"{row['ms_p50']:.3f} | {predicted:.3f} | {row['ms_p50'] / predicted:.2f}"
+            lines.append(f"| {row['case']} | {row['direction']} | {times} | {found.bound} |")
+    heads = ["| case | kernel | measured ms | predicted ms | measured / predicted | bound by |"]
+    return ["", *heads, "|---" * 6 + "|", *lines] if lines else []
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = harness.plain_parser(__doc__, "model")
     parser.add_argument("--device", nargs="+", choices=DEVICES, default=list(DEVICES))
-    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--dtype", choices=ITEMSIZE, default="bf16")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Device")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of rows")
     options = parser.parse_args(argv)
-    measured = {name: float(value) for name, value in (pair.split("=") for pair in options.set)}
-    if min(options.gpus, options.length) < 1:
-        parser.error(f"--gpus and --length: must be positive, got {options.gpus}, {options.length}")
+    given = {name: float(value) for name, value in (pair.split("=") for pair in options.set)}
+    if options.length < 1:
+        parser.error(f"--length: must be positive, got {options.length}")
+    files = sorted(options.results.glob("*.jsonl"))
+    rows = harness.latest([row for path in files for row in harness.read_rows(path)])
     for name in options.device:
-        device = dataclasses.replace(DEVICES[name], **measured)
-        print(*report(device, options.gpus, options.length, options.dtype), "", sep="\n")
+        measured, latencies = constants(DEVICES[name], rows)
+        if measured:
+            print("measured:", ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+        if latencies:
+            words = " ".join(f"{k}={v}" for k, v in latencies.items())
+            print(f"the cycles of a step, with the measured latencies, are those of\n  python -m "
+                  f"bench schedule --arch {DEVICES[name].arch} --latency {words}")  # fmt: skip
+        device = dataclasses.replace(DEVICES[name], **measured, **given)
+        what = f"{options.dtype}, T={options.length}, one head: ms of forward + backward"
+        print(f"kru_scan on {device.match}, modReLU, {what} with weight gradients, and what bounds "
+              f"most of it\n({len(_compiled(device.arch))} kernels compiled for {device.arch}; for "
+              "the rest the budget of sm_90)\n")  # fmt: skip
+        print(*table(device, options.length, options.dtype), *beside(device, rows), "", sep="\n")
     return 0

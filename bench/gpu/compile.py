@@ -1,0 +1,96 @@
+"""a: everything that the other parts launch, compiled on all cores, into the cache that they share.
+
+Each task launches its kernels on a few rows and steps, in one of as many processes as there are
+cores: what is compiled depends on neither. A row says how long a task took; what does not compile
+is a row, and so is what there was no time for, which the other parts then compile themselves.
+"""
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+
+from bench import harness
+from bench.gpu import correct, micro, models, steps
+from bench.gpu.launches import Problem, launch_all, stand_in
+
+BENCH = "compile"
+
+
+def shape(case: steps.Case, device: torch.device) -> None:
+    launch_all(Problem.of(3, 2, case.P, case.Q, case.heads, case.dtype, device))
+
+
+def variant(kernel: str, P: int, Q: int, setting: dict, device: torch.device) -> None:
+    steps.Shared(steps.Case(3, 2, P, Q), device).launch(kernel, **setting)()
+
+
+def model(kind: str, size: str, device: torch.device) -> None:
+    own = models.build(kind, models.SIZES[size], 8, device)
+    optimizer = torch.optim.AdamW(own.parameters())
+    tokens = torch.zeros(2, 9, dtype=torch.int64, device=device)
+    models.backward(own, optimizer, models.forward(own, optimizer, tokens)[0])
+
+
+def measurement(name: str, device: torch.device) -> None:
+    micro.measurements(micro.micro_of(device))[name][0]()
+
+
+def tests(names: list[str]) -> None:
+    correct.run_tests(names)
+
+
+def tasks(quick: bool, device: torch.device, workers: int) -> dict[str, tuple]:
+    """(function, arguments) by name, in the order of their worth."""
+    found = {}
+    for case in steps.cases(quick):
+        found[f"{case.P}x{case.Q}, {case.heads} heads, {case.dtype}"] = shape, (case, device)
+    if quick:
+        return found
+    names = correct.chosen()
+    for i in range(workers):
+        found[f"tests {i}"] = tests, (names[i::workers],)
+    for kind in ("kru", "krulstm"):
+        for size in models.SIZES:
+            found[f"model {kind} {size}"] = model, (kind, size, device)
+    for name in micro.measurements(micro.micro_of(device)):
+        found[f"micro {name}"] = measurement, (name, device)
+    for kernel, P, Q, _, settings in steps.VARIANTS:
+        for setting in [{}, *settings]:
+            words = " ".join(f"{k}={v}" for k, v in setting.items())
+            found[f"{kernel} {P}x{Q} {words}"] = variant, (kernel, P, Q, setting, device)
+    return found
+
+
+def timed(function, arguments) -> float:
+    began = time.monotonic()
+    with stand_in():
+        function(*arguments)
+    return time.monotonic() - began
+
+
+def run(results: harness.Results, device: torch.device) -> None:
+    workers = 1 if results.quick else len(os.sched_getaffinity(0))
+    began = time.monotonic()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    futures = {
+        pool.submit(timed, *task): name
+        for name, task in tasks(results.quick, device, workers).items()
+        if not results.is_done(BENCH, name)
+    }
+    try:
+        for future in as_completed(futures, timeout=max(0.1, results.seconds_left())):
+            name = futures.pop(future)
+            try:
+                seconds = future.result()
+            except Exception as error:  # what one cannot compile stops no other
+                results.add_reason(BENCH, name, "failed", harness.reason_of(error))
+                continue
+            results.add(BENCH, name, f"{seconds:.1f} s", seconds=seconds)
+    except TimeoutError:
+        results.left += futures.values()
+    pool.shutdown(wait=False, cancel_futures=True)
+    seconds = time.monotonic() - began
+    results.add(BENCH, "compile", f"{seconds:.1f} s on {workers} cores", seconds=seconds)

