@@ -65,7 +65,8 @@ def scan_forward(scan: Scan, how: How, states: list[Tensor] | None = None) -> tu
         h = apply_nonlinearity(z, how.nonlinearity, beta).movedim(-2, 1).flatten(1)
         states.append(h)
     out = torch.stack(states) if states else h.new_zeros(0, *h.shape)
-    return out.to(scan.x.dtype), last_state(out, a.dtype, scan.h_0, scan.lengths)
+    out = out.to(scan.x.dtype)
+    return out, last_state(out, a.dtype, scan.h_0, scan.lengths)
 
 
 def lstm_forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,8 +87,8 @@ def lstm_forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tens
         states.append(h)
         cells.append(c)
     h, c = (torch.stack(s) if s else h.new_zeros(0, *h.shape) for s in (states, cells))
-    h_n, c_n = (last_state(s, a.dtype, first, lengths) for s, first in ((h, h_0), (c, c_0)))
-    return h.to(scan.x.dtype), c, h_n, c_n
+    h = h.to(scan.x.dtype)
+    return h, c, *(last_state(s, a.dtype, first, lengths) for s, first in ((h, h_0), (c, c_0)))
 
 
 def _cut(x: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

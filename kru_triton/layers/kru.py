@@ -52,7 +52,7 @@ class KRU(RecurrentLayers):
         recompute: a number of steps k keeps for the backward only the input and every k-th state:
             all layers run in chunks of k steps, each computed again in the backward (with
             directions, each direction of each layer by itself). 0: keep every state. Gradients
-            differ by the rounding of their sums.
+            differ by the rounding of their sums, in bfloat16 also of every k-th state.
         time_parallel: with "identity", run blocks of time side by side, `kru_linear_scan`.
         backend, precision: as in `kru_scan`.
         device, dtype: of the parameters.

@@ -71,7 +71,8 @@ def kru_lstm_scan(
 
     Returns:
         `h (B, T, H·N)` in the dtype of `x_proj` (its memory is time-first), and the last state and
-        cell `(h_n, c_n)`, each `(B, H·N)` in the dtype of the factors.
+        cell `(h_n, c_n)`, each `(B, H·N)` in the dtype of the factors: h_n has the values of each
+        row's last h, hence rounded to the dtype of `x_proj`, and c_n is not rounded.
 
     Raises:
         ValueError: a shape or value breaks a rule; TypeError: a dtype or kind does;

@@ -84,7 +84,8 @@ def kru_scan(
 
     Returns:
         `h (B, T, parts·H·N)` in the dtype of `x_proj` (its memory is time-first), and each row's
-        last state `h_n (B, parts·H·N)` in the dtype of the factors (h_0 for a row of length 0).
+        last state `h_n (B, parts·H·N)`: the values of its last h, hence rounded to the dtype of
+        `x_proj`, in the dtype of the factors; h_0 for a row of length 0.
 
     Raises:
         ValueError: a shape or value breaks a rule; TypeError: a dtype or kind does;

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kru_triton.ops.arguments import How, LSTMScan
-from kru_triton.torch_backend.rows import handed_on, past_end
+from kru_triton.torch_backend.rows import handed_on, last_state, past_end
 from kru_triton.torch_backend.scan import CHUNK_STEPS
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer of gates
@@ -123,18 +123,16 @@ class _Layout:
 
 
 def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h `(T, B, F)` in the dtype of x; c alike, h_n and c_n `(B, F)` in that of a."""
+    """h `(T, B, F)` in the dtype of x; c alike, and h_n and c_n `(B, F)`, the last rows of both, in
+    that of a."""
     x, a, b, h_0, c_0, reset, lengths = scan
     time, batch, features = x.shape
     layout = _Layout(time, batch, a, b)
     h = x.new_empty(time, batch, features // 4)
     c = a.new_empty(h.shape)
-    h_n, c_n = a.new_zeros(h.shape[1:]), a.new_zeros(h.shape[1:])
     state, cell = layout.states(layout.chunk + 1), layout.states(layout.chunk + 1)
-    for slots, last_state, first in ((state, h_n, h_0), (cell, c_n, c_0)):
-        if first is not None:
-            last_state.copy_(first)
-        slots[0].copy_(layout.flat(last_state[None])[0])
+    _load_before(layout, state[:1], h, h_0, 0)
+    _load_before(layout, cell[:1], c, c_0, 0)
     gates = layout.gates(layout.chunk)
     middle = layout.gates(1)
     middle_out, middle_rows = layout.left_out(middle), layout.rows(middle)
@@ -145,7 +143,6 @@ def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = [z.unbind(1) for z in gates.unbind(0)]
     tanh_c = torch.empty_like(states[0])
     cut, cuts = layout.cut(reset)
-    beyond, ends = layout.ends(lengths)
     last = 0
     for start, end in layout.chunks():
         if start:
@@ -167,16 +164,13 @@ def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             cells[i + 1].addcmul_(input, g)
             torch.tanh(cells[i + 1], out=tanh_c)
             torch.mul(o, tanh_c, out=states[i + 1])
-            if start + i in ends:
-                done = ends[start + i]
-                layout.flat(h_n[None])[0, :, :, done] = states[i + 1][:, :, done]
-                layout.flat(c_n[None])[0, :, :, done] = cells[i + 1][:, :, done]
         layout.flat(h[start:end]).copy_(state[1 : last + 1])
         layout.flat(c[start:end]).copy_(cell[1 : last + 1])
-    if beyond is not None:
-        h.masked_fill_(beyond[..., None], 0)
-        c.masked_fill_(beyond[..., None], 0)
-    return h, c, h_n, c_n
+    if lengths is not None:
+        beyond = past_end(time, lengths)[..., None]
+        h.masked_fill_(beyond, 0)
+        c.masked_fill_(beyond, 0)
+    return h, c, *(last_state(s, a.dtype, first, lengths) for s, first in ((h, h_0), (c, c_0)))
 
 
 def backward(

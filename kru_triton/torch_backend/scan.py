@@ -26,7 +26,14 @@ from torch import Tensor
 from kru_triton.kronecker import as_one_matrix
 from kru_triton.nonlinearity import PHASE_NONLINEARITIES, tiny
 from kru_triton.ops.arguments import How, Scan, steps_and_rows
-from kru_triton.torch_backend.rows import by_length, descending, in_order, interval, intervals
+from kru_triton.torch_backend.rows import (
+    by_length,
+    descending,
+    in_order,
+    interval,
+    intervals,
+    last_state,
+)
 
 CHUNK_BYTES = 1 << 20  # per chunk buffer; half of the L2 cache of a current server core
 DENSE_UNITS = 64  # heads of no more are one product a step: two small ones take longer
@@ -150,7 +157,7 @@ class _Step:
 
 
 def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
-    """h `(T, B, F)` in the dtype of x, and h_n `(B, F)` in that of a."""
+    """h `(T, B, F)` in the dtype of x, and h_n `(B, F)`, its last rows, in that of a."""
     time, batch = steps_and_rows(scan)
     x, lengths, h_0 = scan.x, scan.lengths, scan.h_0
     a, b = _merged(scan.a, scan.b)
@@ -161,11 +168,11 @@ def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
         return h[:, back], h_n[back]
     allocate = torch.empty if lengths is None else torch.zeros  # zero beyond a row's length
     h = allocate(time, batch, x.shape[-1], dtype=x.dtype, device=x.device)
-    h_n = h.new_zeros(h.shape[1:], dtype=a.dtype) if h_0 is None else h_0.to(a.dtype, copy=True)
+    state = h.new_zeros(h.shape[1:], dtype=a.dtype) if h_0 is None else h_0.to(a.dtype, copy=True)
     for start, end, rows in intervals(batch, time, lengths):
         part = interval(scan, start, end, rows)
-        _forward(h[start:end, :rows], h_n[:rows], part, how.nonlinearity)
-    return h, h_n
+        _forward(h[start:end, :rows], state[:rows], part, how.nonlinearity)
+    return h, last_state(h, a.dtype, h_0, lengths)
 
 
 def _forward(
