@@ -222,10 +222,10 @@ def lstm_forward_kernel(
     c = zeros(PE, QE, 1)
     if p_c_0 is not None:
         c = read(p_c_0 + start, o_h, mask, PE, QE, V)
-    h = zeros(PE, QE, 1)
     if p_h_0 is not None:
-        h = read(p_h_0 + start, o_h, mask, PE, QE, V)
-    x = operand(h, SPLIT, NVIDIA)
+        x = operand(read(p_h_0 + start, o_h, mask, PE, QE, V), SPLIT, NVIDIA)
+    else:
+        x = operand(zeros(PE, QE, 1), SPLIT, False)
     if p_keep is not None:
         p_keep += i_g
         bits = tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1)

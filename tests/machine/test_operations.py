@@ -231,6 +231,15 @@ def planar(z):
     return planes.movedim(0, -4).flatten(-4)
 
 
+def recurrent(case, a, b, x):
+    """A X Bᵀ as the kernels round it; of a factor beside a 1×1 one the op makes a single B."""
+    if 1 in (case.P, case.Q):
+        row = x.flatten(-2)[..., None, :]
+        z = rounding.kron(torch.ones_like(a[..., :1, :1]), a * b, row, case.narrow, case.wide)
+        return z.view_as(x)
+    return rounding.kron(a, b, x, case.narrow, case.wide and case.Q > case.P)
+
+
 def reference(case, tensors, flags):
     """Leaves and outputs of the definition in float64."""
     leaves = {k: tensors[k].double().requires_grad_() for k in GRADIENTS if k in tensors}
@@ -249,11 +258,7 @@ def reference(case, tensors, flags):
         if "reset" in flags:
             fresh = flags["reset"][:, t, None, None, None]
             state = [torch.where(fresh, 0.0, s) for s in state]
-        first = case.wide and case.Q > case.P
-        z = [
-            rounding.kron(*w, state[0], case.narrow, first) + gate[:, t]
-            for w, gate in zip(factors, u)
-        ]
+        z = [recurrent(case, *w, state[0]) + gate[:, t] for w, gate in zip(factors, u)]
         if case.op == "lstm":
             c = z[1].sigmoid() * state[1] + z[0].sigmoid() * z[2].tanh()
             state = [z[3].sigmoid() * c.tanh(), c]
