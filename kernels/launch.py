@@ -5,6 +5,7 @@ import contextlib
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from kru_triton import kronecker
 from kru_triton.ops.arguments import LSTMScan, Scan
@@ -22,6 +23,11 @@ def device_guard(x):
 def on_nvidia() -> bool:
     """Whether kernels are compiled for NVIDIA devices (and not for AMD's or interpreted)."""
     return torch.version.hip is None and not INTERPRET.value
+
+
+def architecture() -> int:
+    """Compute capability that kernels are compiled for, 90 of 9.0; where not for NVIDIA, any."""
+    return driver.active.get_current_target().arch if on_nvidia() else 0
 
 
 def aligned_rows(x, tile, dims=(0, 1)):

@@ -30,7 +30,16 @@ from kru_triton.ops.arguments import How, LSTMScan, Scan
 from kru_triton.torch_backend.rows import handed_on, last_state
 
 from .geometry import Tile
-from .launch import aligned_rows, device_guard, group_flags, last_rows, on_nvidia, packed, row_words
+from .launch import (
+    aligned_rows,
+    architecture,
+    device_guard,
+    group_flags,
+    last_rows,
+    on_nvidia,
+    packed,
+    row_words,
+)
 from .options import lstm_options
 from .tile import (
     add,
@@ -535,7 +544,7 @@ def lstm_forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor]:
     if h.numel() == 0:
         return h, c
     constants, options = lstm_options(
-        tile, heads, how.precision, backward=False, nvidia=on_nvidia()
+        tile, heads, how.precision, backward=False, nvidia=on_nvidia(), arch=architecture()
     )
     x = aligned_rows(x, tile)
     keep, alive, steps = group_flags(scan, T, tile.rows)
@@ -599,7 +608,13 @@ def lstm_backward(
         ends = row_words(torch.arange(T, device=h.device)[:, None] == lengths - 1, tile.rows)
     tuning = {} if ends is None else {"AHEAD": 0}  # where rows end apart, registers are short
     constants, options = lstm_options(
-        tile, heads, how.precision, backward=True, nvidia=on_nvidia(), **tuning
+        tile,
+        heads,
+        how.precision,
+        backward=True,
+        nvidia=on_nvidia(),
+        arch=architecture(),
+        **tuning,
     )
     if dh_n is not None and constants["AHEAD"]:
         dh_n = dh_n.to(h.dtype)

@@ -4,6 +4,7 @@ Nothing here depends on B, T or strides: those never compile a kernel again.
 """
 
 import math
+from collections.abc import Collection
 
 from .geometry import Tile, Wide
 
@@ -45,16 +46,23 @@ def compile_options(
     nonlinearity: str,
     nvidia: bool,
     backward: bool = False,
+    given: Collection[str] = (),
+    arch: int = 90,
     **tuning,
 ) -> tuple[dict, dict]:
     """Constants of a scan kernel that depend on shape, type and device alone, and launch options.
 
     Nothing here depends on B, T or strides: those never compile a kernel again. The choices are
-    those with the fewest instructions and no spills in compiled code (`python -m bench compiled`);
+    those with the fewest cycles and no spills in compiled code (`python -m bench schedule`);
     a device may want others, which `tuning` puts in their place (names in TUNABLE).
+
+    Args:
+        given: which of h_0, reset, lengths and tokens the call has.
+        arch: as `launch.architecture` says.
     """
     values = tile.size * parts
     split = precision == "fp32"
+    one = values <= 512
     constants = {
         "H": heads,
         **tile.constants,
@@ -69,16 +77,15 @@ def compile_options(
         # Z in place of X from step to step, and with it the next step's row, or the next two where
         # a step is shorter than the way to L2
         "AHEAD": (
-            int(values <= 512)
-            if split
-            else 2
-            if values <= 512 and nvidia and not backward
-            else int(values <= 4096)
+            int(one) if split else 2 if one and nvidia and not backward else int(values <= 4096)
         ),
         # steps by which rows are fetched into L2, about a microsecond of them
         "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
-        "BETA_IN_LOOP": values > (512 if split else 4096),
+        "BETA_IN_LOOP": values > (4096 if not split else 512 if backward else 2048),
     }
+    if "tokens" in given:
+        # the table is in L2, or soon will be, and the tokens themselves are read ahead
+        constants |= {"PREFETCH": 0, "AHEAD": int(one)}
     options = {
         "num_warps": 1 if values <= 2048 else 4,
         "num_stages": 1,
@@ -87,8 +94,26 @@ def compile_options(
     if split and values > 4096:
         options["num_warps"] = 8
     if nvidia and options["num_warps"] == 1:
-        # without it ptxas would stop at 128 or 168 and spill; with more than these it waits longer
-        options["maxnreg"] = 232 if backward and values == 1024 and not split else 255
+        # without it ptxas would stop at 128 or 168 and spill
+        options["maxnreg"] = 255
+    bf16_on_nvidia = nvidia and not split
+    if bf16_on_nvidia and backward and values == 1024:
+        # with more registers it waits longer
+        few = nonlinearity == "modrelu" and tile.lines and arch >= 90
+        options["maxnreg"] = 200 if few else 232
+    if (
+        bf16_on_nvidia
+        and not backward
+        and values == 2048
+        and (tile.P, tile.Q) == (32, 32)
+        and not {"h_0", "reset", "tokens"}.intersection(given)
+    ):  # what has no selection and no rows of its own to follow has registers for more
+        if arch == 90 and nonlinearity == "modrelu":
+            constants |= {"ANCHORED": True, "BETA_IN_LOOP": True}
+        elif nonlinearity == "modrelu":
+            constants["AHEAD"] = 2
+        elif "tanh" in nonlinearity:
+            constants["ANCHORED"] = True
     return overridden(constants, options, tuning)
 
 
@@ -149,7 +174,13 @@ def weight_grad_options(
 
 
 def lstm_options(
-    tile: Tile, heads: int, precision: str, backward: bool, nvidia: bool, **tuning
+    tile: Tile,
+    heads: int,
+    precision: str,
+    backward: bool,
+    nvidia: bool,
+    arch: int = 90,
+    **tuning,
 ) -> tuple[dict, dict]:
     """The same for the LSTM kernels, which hold four pairs of factors, backward eight."""
     split = precision == "fp32"
@@ -170,5 +201,7 @@ def lstm_options(
         "enable_fp_fusion": True,
     }
     if nvidia and options["num_warps"] == 1:
-        options["maxnreg"] = 255
+        # in the one case with more it waits longer
+        short = (tile.P, tile.Q) == (16, 16) and not backward and not split and arch == 90
+        options["maxnreg"] = 128 if short else 255
     return overridden(constants, options, tuning)

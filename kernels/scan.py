@@ -49,6 +49,7 @@ from .geometry import Tile, Wide
 from .launch import (
     adjoint,
     aligned_rows,
+    architecture,
     device_guard,
     floor_of,
     group_flags,
@@ -645,11 +646,16 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
     if is_wide(a, b, x, how.nonlinearity, how.precision):
         wide_forward(h, scan, how, **tuning)
         return h
-    if tokens is not None:
-        # the table is in L2, or soon will be, and the tokens themselves are read ahead
-        tuning = {"PREFETCH": 0, "AHEAD": int(tile.size * parts <= 512), **tuning}
     constants, options = compile_options(
-        tile, heads, parts, how.precision, how.nonlinearity, nvidia=on_nvidia(), **tuning
+        tile,
+        heads,
+        parts,
+        how.precision,
+        how.nonlinearity,
+        nvidia=on_nvidia(),
+        given=[name for name, value in scan._asdict().items() if value is not None],
+        arch=architecture(),
+        **tuning,
     )
     keep, alive, steps = group_flags(scan, T, tile.rows)
     with device_guard(x):
@@ -753,6 +759,7 @@ def scan_backward(
         how.nonlinearity,
         nvidia=on_nvidia(),
         backward=True,
+        arch=architecture(),
         **tuning,
     )
     source = {"p_x": None, "p_tokens": None, "x_stride_t": 0, "x_stride_b": 0}

@@ -38,14 +38,14 @@ CEILINGS = {
     "forward-8x8-bf16": 380,
     "forward-16x16-bf16": 300,
     "forward-16x32-bf16": 520,
-    "forward-32x32-bf16": 1300,
+    "forward-32x32-bf16": 1131,
     "backward-8x8-bf16": 500,
     "backward-16x16-bf16": 400,
-    "backward-16x32-bf16": 750,
+    "backward-16x32-bf16": 720,
     "backward-32x32-bf16": 1600,
     "forward-16x16-fp32": 600,
-    "forward-32x32-fp32": 3250,
-    "lstm_forward-16x16-bf16": 530,
+    "forward-32x32-fp32": 3200,
+    "lstm_forward-16x16-bf16": 520,
     "lstm_backward-16x16-bf16": 900,
 }
 

@@ -127,7 +127,7 @@ class Variant:
                 **words,
             }
         if self.kernel == "backward":
-            in_kernel = flag["h_0"] and self.options(nvidia=True)[0]["ANCHORED"]
+            in_kernel = flag["h_0"] and self.options("sm_90")[0]["ANCHORED"]
             return {
                 "p_dh": memory,
                 "p_dh_n": memory,
@@ -182,9 +182,11 @@ class Variant:
             "p_steps": "i32" if "lengths" in self.flags else None,
         }
 
-    def options(self, nvidia: bool) -> tuple[dict, dict]:
+    def options(self, arch: str) -> tuple[dict, dict]:
         """Constants and launch options, from the functions that the launchers call."""
-        how = {"heads": 1, "parts": self.parts, "precision": self.dtype, "nvidia": nvidia}
+        target = TARGETS[arch]
+        how = {"heads": 1, "parts": self.parts, "precision": self.dtype}
+        how["nvidia"] = target.backend == "cuda"
         how |= self.tuning
         if self.kernel == "weight_grad":
             constants, options, _ = weight_grad_options(
@@ -197,16 +199,16 @@ class Variant:
             del how["parts"]
             if self.pointers().get("p_ends"):
                 how = {"AHEAD": 0, **how}
-            return lstm_options(self.tile, backward="back" in self.kernel, **how)
+            backward = "back" in self.kernel
+            return lstm_options(self.tile, backward=backward, arch=target.arch, **how)
         how["nonlinearity"] = self.nonlinearity
         if self.kernel.startswith("wide"):
             constants, options = wide_options(self.tile, **how)
         else:
-            if "tokens" in self.flags:
-                one = self.tile.size * self.parts <= 512
-                how = {"PREFETCH": 0, "AHEAD": int(one), **how}
-            backward = self.kernel == "backward"
-            constants, options = compile_options(self.tile, backward=backward, **how)
+            how |= {"backward": self.kernel == "backward", "arch": target.arch}
+            # the adjoint has no use of its own for them
+            how["given"] = self.flags if not how["backward"] else ()
+            constants, options = compile_options(self.tile, **how)
         if "backward" in self.kernel:
             constants["FLOOR"] = launch.floor_of(DTYPE[self.dtype])
         return constants, options
@@ -270,7 +272,7 @@ def build(variant: Variant, arch: str):
     """The compiled kernel."""
     target = TARGETS[arch]
     function = KERNELS[variant.kernel]
-    constants, options = variant.options(nvidia=target.backend == "cuda")
+    constants, options = variant.options(arch)
     pointers = variant.pointers()
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
@@ -397,7 +399,7 @@ def measure(variant: Variant, arch: str) -> dict:
     kernel = build(variant, arch)
     seconds = sum(os.times()[:4]) - sum(before[:4])
     counts = (nvidia_counts if TARGETS[arch].backend == "cuda" else amd_counts)(kernel)
-    _, options = variant.options(nvidia=TARGETS[arch].backend == "cuda")
+    _, options = variant.options(arch)
     return {
         "variant": variant.name,
         "kernel": variant.kernel,
