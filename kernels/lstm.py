@@ -198,6 +198,7 @@ def lstm_forward_kernel(
     V: tl.constexpr,
     ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
     NVIDIA: tl.constexpr,
     ANCHORED: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -217,8 +218,8 @@ def lstm_forward_kernel(
     x_stride_t *= ALIGNED // WORD
     x_stride_b *= ALIGNED // WORD
     i_b = i_g.to(tl.int64) * (S1 * S2)
-    a = load_gates(p_a, i_h, H, P, PP, S1, V, False, SPLIT, ANCHORED)
-    b = load_gates(p_b, i_h, H, Q, QP, S2, V, True, SPLIT, ANCHORED)
+    a = load_gates(p_a, i_h, H, P, PP, S1, V, False, SPLIT_FACTORS, ANCHORED)
+    b = load_gates(p_b, i_h, H, Q, QP, S2, V, True, SPLIT_FACTORS, ANCHORED)
     last = B - 1 - i_b
     mask = None
     x_mask = None
@@ -321,6 +322,7 @@ def lstm_backward_kernel(
     V: tl.constexpr,
     ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
     NVIDIA: tl.constexpr,
     ANCHORED: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -349,10 +351,10 @@ def lstm_backward_kernel(
         steps = tl.load(p_steps + i_g)
     last_t = tl.maximum(steps - 1, 0).to(tl.int64)
     before_t = tl.maximum(steps - 2, 0).to(tl.int64)
-    a_adjoint = load_gates(p_a_adjoint, i_h, H, P, PP, S1, V, False, SPLIT, ANCHORED)
-    b_adjoint = load_gates(p_b_adjoint, i_h, H, Q, QP, S2, V, True, SPLIT, ANCHORED)
-    a = load_gates(p_a, i_h, H, P, PP, S1, V, False, SPLIT, ANCHORED)
-    b = load_gates(p_b, i_h, H, Q, QP, S2, V, True, SPLIT, ANCHORED)
+    a_adjoint = load_gates(p_a_adjoint, i_h, H, P, PP, S1, V, False, SPLIT_FACTORS, ANCHORED)
+    b_adjoint = load_gates(p_b_adjoint, i_h, H, Q, QP, S2, V, True, SPLIT_FACTORS, ANCHORED)
+    a = load_gates(p_a, i_h, H, P, PP, S1, V, False, SPLIT_FACTORS, ANCHORED)
+    b = load_gates(p_b, i_h, H, Q, QP, S2, V, True, SPLIT_FACTORS, ANCHORED)
     last = B - 1 - i_b
     mask = None
     word_mask = None

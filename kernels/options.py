@@ -38,6 +38,11 @@ def overridden(constants: dict, options: dict, tuning: dict) -> tuple[dict, dict
     return constants, options | {k: v for k, v in tuning.items() if k.islower()}
 
 
+def split_operands(precision: str) -> dict[str, bool]:
+    """Which operands of a product are pairs of bfloat16, by the names in the kernels."""
+    return {"SPLIT": precision == "fp32", "SPLIT_FACTORS": precision != "bf16"}
+
+
 def compile_options(
     tile: Tile,
     heads: int,
@@ -61,7 +66,7 @@ def compile_options(
         arch: as `launch.architecture` says.
     """
     values = tile.size * parts
-    split = precision == "fp32"
+    split, pairs = precision == "fp32", precision != "bf16"
     one = values <= 512
     constants = {
         "H": heads,
@@ -69,7 +74,7 @@ def compile_options(
         "V": tile.V,
         "ALIGNED": tile.aligned,
         "PARTS": parts,
-        "SPLIT": split,
+        **split_operands(precision),
         "ACT": nonlinearity,
         "NVIDIA": nvidia,
         # constants in registers, while they fit
@@ -91,12 +96,12 @@ def compile_options(
         "num_stages": 1,
         "enable_fp_fusion": True,  # the default of Triton 3.10 is another
     }
-    if split and values > 4096:
+    if (split or (pairs and nvidia)) and values > 4096:
         options["num_warps"] = 8
     if nvidia and options["num_warps"] == 1:
         # without it ptxas would stop at 128 or 168 and spill
         options["maxnreg"] = 255
-    bf16_on_nvidia = nvidia and not split
+    bf16_on_nvidia = nvidia and precision == "bf16"
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer
         few = nonlinearity == "modrelu" and tile.lines and arch >= 90
@@ -127,7 +132,7 @@ def wide_options(
     **tuning,
 ) -> tuple[dict, dict]:
     """The same for the kernels of `wide`."""
-    columns, terms = wide.rows * wide.padded, 2 if precision == "fp32" else 1
+    columns, terms = wide.rows * wide.padded, 1 if precision == "bf16" else 2
     constants = {
         "H": heads,
         "W": wide.W,
@@ -139,7 +144,7 @@ def wide_options(
         "STRIDE_N": 1 if wide.left else wide.W,
         "BLOCK": 64 if columns * terms <= 16 else 32,
         "PARTS": parts,
-        "SPLIT": precision == "fp32",
+        **split_operands(precision),
         "ACT": nonlinearity,
         "NVIDIA": nvidia,
     }
@@ -183,25 +188,28 @@ def lstm_options(
     **tuning,
 ) -> tuple[dict, dict]:
     """The same for the LSTM kernels, which hold four pairs of factors, backward eight."""
-    split = precision == "fp32"
+    split, pairs = precision == "fp32", precision != "bf16"
     constants = {
         "H": heads,
         **tile.constants,
         "V": tile.V,
         "ALIGNED": tile.aligned,
-        "SPLIT": split,
+        **split_operands(precision),
         "NVIDIA": nvidia,
-        "ANCHORED": tile.size == 256 or tile.size * (2 if backward or split else 1) <= 512,
+        # all eight as pairs leave the state of an adjoint no registers
+        "ANCHORED": tile.size * (2 if backward or pairs else 1) <= 512
+        and not (backward and precision == "bf16x2"),
         "AHEAD": int(tile.size == 256 and nvidia and not (backward and split)),
     }
-    work = tile.size * (2 if backward else 1) * (2 if split else 1)
+    work = tile.size * (2 if backward else 1) * (2 if pairs else 1)
+    most = 4096 if precision == "bf16x2" else 2048  # of four warps
     options = {
-        "num_warps": 1 if work <= 1024 else 4 if work < 4096 else 8,
+        "num_warps": 1 if work <= 1024 else 4 if work <= most else 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
     if nvidia and options["num_warps"] == 1:
         # in the one case with more it waits longer
-        short = (tile.P, tile.Q) == (16, 16) and not backward and not split and arch == 90
+        short = (tile.P, tile.Q) == (16, 16) and not backward and not pairs and arch == 90
         options["maxnreg"] = 128 if short else 255
     return overridden(constants, options, tuning)

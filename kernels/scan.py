@@ -201,6 +201,7 @@ def scan_forward_kernel(
     ALIGNED: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
     ACT: tl.constexpr,
     NVIDIA: tl.constexpr,
     ANCHORED: tl.constexpr,
@@ -232,8 +233,8 @@ def scan_forward_kernel(
     x_stride_t *= ALIGNED // WORD
     x_stride_b *= ALIGNED // WORD
     i_b = i_g.to(tl.int64) * ROWS
-    a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
-    b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
+    a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT_FACTORS, ANCHORED)
+    b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT_FACTORS, ANCHORED)
     last = B - 1 - i_b
     mask = None
     x_mask = None
@@ -394,6 +395,7 @@ def scan_backward_kernel(
     ALIGNED: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
     ACT: tl.constexpr,
     FLOOR: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -425,8 +427,10 @@ def scan_backward_kernel(
     if p_steps is not None:
         steps = tl.load(p_steps + i_g)
     last_t = tl.maximum(steps - 1, 0).to(tl.int64)
-    a_adjoint = load_factor(p_a_adjoint, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
-    b_adjoint = load_factor(p_b_adjoint, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
+    a_adjoint = load_factor(
+        p_a_adjoint, i_h, H, P, PP, S1, V, False, PARTS, SPLIT_FACTORS, ANCHORED
+    )
+    b_adjoint = load_factor(p_b_adjoint, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT_FACTORS, ANCHORED)
     last = B - 1 - i_b
     mask = None
     w_mask = None
@@ -462,8 +466,8 @@ def scan_backward_kernel(
     else:
         d = load(p_d, o_d, w_mask, IW, PARTS, VW)
     if FROM_Z:
-        a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT, ANCHORED)
-        b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT, ANCHORED)
+        a = load_factor(p_a, i_h, H, P, PP, S1, V, False, PARTS, SPLIT_FACTORS, ANCHORED)
+        b = load_factor(p_b, i_h, H, Q, QP, S2, V, True, PARTS, SPLIT_FACTORS, ANCHORED)
         x_stride_t *= ALIGNED // WORD
         x_stride_b *= ALIGNED // WORD
         p_u = words_of(p_x + i_h * N, WORD)

@@ -19,8 +19,9 @@ and `to_tile`, `from_tile` are register renames too. Loads are rank-2 tiles [(ch
 8 × 4. Padded tiles get the same hints, and masks that keep their accesses narrow enough.
 
 A complex value is a tuple (re, im) of planes, a real one is (re,). An mma operand holds for each
-plane a tuple (hi,) of bfloat16, or (hi, lo) with hi + lo ≈ float32: products of those, small terms
-first and without lo·lo, are what "fp32" precision means here (relative error 2⁻¹⁷ of a product).
+plane a tuple (hi,) of bfloat16, or (hi, lo) with hi + lo ≈ float32. Products are taken term by
+term, small ones first and without lo·lo: three where both operands are pairs, in "fp32" precision
+(relative error 2⁻¹⁷ of a product); two in "bf16x2", whose factors alone are pairs; one in "bf16".
 
     P, Q    shape of one hidden state            S1, S2  states side by side down and across
     PP, QP  the same, powers of two              PE, QE  shape of the tile
@@ -112,6 +113,7 @@ def dot(w, x, acc):
     """acc + w x for the terms of two real operands."""
     if len(w) == 2:
         acc = tl.dot(w[1], x[0], acc)
+    if len(x) == 2:
         acc = tl.dot(w[0], x[1], acc)
     return tl.dot(w[0], x[0], acc)
 

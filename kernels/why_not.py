@@ -22,11 +22,11 @@ MIN_TRITON = (3, 6)
 
 def shared_bytes(tile: Tile, parts: int, precision: str, sets: int) -> int:
     """Upper bound of a program's shared memory with so many pairs of factors."""
-    terms = 2 if precision == "fp32" else 1
+    terms = 1 if precision == "bf16" else 2
     planes = 3 if parts == 2 else 1  # re, im, -im
     sides = (tile.S1 * tile.PP) ** 2 + (tile.S2 * tile.QP) ** 2
     # between the warps of one program; of float32 the packed intermediate is carried along
-    exchange = tile.size * (12 if terms == 2 else 4) + 8192
+    exchange = tile.size * (12 if precision == "fp32" else 4) + 8192
     return sides * planes * terms * 2 * sets + exchange
 
 
@@ -118,8 +118,8 @@ def why_not(
         return f"x_proj is {x_proj.dtype}; the kernels take torch.float32 and torch.bfloat16"
     if nonlinearity not in NONLINEARITIES:
         return f"nonlinearity {nonlinearity!r} is not one of {', '.join(NONLINEARITIES)}"
-    if precision not in ("fp32", "bf16"):
-        return f"precision {precision!r} is neither 'fp32' nor 'bf16'"
+    if precision not in ("fp32", "bf16x2", "bf16"):
+        return f"precision {precision!r} is not one of fp32, bf16x2, bf16"
     for name, w in (("A", a), ("B", b)):
         if w.dtype != torch.float32:
             return f"factor {name} is {w.dtype}; the kernels take torch.float32 factors"

@@ -159,17 +159,19 @@ def streamed(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
 ):
     """acc + K Z for one block of K's rows, from the block's first element on."""
-    TERMS: tl.constexpr = 2 if SPLIT else 1
     K_TERM: tl.constexpr = H * SIDE * SIDE
+    K_PLANE: tl.constexpr = 2 * K_TERM if SPLIT_FACTORS else K_TERM
     Z_TERM: tl.constexpr = SIDE * E
+    Z_PLANE: tl.constexpr = 2 * Z_TERM if SPLIT else Z_TERM
     i = tl.arange(0, BLOCK)
     p_k += i[:, None] * SIDE + i[None, :]
     p_z += i[:, None] * E + tl.arange(0, E)[None, :]
     for _k in tl.range(0, SIDE, BLOCK):
-        k = read_operand(p_k, K_TERM, TERMS * K_TERM, PARTS, SPLIT)
-        z = read_operand(p_z, Z_TERM, TERMS * Z_TERM, PARTS, SPLIT)
+        k = read_operand(p_k, K_TERM, K_PLANE, PARTS, SPLIT_FACTORS)
+        z = read_operand(p_z, Z_TERM, Z_PLANE, PARTS, SPLIT)
         acc = product(k, z, acc)
         p_k += BLOCK
         p_z += BLOCK * E
@@ -197,7 +199,7 @@ def wide_forward_kernel(
     p_x,  # (B, T, PARTS·H·N), any strides of B and T; with tokens (rows, PARTS·H·N)
     p_tokens,  # (T, B) int32 or None
     p_h,  # (T, B, PARTS·H·N)
-    p_k,  # (PARTS, TERMS, H, SIDE, SIDE) bfloat16
+    p_k,  # (PARTS, 1 or 2 terms, H, SIDE, SIDE) bfloat16
     p_s,  # (PARTS, H, n, n)
     p_z,  # (groups, H, 2, PARTS, TERMS, SIDE, E) bfloat16, zero
     p_beta,  # (H·N,) or None
@@ -220,6 +222,7 @@ def wide_forward_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
     ACT: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
@@ -237,7 +240,7 @@ def wide_forward_kernel(
     e, i_row, row, unit, block = places(i_b, B, E, PADDED, STRIDE_N, BLOCK)
     p_k += i_h.to(tl.int64) * (SIDE * SIDE)
     p_z += (i_g.to(tl.int64) * H + i_h) * (2 * HALF)
-    s = narrow_factor(p_s, i_h, H, N_SIDE, PADDED, E, PARTS, SPLIT)
+    s = narrow_factor(p_s, i_h, H, N_SIDE, PADDED, E, PARTS, SPLIT_FACTORS)
     o_z = block * E + e
     o_row = row * F + unit
     steps = T
@@ -269,7 +272,7 @@ def wide_forward_kernel(
             w = m + block
             mask = (w < W) & (e % PADDED < N_SIDE)
             u = load_block(p_u, o_x + w * STRIDE_W, mask, IM, PARTS)
-            z = streamed(p_k + m * SIDE, p_read, u, H, SIDE, E, BLOCK, PARTS, SPLIT)
+            z = streamed(p_k + m * SIDE, p_read, u, H, SIDE, E, BLOCK, PARTS, SPLIT, SPLIT_FACTORS)
             beta = None
             if ACT == "modrelu":
                 beta = tl.load(p_beta + (i_h * N + w * STRIDE_W + unit), mask=mask, other=0.0)
@@ -302,7 +305,7 @@ def wide_backward_kernel(
     p_h,  # (T, B, PARTS·H·N); for modtanh the pre-activations in its place
     p_dx,  # (T, B, PARTS·H·N)
     p_dh_0,  # (B, PARTS·H·N) or None
-    p_k,  # (PARTS, TERMS, H, SIDE, SIDE) bfloat16, the adjoint
+    p_k,  # (PARTS, 1 or 2 terms, H, SIDE, SIDE) bfloat16, the adjoint
     p_s,  # (PARTS, H, n, n), the adjoint
     p_z,  # (groups, H, 2, PARTS, TERMS, SIDE, E) bfloat16, zero
     p_beta,  # (H·N,) or None
@@ -324,6 +327,7 @@ def wide_backward_kernel(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SPLIT_FACTORS: tl.constexpr,
     ACT: tl.constexpr,
     FLOOR: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -342,7 +346,7 @@ def wide_backward_kernel(
     e, i_row, row, unit, block = places(i_b, B, E, PADDED, STRIDE_N, BLOCK)
     p_k += i_h.to(tl.int64) * (SIDE * SIDE)
     p_z += (i_g.to(tl.int64) * H + i_h) * (2 * HALF)
-    s = narrow_factor(p_s, i_h, H, N_SIDE, PADDED, E, PARTS, SPLIT)
+    s = narrow_factor(p_s, i_h, H, N_SIDE, PADDED, E, PARTS, SPLIT_FACTORS)
     o_z = block * E + e
     o_row = row * F + unit
     steps = T
@@ -373,7 +377,7 @@ def wide_backward_kernel(
             if p_dh_n is not None:
                 d = load_block(p_dh_n + start, o_row + w * STRIDE_W, mask, IM, PARTS)
                 g = add(g, select(d, i == 0))
-            g = streamed(p_k + m * SIDE, p_read, g, H, SIDE, E, BLOCK, PARTS, SPLIT)
+            g = streamed(p_k + m * SIDE, p_read, g, H, SIDE, E, BLOCK, PARTS, SPLIT, SPLIT_FACTORS)
             if p_alive is not None:
                 g = select(g, row_bits(tl.load(p_alive), i_row))
             h = load_block(p_state, o_row + w * STRIDE_W, mask, IM, PARTS)
@@ -404,7 +408,7 @@ def wide_backward_kernel(
             mask = (w < W) & (e % PADDED < N_SIDE)
             g = zeros(BLOCK, E, PARTS)
             p_read = p_z + (steps % 2) * HALF
-            g = streamed(p_k + m * SIDE, p_read, g, H, SIDE, E, BLOCK, PARTS, SPLIT)
+            g = streamed(p_k + m * SIDE, p_read, g, H, SIDE, E, BLOCK, PARTS, SPLIT, SPLIT_FACTORS)
             store_block(p_dh_0 + start, o_row + w * STRIDE_W, mask, g, IM)
 
 
@@ -420,9 +424,10 @@ def constant_arguments(a, b, x, wide, constants) -> dict:
     """K, S and room for Z; x gives the device and the number of batch rows in x.shape[1]."""
     parts, heads = a.shape[:2]
     k, s = (a, b) if wide.left else (b, a)
-    k = terms(k, wide.side, constants["SPLIT"])
+    k = terms(k, wide.side, constants["SPLIT_FACTORS"])
     groups = triton.cdiv(x.shape[1], wide.rows)
-    shape = (groups, heads, 2, parts, k.shape[1], wide.side, wide.rows * wide.padded)
+    columns = wide.rows * wide.padded
+    shape = (groups, heads, 2, parts, 1 + constants["SPLIT"], wide.side, columns)
     return {"p_k": k, "p_s": packed(s), "p_z": k.new_zeros(shape)}
 
 

@@ -177,6 +177,7 @@ def of_lstm(P, Q, **changed):
 
 
 BF16 = {"precision": "bf16", "dtype": torch.bfloat16}
+BF16X2 = {**BF16, "precision": "bf16x2"}
 KERNELS = [
     # every nonlinearity, both fields, both precisions
     *(for_kernels(16, 16, act) for act in NONLINEARITIES),
@@ -185,6 +186,11 @@ KERNELS = [
     *(for_kernels(16, 16, act, field="real", **BF16) for act in ("modrelu", "modtanh")),
     for_kernels(16, 16, dtype=torch.bfloat16, precision="fp32"),
     for_kernels(16, 16, precision="bf16"),
+    # factors as pairs
+    *(for_kernels(16, 16, act, **BF16X2) for act in ("modrelu", "modtanh", "identity")),
+    *(for_kernels(P, Q, T=3, B=2, **BF16X2) for P, Q in [(16, 32), (32, 32), (256, 2)]),
+    for_kernels(8, 8, B=5, reset=True, lengths=True, field="real", **BF16X2),
+    for_kernels(16, 16, precision="bf16x2"),
     # shapes: packed block-diagonally, one tile, long sides, padded
     *(
         for_kernels(P, Q, T=3)
@@ -248,6 +254,8 @@ KERNELS = [
     # the LSTM
     of_lstm(16, 16),
     of_lstm(16, 16, **BF16),
+    of_lstm(16, 16, **BF16X2),
+    of_lstm(8, 8, B=5, T=3, reset=True, lengths=True, **BF16X2),
     *(of_lstm(16, 16, B=B, T=T) for B, T in [(1, 1), (0, 2), (2, 0)]),
     of_lstm(16, 16, starts="", layout="time_first"),
     of_lstm(16, 16, reset=True),

@@ -139,6 +139,7 @@ OPTIONS = {
     "bfloat16 input": Option(x_dtype=BF16, limits="bf16"),
     "float16 input": Option(x_dtype=F16, limits="bf16"),
     "bfloat16 input and factors": Option(dtype=BF16, limits="bf16"),
+    '`precision="bf16x2"`': Option(precision="bf16x2", limits="bf16"),
     '`precision="bf16"`': Option(precision="bf16", limits="bf16"),
     "autocast": Option(wrapped=under_autocast, limits="bf16"),
     "`torch.compile(fullgraph=True)`": Option(wrapped=compiled),

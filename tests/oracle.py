@@ -28,13 +28,14 @@ def dense(factors):
     return lambda z: z @ matrix.T
 
 
-def narrow(factors):
-    """The same for two factors, with every operand of two products rounded to bfloat16."""
+def narrow(factors, pairs=False):
+    """The same for two factors, with every operand of two products rounded to bfloat16; with
+    `pairs` the factors are pairs of bfloat16."""
     a, b = matrices(factors)
 
     def product(z):
         x = z.unflatten(-1, (len(a), a.shape[-1], b.shape[-1]))
-        return rounding.kron(a, b, x, narrow=True).flatten(1)
+        return rounding.kron(a, b, x, narrow=True, pairs=pairs).flatten(1)
 
     return product
 
@@ -149,7 +150,8 @@ def assert_same(actual, expected, limit=1e-12):
 
 def relative_error(got, want):
     """Relative root mean square error."""
-    got, want = got.double(), want.double()
+    dtype = torch.complex128 if want.is_complex() else torch.float64
+    got, want = got.to(dtype), want.to(dtype)
     return ((got - want).norm() / want.norm().clamp(min=1e-300)).item()
 
 

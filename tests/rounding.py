@@ -15,14 +15,21 @@ def rounded(z: torch.Tensor) -> torch.Tensor:
     return torch.view_as_complex(planes.contiguous()) if z.is_complex() else planes
 
 
-def kron(a, b, x, narrow: bool, a_first: bool = False) -> torch.Tensor:
+def pair(z: torch.Tensor) -> torch.Tensor:
+    """z as hi + lo, both rounded to bfloat16."""
+    return rounded(z) + rounded(z - rounded(z))
+
+
+def kron(a, b, x, narrow: bool, a_first: bool = False, pairs: bool = False) -> torch.Tensor:
     """A X Bᵀ for factors (H, P, P), (H, Q, Q) and states (B, H, P, Q).
 
     narrow: every operand of the two products is rounded to bfloat16, what lies between them too.
+    pairs: but the factors are pairs of bfloat16.
     a_first: A X is the first of them (as in the kernels of `wide` where Q > P), not X Bᵀ.
     """
     operand = rounded if narrow else lambda z: z
-    a, b, x = operand(a), operand(b), operand(x)
+    factor = pair if pairs else operand
+    a, b, x = factor(a), factor(b), operand(x)
     if a_first:
         return operand(a @ x) @ b.mT
     return a @ operand(x @ b.mT)

@@ -6,6 +6,7 @@ float32 sum.
 """
 
 import ast
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -65,9 +66,9 @@ def precision_of(case):
 def definition(case):
     """The oracle, which rounds what the kernels round."""
     function = {"scan": oracle.scan, "lstm_scan": oracle.lstm_scan}[case.op]
-    return functools.partial(
-        function, product=oracle.narrow if precision_of(case) == "bf16" else oracle.dense
-    )
+    pairs = functools.partial(oracle.narrow, pairs=True)
+    product = {"fp32": oracle.dense, "bf16x2": pairs, "bf16": oracle.narrow}[precision_of(case)]
+    return functools.partial(function, product=product)
 
 
 def doubles(arguments):
@@ -152,7 +153,7 @@ def check(case):
     want = gradients(definition(case), doubles(arguments), doubles(cotangents))
     got = computed(case, arguments, cotangents)
     assert got.keys() == want.keys()
-    limits = dict(LIMITS[case.op, precision_of(case)])
+    limits = dict(LIMITS[case.op, precision_of(case).removesuffix("x2")])
     if case.dtype == torch.bfloat16:  # rounded once more at the store
         limits = {k: max(v, LIMITS[case.op, "bf16"][k]) for k, v in limits.items()}
     errors = {k: relative_error(got[k], v) for k, v in want.items()}
@@ -331,7 +332,7 @@ ROUNDING = {
 def complex_factor(w, precision):
     """(2, 1, side, side) as the complex128 matrix that the kernel multiplies by."""
     hi = w.bfloat16().double()
-    lo = (w - hi.float()).bfloat16().double() if precision == "fp32" else 0.0
+    lo = 0.0 if precision == "bf16" else (w - hi.float()).bfloat16().double()
     return torch.complex(*(hi + lo)[:, 0])
 
 
@@ -352,7 +353,7 @@ def pulled_back(g, h, beta, act, floor):
     return s * g + (1 - s) * rho * n
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16x2", "fp32"])
 @pytest.mark.parametrize("act", ["modrelu", "tanh"])
 def test_long_sequences(act, precision):
     """Three rows against float64 step by step, all weight gradients, two runs, a run in pieces."""
@@ -360,7 +361,7 @@ def test_long_sequences(act, precision):
     case = for_kernels(P, Q, act, B=1, T=1, beta=0.02, slack=2)
     given, _ = arguments_of_scan(case)
     a, b, beta = given.a, given.b, given.beta
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     random = torch.Generator(DEVICE).manual_seed(0)
     how = How(act, precision=precision)
 
@@ -372,6 +373,7 @@ def test_long_sequences(act, precision):
     h = scan.scan_forward(given, how)
     rows = torch.tensor([0, B // 2, B - 1], device=DEVICE)
     fa, fb = complex_factor(a, precision), complex_factor(b, precision)
+    precision = precision.removesuffix("x2")  # the state is rounded alike
     bias = 0.0 if beta is None else beta.double().view(P, Q)
     state = complex_states(h_0[rows].to(dtype), P, Q)
     u, states = complex_states(x[:, rows], P, Q), complex_states(h[:, rows], P, Q)
@@ -420,6 +422,29 @@ def test_long_sequences(act, precision):
     assert relative_error(torch.complex(*gradients[1][:, 0].double()), db) < limit
     if act == "modrelu":
         assert relative_error(gradients[2].double(), dbeta.flatten()) < limit
+
+
+@pytest.mark.parametrize(
+    ("op", "P", "Q"), [("scan", 16, 16), ("scan", 32, 4), ("lstm_scan", 16, 16)]
+)
+def test_pairs_of_factors_keep_what_rounding_loses(op, P, Q, monkeypatch):
+    """Factors c·1 with c = 1 + 0.9·2⁻⁸, which bfloat16 rounds to 1: wrong alike in every step."""
+    monkeypatch.setattr(why_not, "MAX_HELD_SIDE", 16)  # 32 is streamed
+    case = for_kernels(P, Q, "identity", op=op, B=4, T=8, **BF16)
+    arguments, cotangents = make(case)
+    for w in arguments["factors"]:
+        w.zero_()[0] = torch.eye(w.shape[-1]) * (1 + 0.9 * 2**-8)
+    arguments["x_proj"] *= 0.1
+    exact = definition(dataclasses.replace(case, precision="fp32"))
+    want = gradients(exact, doubles(arguments), doubles(cotangents))
+    rounded, pairs = (
+        computed(dataclasses.replace(case, precision=precision), arguments, cotangents)
+        for precision in ("bf16", "bf16x2")
+    )
+    for name, true in want.items():
+        error = relative_error(pairs[name], true)
+        assert 3 * error < relative_error(rounded[name], true), name
+        assert error < 2e-2, name
 
 
 def test_a_scan_takes_the_memory_of_its_output(poisoned_memory):

@@ -160,7 +160,7 @@ def test_shared_memory_is_foreseen(compiled):
             parts, sets = 1, 8
         elif row["nonlinearity"] == "modtanh":
             sets = 2
-        bound = why_not.shared_bytes(tile, parts, row["dtype"], sets)
+        bound = why_not.shared_bytes(tile, parts, row["precision"], sets)
         assert row["shared_bytes"] <= max(bound, why_not.SHARED_EVERYWHERE), row["variant"]
 
 

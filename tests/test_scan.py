@@ -242,7 +242,7 @@ ERRORS = {
     ),
     "precision": (
         ValueError,
-        "precision: must be one of 'auto', 'fp32', 'bf16', got 'fp16'",
+        "precision: must be one of 'auto', 'fp32', 'bf16x2', 'bf16', got 'fp16'",
         {"precision": "fp16"},
     ),
 }

@@ -68,20 +68,25 @@ class Variant:
     kernel: str
     P: int
     Q: int
-    dtype: str = "bf16"  # of memory and of products
+    dtype: str = "bf16"  # of memory
     nonlinearity: str = "modrelu"
     field: str = "complex"
     flags: tuple[str, ...] = ()  # of FLAGS
     part: str = "all"  # of the weight gradient: all, da, db or dbeta
     tuning: tuple[tuple[str, int | None], ...] = ()  # choices in place of the default ones
+    products: str = ""  # their precision, where it is not that of memory
 
     @property
     def name(self) -> str:
-        words = [self.kernel, f"{self.P}x{self.Q}", self.dtype]
+        words = [self.kernel, f"{self.P}x{self.Q}", self.precision]
         words += [self.nonlinearity] if self.nonlinearity != "modrelu" else []
         words += [self.field] if self.field != "complex" else []
         words += [self.part] if self.part != "all" else []
         return "-".join([*words, *self.flags])
+
+    @property
+    def precision(self) -> str:
+        return self.products or self.dtype
 
     @property
     def parts(self) -> int:
@@ -185,7 +190,7 @@ class Variant:
     def options(self, arch: str) -> tuple[dict, dict]:
         """Constants and launch options, from the functions that the launchers call."""
         target = TARGETS[arch]
-        how = {"heads": 1, "parts": self.parts, "precision": self.dtype}
+        how = {"heads": 1, "parts": self.parts, "precision": self.precision}
         how["nvidia"] = target.backend == "cuda"
         how |= self.tuning
         if self.kernel == "weight_grad":
@@ -261,6 +266,12 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
         table.append(Variant(kernel, 3, 11))
         table.append(Variant(kernel, 5, 20, "fp32", flags=FLAGS[:3]))
+    for way in ("forward", "backward"):
+        for P, Q in [(16, 16), (32, 32), (64, 64)]:
+            table.append(Variant(way, P, Q, products="bf16x2"))
+        for P, Q in [(8, 8), (16, 16), (32, 32)]:
+            table.append(Variant(f"lstm_{way}", P, Q, products="bf16x2"))
+        table.append(Variant(f"wide_{way}", 256, 16, products="bf16x2"))
     table.append(Variant("weight_grad", 32, 32, field="real"))
     table.append(Variant("weight_grad", 16, 16, flags=("h_0", "reset")))
     table.append(Variant("weight_grad", 3, 11, "fp32"))
@@ -406,6 +417,7 @@ def measure(variant: Variant, arch: str) -> dict:
         "P": variant.P,
         "Q": variant.Q,
         "dtype": variant.dtype,
+        "precision": variant.precision,
         "nonlinearity": variant.nonlinearity,
         "field": variant.field,
         "arch": arch,

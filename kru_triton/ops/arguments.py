@@ -18,7 +18,7 @@ from kru_triton.kronecker import as_one_matrix, check_factors, group_factors, pr
 from kru_triton.nonlinearity import NONLINEARITIES
 
 Backend = Literal["auto", "triton", "torch"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16x2", "bf16"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 

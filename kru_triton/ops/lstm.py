@@ -65,9 +65,7 @@ def kru_lstm_scan(
             step t.
         lengths: `(B,)` int64, steps of each row from 0 to T (all T if None): beyond them h is zero
             and x_proj is not used; h_n and c_n are those after each row's last step.
-        backend: "auto", "triton" or "torch".
-        precision: "auto", "fp32" or "bf16": of the products inside the Triton kernels. The torch
-            backend always computes in the dtype of the factors.
+        backend, precision: as in `kru_scan`.
 
     Returns:
         `h (B, T, H·N)` in the dtype of `x_proj` (its memory is time-first), and the last state and

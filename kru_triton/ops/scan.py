@@ -79,7 +79,10 @@ def kru_scan(
         lengths: `(B,)` int64 from 0 to T, the steps of each row; T for all if None. Beyond its
             length a row's h is 0, x_proj and reset are not looked at, and no gradient arises.
         backend: "auto", "triton" or "torch".
-        precision: "auto", "fp32" or "bf16": of the products inside the Triton kernels. The torch
+        precision: of the products inside the Triton kernels. "bf16" rounds factors and states to
+            bfloat16; "bf16x2" takes each factor as a sum of two bfloat16 numbers, in two products,
+            and forgets several times less over a long sequence; "fp32" takes states so as well, in
+            three products. "auto" is "bf16" with a bfloat16 `x_proj`, else "fp32". The torch
             backend always computes in the dtype of the factors.
 
     Returns:
