@@ -14,13 +14,16 @@ import torch
 
 from bench import harness
 from bench.gpu import correct, micro, models, steps
-from bench.gpu.launches import Problem, launch_all, stand_in
+from bench.gpu.launches import DTYPES, Problem, launch_all, stand_in
 
 BENCH = "compile"
 
 
-def shape(case: steps.Case, device: torch.device) -> None:
-    launch_all(Problem.of(3, 2, case.P, case.Q, case.heads, case.dtype, device))
+def shape(case: steps.Case, h_0: bool, device: torch.device) -> None:
+    own = Problem.of(3, 2, case.P, case.Q, case.heads, case.dtype, device)
+    state = torch.zeros_like(own.scan.x[0], dtype=torch.float32) if h_0 else None
+    own.scan = own.scan._replace(h_0=state)
+    launch_all(own)
 
 
 def variant(kernel: str, P: int, Q: int, setting: dict, device: torch.device) -> None:
@@ -46,9 +49,12 @@ def tasks(quick: bool, device: torch.device, workers: int) -> dict[str, tuple]:
     """(function, arguments) by name, in the order of their worth."""
     found = {}
     for case in steps.cases(quick):
-        found[f"{case.P}x{case.Q}, {case.heads} heads, {case.dtype}"] = shape, (case, device)
+        name = f"{case.P}x{case.Q}, {case.heads} heads, {case.dtype}"
+        found[name] = shape, (case, False, device)
     if quick:
         return found
+    for dtype in DTYPES:  # of the long sequences
+        found[f"32x32, h_0, {dtype}"] = shape, (steps.Case(3, 2, 32, 32, 1, dtype), True, device)
     names = correct.chosen()
     for i in range(workers):
         found[f"tests {i}"] = tests, (names[i::workers],)
