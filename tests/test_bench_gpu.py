@@ -108,7 +108,6 @@ def test_correctness_rows_have_errors(rehearsal):
 def test_every_measurement_of_the_device_runs(rehearsal):
     rows = of(rehearsal, "micro")
     assert rows.keys() == micro.measurements(micro.micro_of(CPU)).keys()
-    assert rows["tf32"]["answer"] == "exact"  # what the interpreter computes
     assert not any(row["constants"] for row in rows.values())  # without a clock
     assert of(rehearsal, "ceilings")["ceilings"]["constants"]["bandwidth"] > 0
 

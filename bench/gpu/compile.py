@@ -5,26 +5,35 @@ cores: what is compiled depends on neither. A row says how long a task took; wha
 is a row, and so is what there was no time for, which the other parts then compile themselves.
 """
 
+import itertools
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 
 import torch
 
 from bench import harness
 from bench.gpu import correct, micro, models, steps
-from bench.gpu.launches import Problem, launch_all, stand_in
+from bench.gpu.launches import DTYPES, Problem, launch_all, stand_in
 
 BENCH = "compile"
 
 
-def shape(case: steps.Case, device: torch.device) -> None:
-    launch_all(Problem.of(3, 2, case.P, case.Q, case.heads, case.dtype, device))
+def shape(case: steps.Case, h_0: bool, device: torch.device) -> None:
+    own = Problem.of(3, 2, case.P, case.Q, case.heads, case.dtype, device)
+    state = torch.zeros_like(own.scan.x[0], dtype=torch.float32) if h_0 else None
+    own.scan = own.scan._replace(h_0=state)
+    launch_all(own)
 
 
 def variant(kernel: str, P: int, Q: int, setting: dict, device: torch.device) -> None:
-    steps.Shared(steps.Case(3, 2, P, Q), device).launch(kernel, **setting)()
+    shared = steps.Shared(steps.Case(3, 2, P, Q), device)
+    own = shared.case.problem(device)
+    shared.made = own, own.scan.x, own.scan.x, own.scan.x  # any: no other kernel is launched
+    shared.launch(kernel, **setting)()
 
 
 def model(kind: str, size: str, device: torch.device) -> None:
@@ -38,36 +47,34 @@ def measurement(name: str, device: torch.device) -> None:
     micro.measurements(micro.micro_of(device))[name][0]()
 
 
-def tests(names: list[str]) -> None:
-    correct.run_tests(names)
-
-
-def tasks(quick: bool, device: torch.device, workers: int) -> dict[str, tuple]:
-    """(function, arguments) by name, in the order of their worth."""
-    found = {}
-    for case in steps.cases(quick):
-        found[f"{case.P}x{case.Q}, {case.heads} heads, {case.dtype}"] = shape, (case, device)
+def tasks(quick: bool, device: torch.device, workers: int) -> dict[str, Callable]:
+    """What to run, by name, in the order of its worth."""
+    found = {
+        f"{case.P}x{case.Q}, {case.heads} heads, {case.dtype}": partial(shape, case, False, device)
+        for case in steps.cases(quick)
+    }
     if quick:
         return found
-    names = correct.chosen()
+    for dtype in DTYPES:  # of the long sequences
+        case = steps.Case(3, 2, 32, 32, 1, dtype)
+        found[f"32x32, h_0, {dtype}"] = partial(shape, case, True, device)
     for i in range(workers):
-        found[f"tests {i}"] = tests, (names[i::workers],)
-    for kind in ("kru", "krulstm"):
-        for size in models.SIZES:
-            found[f"model {kind} {size}"] = model, (kind, size, device)
+        found[f"tests {i}"] = partial(correct.run_tests, correct.chosen()[i::workers])
+    for kind, size in itertools.product(("kru", "krulstm"), models.SIZES):
+        found[f"model {kind} {size}"] = partial(model, kind, size, device)
     for name in micro.measurements(micro.micro_of(device)):
-        found[f"micro {name}"] = measurement, (name, device)
+        found[f"micro {name}"] = partial(measurement, name, device)
     for kernel, P, Q, _, settings in steps.VARIANTS:
         for setting in [{}, *settings]:
             words = " ".join(f"{k}={v}" for k, v in setting.items())
-            found[f"{kernel} {P}x{Q} {words}"] = variant, (kernel, P, Q, setting, device)
+            found[f"{kernel} {P}x{Q} {words}"] = partial(variant, kernel, P, Q, setting, device)
     return found
 
 
-def timed(function, arguments) -> float:
+def timed(task: Callable) -> float:
     began = time.monotonic()
     with stand_in():
-        function(*arguments)
+        task()
     return time.monotonic() - began
 
 
@@ -76,7 +83,7 @@ def run(results: harness.Results, device: torch.device) -> None:
     began = time.monotonic()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     futures = {
-        pool.submit(timed, *task): name
+        pool.submit(timed, task): name
         for name, task in tasks(results.quick, device, workers).items()
         if not results.is_done(BENCH, name)
     }

@@ -26,7 +26,7 @@ from bench import harness
 
 BENCH = "correct"
 TESTS = "tests/test_kernels.py"
-LONG = f"{TESTS}::test_long_sequences"
+LONG = [f"{TESTS}::test_long_sequences[modrelu-{precision}]" for precision in ("bf16", "fp32")]
 QUIET = ("-q", "--no-header", "--no-summary", "-p", "no:cacheprovider")
 PROFILED = ("16x16", "32x32")
 STEPS = 512  # of a profiled launch
@@ -34,9 +34,9 @@ CUDA = "/usr/local/cuda/bin"
 
 
 def chosen() -> list[str]:
-    """Names of the tests that come first."""
+    """Names of the tests that come first, small ones."""
     lines = (harness.ROOT / "tests" / "machine" / "chosen.txt").read_text().split()
-    return [LONG, *(line for line in lines if line.startswith(TESTS))]
+    return [line for line in lines if line.startswith(TESTS)]
 
 
 class Rows:
@@ -102,7 +102,7 @@ def sanitize(results: harness.Results, check: str, device: torch.device) -> None
         return
     command = ["compute-sanitizer", "--tool", check]
     command += ["--report-api-errors", "no"] if check == "memcheck" else []
-    command += [sys.executable, "-m", "bench.gpu.launches", "8x8", "16x16", "32x64"]
+    command += [sys.executable, "-m", "bench.gpu.launches", *PROFILED]
     command += ["--dtypes", "bf16", "fp32", "--device", str(device)]
     # every tensor an allocation of its own, so that its end is known
     said = run_tool(results, name, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -167,7 +167,7 @@ def number(text: str) -> float:
 
 
 def run(results: harness.Results, device: torch.device) -> None:
-    run_tests(chosen()[1:3] if results.quick else chosen(), Rows(results))
+    run_tests(chosen()[:2] if results.quick else chosen() + LONG, Rows(results))
     for check in ("memcheck", "racecheck"):
         sanitize(results, check, device)
     profile(results, device)

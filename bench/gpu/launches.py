@@ -35,8 +35,8 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
-    """With KRU_TARGET=sm_90, the kernels take CPU tensors for those of a device of this target, whose
-    compiled code tests/machine executes.
+    """With KRU_TARGET=sm_90, kernels take CPU tensors for those of a device of this target, and
+    tests/machine executes their compiled code.
 
     Raises:
         AssertionError: its sanitizer has found something.

@@ -50,7 +50,7 @@ def run(results: harness.Results, device: torch.device) -> None:
     batch, length, base = (4, 16, TOY) if quick else (64, 256, PRESETS["base"])
     data = corpus()
     lanes = data[: len(data) // (batch + 1) * (batch + 1)].view(batch + 1, -1).long()
-    valid = lanes[batch:, : 16 * length + 1]
+    valid = lanes[batch].unfold(0, length + 1, lanes.shape[1] // 64)
     torch.manual_seed(0)
     with torch.device(device):
         model = LanguageModel(base)

@@ -6,16 +6,15 @@
     load         cycles of a load that waits for the one before: from L2, from memory, and from
                  memory with its line fetched into L2 some steps ahead
     code         cycles per instruction of straight loops of several sizes: the instruction cache
-    tf32         whether tf32 products truncate their operands or round them
     copy         bytes per second of a copy, FLOP/s of a matrix product
 
 The kernels count cycles themselves. A row's `constants` are named as `static/model.py` (fields of
 `Device`) and `static/schedule.py` (LATENCY) name them, which is how both come to use them.
 """
 
-import functools
 import statistics
 from collections import Counter
+from functools import partial
 
 import torch
 import triton
@@ -121,14 +120,6 @@ def code(p_x, p_said, steps, a, b, SIZE: tl.constexpr, ON: tl.constexpr):
     tl.store(p_said, end - begin)
 
 
-@triton.jit
-def tf32(p_x, p_out):
-    i = tl.arange(0, 16)
-    o = i[:, None] * 16 + i[None, :]
-    eye = (i[:, None] == i[None, :]).to(tl.float32)
-    tl.store(p_out + o, tl.dot(tl.load(p_x + o), eye, input_precision="tf32"))
-
-
 WARPS = (1, 2, 4)  # on each subpartition
 KIB = (4, 16, 32, 48)  # of code in a loop
 AHEAD = 8  # steps by which a line is fetched
@@ -206,18 +197,6 @@ class Micro:
             raise AssertionError("the loop's result is not finite")
         return {"cycles": self.said[0, 0].item() / (4 * size * steps)}
 
-    def tf32(self) -> dict:
-        x = torch.rand(16, 16, device=self.device) + 1
-        out = torch.empty_like(x)
-        tf32[(1,)](x, out, num_warps=1)
-        bits = x.view(torch.int32)
-        answers = {
-            "exact": x,
-            "truncated": (bits & ~0x1FFF).view(torch.float32),
-            "rounded": ((bits + 0x1000) & ~0x1FFF).view(torch.float32),
-        }
-        return {"answer": next((k for k, v in answers.items() if torch.equal(out, v)), "neither")}
-
     def clock(self) -> dict:
         """Cycles of a second while all processors multiply."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -235,16 +214,16 @@ def measurements(micro: Micro) -> dict:
     found = {"mma latency": (micro.latency, None)}
     for warps in WARPS:
         constant = "mma_cycles" if warps == max(WARPS) else None
-        found[f"mma rate, {warps} warps"] = functools.partial(micro.rate, warps), constant
-    found["special latency"] = functools.partial(micro.special, 1), "latency xu"
-    found["special rate"] = functools.partial(micro.special, 8), None
-    found["load from L2"] = functools.partial(micro.load, True, 0), "latency l2"
-    found["load from memory"] = functools.partial(micro.load, False, 0), None
-    for kib in KIB:
-        found[f"code of {kib} KiB"] = functools.partial(micro.code, kib), None
-    found["tf32"] = micro.tf32, None
+        found[f"mma rate, {warps} warps"] = partial(micro.rate, warps), constant
+    found |= {
+        "special latency": (partial(micro.special, 1), "latency xu"),
+        "special rate": (partial(micro.special, 8), None),
+        "load from L2": (partial(micro.load, True, 0), "latency l2"),
+        "load from memory": (partial(micro.load, False, 0), None),
+        **{f"code of {kib} KiB": (partial(micro.code, kib), None) for kib in KIB},
+    }
     if micro.on:
-        found["load fetched ahead"] = functools.partial(micro.load, False, AHEAD), None
+        found["load fetched ahead"] = partial(micro.load, False, AHEAD), None
         found["clock"] = micro.clock, "clock"
     return found
 
@@ -267,8 +246,6 @@ def run(results: harness.Results, device: torch.device) -> None:
             results.add_reason(BENCH, name, "failed", harness.reason_of(error))
             harness.synchronize(device)
             continue
-        line = "  ".join(
-            f"{v:.4g} {k}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()
-        )
+        line = ", ".join(f"{value:.4g} {key}" for key, value in found.items())
         constants = {constant: found["cycles"]} if constant and found["cycles"] else {}
         results.add(BENCH, name, line, constants=constants, **found)

@@ -185,8 +185,11 @@ def race(
             stats = quantiles(parts["forward" if functions[1] is None else direction])
             line, values = describe(candidate, direction, stats)
             values |= {"case": case, "implementation": candidate.name, "direction": direction}
-            values |= {"peak_bytes": peaks.get(id(candidate)), "alone": alone}
-            line = f"{stats['ms_p50']:10.3f} ms  {line}"
+            peak = peaks.get(id(candidate))
+            values |= {"peak_bytes": peak, "alone": alone}
+            line = f"{stats['ms_p50']:10.3f} ms  {line}" + (
+                f"  {peak / 2**30:.2f} GiB" if peak else ""
+            )
             name = row_name(candidate, direction)
             results.add(bench, name, line, **stats, **candidate.values, **values)
     ready.clear()

@@ -42,7 +42,8 @@ class Poison(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") in self.NAMES and result.numel():
+        new = getattr(function, "__name__", "") in self.NAMES
+        if new and result.numel() and not result.is_meta:
             storage_bytes(result)[:] = UNWRITTEN
         return result
 

@@ -8,6 +8,6 @@ from bench.gpu import micro
 MEASURED = micro.measurements(micro.micro_of(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURED if name != "tf32"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_measurement(name):
     MEASURED[name][0]()
