@@ -88,7 +88,9 @@ def lstm_forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tens
         cells.append(c)
     h, c = (torch.stack(s) if s else h.new_zeros(0, *h.shape) for s in (states, cells))
     h = h.to(scan.x.dtype)
-    return h, c, *(last_state(s, a.dtype, first, lengths) for s, first in ((h, h_0), (c, c_0)))
+    firsts = ((h, h_0), (c, c_0))
+    h_n, c_n = (last_state(s, a.dtype, first, lengths) for s, first in firsts)
+    return h, c, h_n, c_n
 
 
 def _cut(x: Tensor, reset: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

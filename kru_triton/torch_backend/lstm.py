@@ -170,7 +170,9 @@ def forward(scan: LSTMScan, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         beyond = past_end(time, lengths)[..., None]
         h.masked_fill_(beyond, 0)
         c.masked_fill_(beyond, 0)
-    return h, c, *(last_state(s, a.dtype, first, lengths) for s, first in ((h, h_0), (c, c_0)))
+    firsts = ((h, h_0), (c, c_0))
+    h_n, c_n = (last_state(s, a.dtype, first, lengths) for s, first in firsts)
+    return h, c, h_n, c_n
 
 
 def backward(
