@@ -46,6 +46,15 @@ def test_an_unknown_benchmark_is_told_which_there_are(capsys):
     assert "no benchmark 'kernel'; there are gpu, cpu" in capsys.readouterr().err
 
 
+def test_precision_quick(tmp_path):
+    pytest.importorskip("triton")
+    assert front.main(["precision", "--quick", "--out", str(tmp_path)]) == 0
+    rows = {row["name"]: row for row in rows_in(tmp_path)}
+    for act in ("identity", "modrelu"):
+        ends = [rows[f"{act}-{precision}"]["state"][-1] for precision in ("fp32", "bf16x2", "bf16")]
+        assert ends == sorted(ends)
+
+
 def test_list_names_benchmarks(capsys):
     assert front.main(["--list"]) == 0
     said = capsys.readouterr().out
