@@ -328,12 +328,23 @@ def test_a_wrong_result_is_never_timed(tmp_path, monkeypatch):
     assert own.finish() == 1
 
 
+def test_every_case_has_a_prediction():
+    device = steps.model.DEVICES["h100"]
+    found = [
+        steps.model.predict(kernel, c.P, c.Q, c.dtype, c.B, c.T, c.heads, device)
+        for c in steps.cases(False)
+        for kernel in launches.KERNELS
+    ]
+    assert len(found) == 6 * 4 * 2 * 3
+    assert all(prediction.seconds > 0 for prediction in found)
+
+
 # The tools of CUDA
 
 
 def fake_tool(folder, name, says, code=0):
     path = folder / name
-    path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}\nEOF\nexit {code}\n")
+    path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}\nEOF\nexit {int(code)}\n")
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
 
 
@@ -345,15 +356,19 @@ SANITIZED = {
         "failed",
         "Race reported between",
     ),
-    "refused": ("========= Error: Device not supported", "skipped", "Device not supported"),
-    "silent": ("", "skipped", "no summary"),
+    "refused": (
+        "========= Error: Device not supported\n========= ERROR SUMMARY: 0 errors",
+        "skipped",
+        "ended with code 1: Error: Device not supported",
+    ),
+    "silent": ("", "skipped", "ended with code 0"),
 }
 
 
 @pytest.mark.parametrize("case", SANITIZED)
 def test_what_the_sanitizer_says(case, tmp_path, monkeypatch):
     says, status, words = SANITIZED[case]
-    fake_tool(tmp_path, "compute-sanitizer", says)
+    fake_tool(tmp_path, "compute-sanitizer", says, code=case == "refused")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     correct.sanitize(results(tmp_path), "racecheck", CPU)
     (row,) = rows_in(tmp_path)
