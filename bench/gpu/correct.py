@@ -150,22 +150,27 @@ def profile(results: harness.Results, device: torch.device) -> None:
     simulated = json.loads(budget.read_text())["sm_90"]
     kernels = [f"{kernel}-{size}-bf16" for size in PROFILED for kernel in ("forward", "backward")]
     for kernel, row in zip(kernels, rows):
-        cycles = number(row["sm__cycles_active.max"]) / STEPS
+        numeric = {
+            k: v.replace(",", "") for k, v in row.items() if re.fullmatch(r"[\d,.]+", v or "")
+        }
+        if "sm__cycles_active.max" not in numeric:
+            results.add_reason(BENCH, f"ncu {kernel}", "skipped", f"no counters: {row}")
+            continue
+        cycles = float(numeric["sm__cycles_active.max"]) / STEPS
         stalls = {}
-        for key, value in row.items():
-            if found := re.search(r"issue_stalled_(\w+?)(?:_not_issued)?_per_issue_active", key):
-                stalls[found[1]] = number(value)
+        for key, value in numeric.items():
+            found = re.search(r"issue_stalled_(\w+)_per_issue_active", key)
+            if found and not found[1].endswith("_not_issued"):
+                stalls[found[1]] = float(value)
         worst = sorted((k for k in stalls if k != "selected"), key=stalls.get, reverse=True)[:4]
         expected = simulated[kernel]["step_cycles"]
-        line = f"{cycles:.0f} cycles a step, simulated {expected}; instructions between issues: "
+        line = (
+            f"{cycles:.0f} cycles a step, simulated {expected}; cycles between issues by reason: "
+        )
         line += ", ".join(f"{k} {stalls[k]:.2f}" for k in worst)
         values = {"cycles": cycles, "simulated_cycles": expected, "stalls": stalls}
-        values["instructions"] = number(row["smsp__inst_executed.sum"]) / STEPS
+        values["instructions"] = float(numeric.get("smsp__inst_executed.sum", 0)) / STEPS
         results.add(BENCH, f"ncu {kernel}", line, **values)
-
-
-def number(text: str) -> float:
-    return float(text.replace(",", "") or "nan")
 
 
 def run(results: harness.Results, device: torch.device) -> None:

@@ -64,13 +64,14 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return [QUICK]
     few = [(B, 1024) for B in (16, 132, 528, 1)]
-    return [
+    found = [
         Case(B, T, *shape, dtype)
         for rows in (few, [(1024, 512), (2048, 512)])
-        for dtype in DTYPES
+        for dtype in ("bf16", "fp32")
         for B, T in rows
         for shape in SHAPES
     ]
+    return found + [Case(B, 1024, *shape, "bf16x2") for B in LOOPED for shape in SHAPES[:2]]
 
 
 # which launch constants are tried: kernel, P, Q, rows, settings
@@ -237,9 +238,9 @@ def race(results, case: Case, found: list[Candidate], device, rounds: int, about
         line = f"{values['us_per_step']:8.3f} us/step"
         if candidate.name.startswith("kru"):
             numbers = model.NUMBERS[direction] * case.units * case.B * case.T
-            values["gb_per_s"] = numbers * model.ITEMSIZE[case.dtype] / seconds / 1e9
+            values["gb_per_s"] = numbers * DTYPES[case.dtype].itemsize / seconds / 1e9
             line += f"  {values['gb_per_s']:7.1f} GB/s"
-        if candidate.name == "kru" and known:
+        if candidate.name == "kru" and known and case.dtype in model.ITEMSIZE:
             shape = (case.P, case.Q, case.dtype, case.B, case.T, case.heads)
             expected = model.predict(direction, *shape, known)
             values |= {"predicted_ms": 1e3 * expected.seconds, "bound": expected.bound}
@@ -253,7 +254,8 @@ def race(results, case: Case, found: list[Candidate], device, rounds: int, about
 def run(results: harness.Results, device: torch.device) -> None:
     for case in cases(results.quick):
         results.title(case.name)
-        rnns = [torch_rnn(case, device, kind) for kind in ("LSTM", "GRU")]
+        kinds = () if case.dtype == "bf16x2" else ("LSTM", "GRU")
+        rnns = [torch_rnn(case, device, kind) for kind in kinds]
         race(results, case, ours(Shared(case, device)) + rnns, device, rounds=10)
         harness.free_memory(device)
     for case in cases(results.quick):
