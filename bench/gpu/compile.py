@@ -72,6 +72,7 @@ def tasks(quick: bool, device: torch.device, workers: int) -> dict[str, Callable
 
 
 def timed(task: Callable) -> float:
+    torch.set_num_threads(1)
     began = time.monotonic()
     with stand_in():
         task()

@@ -141,9 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         given[by_letter([word], made)[0]] = float(seconds)
     if device.type == "cpu" and not options.quick:
         for letter in letters:
-            print(
-                f"{letter} {PARTS[letter].name}: needs a GPU, and none is here; --quick rehearses"
-            )
+            print(f"{letter} {PARTS[letter].name}: needs a GPU; without one --quick rehearses")
         return 1
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a part ends with what started it
@@ -153,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     environment.setdefault("TRITON_CACHE_DIR", str(harness.ROOT / "build" / "triton"))
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "0" if "KRU_TARGET" in environment else "1"
+    else:
+        environment |= {"TRITON_INTERPRET": "0", "KRU_TARGET": ""}
     for number, letter in enumerate(letters):
         part = PARTS[letter]
         rest = letters[number:]
