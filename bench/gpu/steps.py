@@ -17,9 +17,10 @@ L2 flushed before.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench import harness
 from bench.gpu.launches import DTYPES, KERNELS, Problem, checked
@@ -122,10 +123,7 @@ def ours(shared: Shared) -> list[Candidate]:
             values["errors"] = checked(shared.made[0].part(CHECKED))
         return launch, None
 
-    return [
-        Candidate("kru", lambda kernel=kernel: prepare(kernel), False, (kernel,), values)
-        for kernel in KERNELS
-    ]
+    return [Candidate("kru", partial(prepare, k), False, (k,), values) for k in KERNELS]
 
 
 def finite(forward: Callable) -> Callable:
@@ -196,10 +194,6 @@ def flashrnn(case: Case, device, backend: str) -> Candidate:
     return Candidate(f"flashrnn {backend}", prepare, True, ("forward", "backward"), values)
 
 
-def norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float32).item()
-
-
 def settings(shared: Shared, kernel: str, tried: list[dict]) -> list[Candidate]:
     """A kernel with each of the settings, the default first."""
 
@@ -209,22 +203,19 @@ def settings(shared: Shared, kernel: str, tried: list[dict]) -> list[Candidate]:
 
         expected, launch = flat(shared.launch(kernel)()), shared.launch(kernel, **setting)
         # no copies in double precision: the largest ones would not fit
-        error = norm(flat(launch()) - expected) / norm(expected)
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+        error = (norm(flat(launch()) - expected) / norm(expected)).item()
         if not error < 1e-2:
             raise AssertionError(f"differs from the default by {error:.1e}")
         return launch, None
 
-    return [
+    found = []
+    for setting in [{}, *tried]:
+        name = "kru" + "".join(f" {k}={v}" for k, v in setting.items())
         # one that does not compile, or not to the same result, is an answer too
-        Candidate(
-            "kru" + "".join(f" {k}={v}" for k, v in setting.items()),
-            lambda setting=setting: prepare(setting),
-            bool(setting),
-            (kernel,),
-            {"setting": setting},
-        )
-        for setting in [{}, *tried]
-    ]
+        about = bool(setting), (kernel,), {"setting": setting}
+        found.append(Candidate(name, partial(prepare, setting), *about))
+    return found
 
 
 def race(results, case: Case, found: list[Candidate], device, rounds: int, about="") -> None:
