@@ -177,11 +177,11 @@ def test_a_part_that_does_not_end_is_ended_and_the_next_one_runs(tmp_path):
     """Each of them, in turn: none has so much as begun in a second."""
     flags = [f"{letter}=0.5" for letter in run.PARTS]
     done = make_gpu(tmp_path, "QUICK=--quick", f"ARGS=--box {' '.join(flags)}")
-    assert done.returncode
+    assert not done.returncode, done.stderr[-2000:]
     rows = rows_in(tmp_path)
     assert [row["name"].split()[1] for row in rows] == list(run.PARTS)
     assert all("ended after its box of 0 s" in row["reason"] for row in rows)
-    assert "6 failed" in (tmp_path / "gpu-table.txt").read_text()
+    assert "ended after its box" in (tmp_path / "gpu-table.txt").read_text()
 
 
 @pytest.mark.parametrize("letter", [letter for letter in run.PARTS if letter != "a"])
@@ -202,8 +202,8 @@ def test_a_part_ends_with_all_that_it_started(tmp_path):
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
     )
-    reason = run.run_part([sys.executable, "-c", code], 3, dict(os.environ))
-    assert reason == "ended after its box of 3 s"
+    ended = run.run_part([sys.executable, "-c", code], 3, dict(os.environ))
+    assert ended == ("skipped", "ended after its box of 3 s")
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):
         if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
@@ -214,13 +214,13 @@ def test_a_part_ends_with_all_that_it_started(tmp_path):
 
 
 def test_a_crash_is_told_from_failed_rows():
-    def reason(code):
+    def ended(code):
         return run.run_part([sys.executable, "-c", code], 60, dict(os.environ))
 
-    assert reason("raise SystemExit(1)") is None
-    assert reason("raise SystemExit(7)") == "ended with code 7"
+    assert ended("raise SystemExit(1)") == ("ok", "")
+    assert ended("raise SystemExit(7)") == ("failed", "ended with code 7")
     kill = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
-    assert reason(kill) == "ended by SIGSEGV"
+    assert ended(kill) == ("failed", "ended by SIGSEGV")
 
 
 # What may be missing
@@ -328,12 +328,39 @@ def test_a_wrong_result_is_never_timed(tmp_path, monkeypatch):
     assert own.finish() == 1
 
 
+def test_the_tests_that_come_first_are_there():
+    names = [*correct.chosen(), *correct.LONG]
+    assert len(names) > 40
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:]
+
+
+@pytest.mark.parametrize("precision", launches.DTYPES)
+def test_every_precision_is_checked(precision):
+    errors = launches.checked(launches.Problem.of(3, 4, 8, 8, 2, precision, CPU))
+    low, high = (1e-8, 1e-4) if precision == "fp32" else (1e-4, 2e-2)
+    assert all(low < error < high for error in errors.values())
+
+
+def test_every_case_has_a_prediction():
+    device = steps.model.DEVICES["h100"]
+    found = [
+        steps.model.predict(kernel, c.P, c.Q, c.dtype, c.B, c.T, c.heads, device)
+        for c in steps.cases(False)
+        for kernel in launches.KERNELS
+        if c.dtype != "bf16x2"
+    ]
+    assert len(found) == 6 * 4 * 2 * 3
+    assert all(prediction.seconds > 0 for prediction in found)
+
+
 # The tools of CUDA
 
 
 def fake_tool(folder, name, says, code=0):
     path = folder / name
-    path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}\nEOF\nexit {code}\n")
+    path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}\nEOF\nexit {int(code)}\n")
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
 
 
@@ -345,15 +372,19 @@ SANITIZED = {
         "failed",
         "Race reported between",
     ),
-    "refused": ("========= Error: Device not supported", "skipped", "Device not supported"),
-    "silent": ("", "skipped", "no summary"),
+    "refused": (
+        "========= Error: Device not supported\n========= ERROR SUMMARY: 0 errors",
+        "skipped",
+        "ended with code 1: Error: Device not supported",
+    ),
+    "silent": ("", "skipped", "ended with code 0"),
 }
 
 
 @pytest.mark.parametrize("case", SANITIZED)
 def test_what_the_sanitizer_says(case, tmp_path, monkeypatch):
     says, status, words = SANITIZED[case]
-    fake_tool(tmp_path, "compute-sanitizer", says)
+    fake_tool(tmp_path, "compute-sanitizer", says, code=case == "refused")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     correct.sanitize(results(tmp_path), "racecheck", CPU)
     (row,) = rows_in(tmp_path)
@@ -367,6 +398,7 @@ PROFILE = """==PROF== Connected to process 7
 "","","","cycle","inst","inst","inst"
 "0","7","scan_forward_kernel","161,280","78,848","0.12","1.00"
 "1","7","scan_backward_kernel","209,920","147,968","0.40","1.00"
+"2","7","scan_forward_kernel","n/a","n/a","n/a","n/a"
 ==PROF== Disconnected"""
 
 
@@ -375,7 +407,8 @@ def test_what_the_profiler_says(tmp_path, monkeypatch):
     fake_tool(tmp_path, "ncu", PROFILE.format(columns=columns))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     correct.profile(results(tmp_path), CPU)
-    forward, backward = rows_in(tmp_path)
+    forward, backward, none = rows_in(tmp_path)
+    assert none["status"] == "skipped"
     assert forward["name"] == "ncu forward-16x16-bf16"
     assert (forward["cycles"], forward["instructions"]) == (315, 154)
     assert forward["stalls"] == {"long_scoreboard": 0.12, "selected": 1.0}

@@ -312,7 +312,7 @@ def test_model_of_unknown_devices_and_its_report(capsys):
     assert model.device_of("NVIDIA H200") == model.DEVICES["h200"]
     assert model.main(["--device", "b200"]) == 0
     said = capsys.readouterr().out
-    assert "memory-bound from B" in said
+    assert "| B=4096 |" in said
     assert "| 64x64 |" in said
     with pytest.raises(SystemExit):
         model.main(["--device", "v100"])

@@ -74,8 +74,8 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=CUDA)
 
 
-def run_tool(results, name: str, command: list[str], environment: dict) -> str | None:
-    """What a tool of CUDA prints; None after a row that says why it prints nothing."""
+def run_tool(results, name: str, command: list[str], **environment) -> tuple[int, str] | None:
+    """The exit code of a tool of CUDA and what it prints; None after a row that says why not."""
     path = tool(command[0])
     if path is None:
         results.add_reason(BENCH, name, "skipped", f"{command[0]} is not installed")
@@ -93,7 +93,7 @@ def run_tool(results, name: str, command: list[str], environment: dict) -> str |
     except (subprocess.TimeoutExpired, OSError) as error:
         results.add_reason(BENCH, name, "skipped", harness.reason_of(error))
         return None
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
 
 
 def sanitize(results: harness.Results, check: str, device: torch.device) -> None:
@@ -105,16 +105,17 @@ def sanitize(results: harness.Results, check: str, device: torch.device) -> None
     command += [sys.executable, "-m", "bench.gpu.launches", *PROFILED]
     command += ["--dtypes", "bf16", "fp32", "--device", str(device)]
     # every tensor an allocation of its own, so that its end is known
-    said = run_tool(results, name, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    if said is None:
+    ended = run_tool(results, name, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if ended is None:
         return
+    code, said = ended
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) .*", said)
     errors = [line.strip("= ") for line in said.splitlines() if line.startswith("=========")]
-    if not summary:
-        reason = "; ".join(errors[-3:] or said.split("\n")[-3:]) or "it printed nothing"
-        results.add_reason(BENCH, name, "skipped", f"no summary: {reason}")
-    elif summary[-1] != "0":
+    if summary and summary[-1] != "0":
         results.add_reason(BENCH, name, "failed", "; ".join(errors[1:6]))
+    elif code or not summary:
+        told = "; ".join(errors[-3:] or said.split("\n")[-3:])
+        results.add_reason(BENCH, name, "skipped", f"ended with code {code}: {told}")
     else:
         results.add(BENCH, name, "no errors")
 
@@ -136,9 +137,10 @@ def profile(results: harness.Results, device: torch.device) -> None:
     command += ["--metrics", "sm__cycles_active.max,smsp__inst_executed.sum"]
     command += [sys.executable, "-m", "bench.gpu.launches", *PROFILED, "--rows", "1"]
     command += ["--steps", str(STEPS), "--device", str(device)]
-    said = run_tool(results, name, command, {})
-    if said is None:
+    ended = run_tool(results, name, command)
+    if ended is None:
         return
+    said = ended[1]
     rows = profiled_rows(said)
     if not rows:
         last = " ".join([line for line in said.splitlines() if line.startswith("==")][-3:])
@@ -148,22 +150,27 @@ def profile(results: harness.Results, device: torch.device) -> None:
     simulated = json.loads(budget.read_text())["sm_90"]
     kernels = [f"{kernel}-{size}-bf16" for size in PROFILED for kernel in ("forward", "backward")]
     for kernel, row in zip(kernels, rows):
-        cycles = number(row["sm__cycles_active.max"]) / STEPS
+        numeric = {
+            k: v.replace(",", "") for k, v in row.items() if re.fullmatch(r"[\d,.]+", v or "")
+        }
+        if "sm__cycles_active.max" not in numeric:
+            results.add_reason(BENCH, f"ncu {kernel}", "skipped", f"no counters: {row}")
+            continue
+        cycles = float(numeric["sm__cycles_active.max"]) / STEPS
         stalls = {}
-        for key, value in row.items():
-            if found := re.search(r"issue_stalled_(\w+?)(?:_not_issued)?_per_issue_active", key):
-                stalls[found[1]] = number(value)
+        for key, value in numeric.items():
+            found = re.search(r"issue_stalled_(\w+)_per_issue_active", key)
+            if found and not found[1].endswith("_not_issued"):
+                stalls[found[1]] = float(value)
         worst = sorted((k for k in stalls if k != "selected"), key=stalls.get, reverse=True)[:4]
         expected = simulated[kernel]["step_cycles"]
-        line = f"{cycles:.0f} cycles a step, simulated {expected}; instructions between issues: "
+        line = (
+            f"{cycles:.0f} cycles a step, simulated {expected}; cycles between issues by reason: "
+        )
         line += ", ".join(f"{k} {stalls[k]:.2f}" for k in worst)
         values = {"cycles": cycles, "simulated_cycles": expected, "stalls": stalls}
-        values["instructions"] = number(row["smsp__inst_executed.sum"]) / STEPS
+        values["instructions"] = float(numeric.get("smsp__inst_executed.sum", 0)) / STEPS
         results.add(BENCH, f"ncu {kernel}", line, **values)
-
-
-def number(text: str) -> float:
-    return float(text.replace(",", "") or "nan")
 
 
 def run(results: harness.Results, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from kru_triton import kru_scan, unitary_
 from kru_triton.kernels import why_not
 from kru_triton.ops.arguments import How, Scan
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bf16x2": torch.bfloat16}  # by precision
 KERNELS = ("forward", "backward", "weight_grad")
 
 
@@ -111,8 +111,8 @@ def checked(own: Problem) -> dict[str, float]:
     dh[:, rows] = torch.randn_like(dh[:, rows])
     dx = own.backward(h, dh)
     actual = [h[:, rows], dx[:, rows], *own.weight_grad(dx, h)]
-    narrow = own.how.precision == "bf16"
-    a, b = (w.bfloat16() if narrow else w for w in (a, b))
+    narrow = own.how.precision != "fp32"
+    a, b = (w.bfloat16() if own.how.precision == "bf16" else w for w in (a, b))
     leaves = [w.double().requires_grad_() for w in (x[:, rows], a, b, beta)]
     exact = kru_scan(leaves[0].transpose(0, 1), leaves[1:3], leaves[3], backend="torch")[0]
     exact = exact.transpose(0, 1)

@@ -66,20 +66,20 @@ def boxes(budget: float, letters: list[str], given: dict[str, float]) -> dict[st
     return given | {k: max(0.0, left) * share / total for k, share in shares.items()}
 
 
-def run_part(command: list[str], seconds: float, environment: dict) -> str | None:
-    """Run a part's process; why it ended before it was done, None if it was."""
+def run_part(command: list[str], seconds: float, environment: dict) -> tuple[str, str]:
+    """Run a part's process; its status, and why it ended before it was done, if it did."""
     process = subprocess.Popen(command, cwd=harness.ROOT, env=environment, process_group=0)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return f"ended after its box of {seconds:.0f} s"
+        return "skipped", f"ended after its box of {seconds:.0f} s"
     finally:
         with contextlib.suppress(ProcessLookupError):  # with all that it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    return None if code in (0, 1) else f"ended with code {code}"  # 1: it has failed rows
+        return "failed", f"ended by {signal.Signals(-code).name}"
+    return ("ok", "") if code in (0, 1) else ("failed", f"ended with code {code}")  # 1: failed rows
 
 
 def work(part: Part, device: torch.device, options: argparse.Namespace) -> int:
@@ -141,9 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         given[by_letter([word], made)[0]] = float(seconds)
     if device.type == "cpu" and not options.quick:
         for letter in letters:
-            print(
-                f"{letter} {PARTS[letter].name}: needs a GPU, and none is here; --quick rehearses"
-            )
+            print(f"{letter} {PARTS[letter].name}: needs a GPU; without one --quick rehearses")
         return 1
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a part ends with what started it
@@ -153,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     environment.setdefault("TRITON_CACHE_DIR", str(harness.ROOT / "build" / "triton"))
     if device.type == "cpu":
         environment["TRITON_INTERPRET"] = "0" if "KRU_TARGET" in environment else "1"
+    else:
+        environment |= {"TRITON_INTERPRET": "0", "KRU_TARGET": ""}
     for number, letter in enumerate(letters):
         part = PARTS[letter]
         rest = letters[number:]
@@ -163,13 +163,13 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "bench", "gpu", "--part", letter, "--until", str(soft)]
         command += ["--device", str(device), "--out", str(results.folder)]
         command += [f"--{flag}" for flag in ("quick", "again") if getattr(options, flag)]
-        reason = run_part(command, box, environment)
+        status, reason = run_part(command, box, environment)
         taken = time.monotonic() - began
         name = f"part {letter} {part.name}"
-        if reason is None:
+        if status == "ok":
             results.add("gpu", name, f"{taken:.0f} s of {box:.0f}", seconds=taken)
         else:
-            results.add_reason("gpu", name, "failed", reason, seconds=taken)
+            results.add_reason("gpu", name, status, reason, seconds=taken)
 
     lines, failures = harness.table(results.path)
     print("", *lines, sep="\n")

@@ -17,9 +17,10 @@ L2 flushed before.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench import harness
 from bench.gpu.launches import DTYPES, KERNELS, Problem, checked
@@ -64,13 +65,14 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         return [QUICK]
     few = [(B, 1024) for B in (16, 132, 528, 1)]
-    return [
+    found = [
         Case(B, T, *shape, dtype)
         for rows in (few, [(1024, 512), (2048, 512)])
-        for dtype in DTYPES
+        for dtype in ("bf16", "fp32")
         for B, T in rows
         for shape in SHAPES
     ]
+    return found + [Case(B, 1024, *shape, "bf16x2") for B in LOOPED for shape in SHAPES[:2]]
 
 
 # which launch constants are tried: kernel, P, Q, rows, settings
@@ -121,10 +123,7 @@ def ours(shared: Shared) -> list[Candidate]:
             values["errors"] = checked(shared.made[0].part(CHECKED))
         return launch, None
 
-    return [
-        Candidate("kru", lambda kernel=kernel: prepare(kernel), False, (kernel,), values)
-        for kernel in KERNELS
-    ]
+    return [Candidate("kru", partial(prepare, k), False, (k,), values) for k in KERNELS]
 
 
 def finite(forward: Callable) -> Callable:
@@ -195,10 +194,6 @@ def flashrnn(case: Case, device, backend: str) -> Candidate:
     return Candidate(f"flashrnn {backend}", prepare, True, ("forward", "backward"), values)
 
 
-def norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float32).item()
-
-
 def settings(shared: Shared, kernel: str, tried: list[dict]) -> list[Candidate]:
     """A kernel with each of the settings, the default first."""
 
@@ -208,22 +203,19 @@ def settings(shared: Shared, kernel: str, tried: list[dict]) -> list[Candidate]:
 
         expected, launch = flat(shared.launch(kernel)()), shared.launch(kernel, **setting)
         # no copies in double precision: the largest ones would not fit
-        error = norm(flat(launch()) - expected) / norm(expected)
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+        error = (norm(flat(launch()) - expected) / norm(expected)).item()
         if not error < 1e-2:
             raise AssertionError(f"differs from the default by {error:.1e}")
         return launch, None
 
-    return [
+    found = []
+    for setting in [{}, *tried]:
+        name = "kru" + "".join(f" {k}={v}" for k, v in setting.items())
         # one that does not compile, or not to the same result, is an answer too
-        Candidate(
-            "kru" + "".join(f" {k}={v}" for k, v in setting.items()),
-            lambda setting=setting: prepare(setting),
-            bool(setting),
-            (kernel,),
-            {"setting": setting},
-        )
-        for setting in [{}, *tried]
-    ]
+        about = bool(setting), (kernel,), {"setting": setting}
+        found.append(Candidate(name, partial(prepare, setting), *about))
+    return found
 
 
 def race(results, case: Case, found: list[Candidate], device, rounds: int, about="") -> None:
@@ -237,9 +229,9 @@ def race(results, case: Case, found: list[Candidate], device, rounds: int, about
         line = f"{values['us_per_step']:8.3f} us/step"
         if candidate.name.startswith("kru"):
             numbers = model.NUMBERS[direction] * case.units * case.B * case.T
-            values["gb_per_s"] = numbers * model.ITEMSIZE[case.dtype] / seconds / 1e9
+            values["gb_per_s"] = numbers * DTYPES[case.dtype].itemsize / seconds / 1e9
             line += f"  {values['gb_per_s']:7.1f} GB/s"
-        if candidate.name == "kru" and known:
+        if candidate.name == "kru" and known and case.dtype in model.ITEMSIZE:
             shape = (case.P, case.Q, case.dtype, case.B, case.T, case.heads)
             expected = model.predict(direction, *shape, known)
             values |= {"predicted_ms": 1e3 * expected.seconds, "bound": expected.bound}
@@ -253,7 +245,8 @@ def race(results, case: Case, found: list[Candidate], device, rounds: int, about
 def run(results: harness.Results, device: torch.device) -> None:
     for case in cases(results.quick):
         results.title(case.name)
-        rnns = [torch_rnn(case, device, kind) for kind in ("LSTM", "GRU")]
+        kinds = () if case.dtype == "bf16x2" else ("LSTM", "GRU")
+        rnns = [torch_rnn(case, device, kind) for kind in kinds]
         race(results, case, ours(Shared(case, device)) + rnns, device, rounds=10)
         harness.free_memory(device)
     for case in cases(results.quick):

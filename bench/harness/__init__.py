@@ -8,7 +8,6 @@ from bench.harness.cli import command_line, device_for, parser, plain_parser, py
 from bench.harness.device import (
     ROOT,
     commit,
-    cpu_name,
     device_name,
     free_memory,
     pick_device,
@@ -19,7 +18,6 @@ from bench.harness.device import (
 )
 from bench.harness.race import (
     Candidate,
-    Clock,
     Unavailable,
     captured,
     ceilings,
@@ -33,7 +31,6 @@ from bench.harness.rows import (
     SCRATCH,
     Results,
     append_row,
-    check_row,
     latest,
     read_rows,
 )

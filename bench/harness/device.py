@@ -30,24 +30,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def cpu_info() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor, {} where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
 
 
 def cpu_kind() -> str | None:
     """Family, model and the vector extensions by which processors of one name differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return None
-    known = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    known = cpu_info()
     if "cpu family" not in known:
         return None
     flags = [f for f in known["flags"].split() if f.startswith(("amx", "avx"))]
@@ -55,7 +47,9 @@ def cpu_kind() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:

@@ -97,21 +97,13 @@ class Results:
         device: a torch device, or the name of what was measured if it is not this machine.
         options: of `parser` (out, again, quick).
         command: as a user would type it.
-        file: stem of the file; None: the device's.
         deadline: of time.monotonic(), from which on nothing is started.
     """
 
-    def __init__(
-        self,
-        device,
-        options: argparse.Namespace,
-        command: str,
-        file: str | None = None,
-        deadline: float = math.inf,
-    ):
+    def __init__(self, device, options: argparse.Namespace, command: str, deadline=math.inf):
         self.provenance = provenance(device, command)
         self.folder = Path(options.out or (SCRATCH if options.quick else RESULTS))
-        self.path = self.folder / f"{file or slug(self.provenance['device'])}.jsonl"
+        self.path = self.folder / f"{slug(self.provenance['device'])}.jsonl"
         self.quick = options.quick
         self.failures = 0
         self.left = []  # what there was no time for

@@ -137,11 +137,9 @@ def memory_of_this_process(key):
 def growth_of_memory(function):
     """Bytes by which the resident set grows at its highest while `function` runs.
 
-    In a process of its own, since memory freed to the allocator would hide what the next
-    implementation takes; it must have run at a small size before, so that libraries and thread
-    pools are loaded. The kernel's high-water mark of this address space (VmHWM) is set back to the
-    present (clear_refs 5) and read at the end: it misses nothing, whoever allocates. ru_maxrss
-    would not do alone: it starts from the parent's, which fork and exec hand down.
+    In a process of its own, since memory freed to the allocator would hide what the next one takes,
+    and after a run at a small size, which loads libraries. The kernel's high-water mark (VmHWM) is
+    set back to the present (clear_refs 5) and read at the end: it misses nothing.
     """
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
