@@ -32,7 +32,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "gpu": Benchmark("gpu.run", "every answer of a GPU in nine minutes: `make gpu`", "cuda"),
-    "cpu": Benchmark("speed.cpu", "the torch backend on a CPU, and how its cost grows", "cpu"),
+    "cpu": Benchmark("speed.cpu", "the torch backend on a CPU", "cpu"),
     "compiled": Benchmark("static.compiled", "registers and instructions of the kernels", "cpu"),
     "precision": Benchmark("quality.precision", "error and cycles by precision of the products"),
     "schedule": Benchmark("static.schedule", "cycles of a step from the machine code's bits"),

@@ -8,7 +8,6 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
 
     steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
-    cpu-growth        torch backend: time against T, B, N, F beside a linear law
     cpu-speed         torch backend against the loop and torch.nn
     states            state tracking: right answers against length, mean and worst of the seeds
 """
@@ -94,30 +93,6 @@ def context(rows, new):
     return figure, found
 
 
-def growth(rows, new):
-    found = ok(rows, "cpu", section="growth")
-    found = [row for row in found if "value" in row]
-    families = list(dict.fromkeys(row["family"] for row in found))
-    if not families:
-        return None
-    figure, axes = new(len(families))
-    for axis, family in zip(axes, families):
-        points = sorted((r["value"], r["ms_p50"]) for r in found if r["family"] == family)
-        axis.plot(*zip(*points), marker="o", label="measured")
-        laws = {"units N = P²": (1, 1.5), "factors F, same N": (0,)}.get(family, (1,))
-        first, ms = points[0]
-        for law, style in zip(laws, ("--", ":")):
-            guide = [ms * (x / first) ** law for x, _ in points]
-            name = {0: "constant", 1: "linear"}.get(law, f"power {law}")
-            xs = [x for x, _ in points]
-            axis.plot(xs, guide, style, color="black", label=name, linewidth=1)
-        slopes = ok(rows, "cpu", section="exponent", family=family)
-        title = f"measured exponent {slopes[-1]['exponent']:.2f}" if slopes else ""
-        axis.set_title(title, fontsize=9)
-        finish(axis, family, "ms, forward + backward")
-    return figure, found
-
-
 def speed(rows, new):
     panels = defaultdict(list)  # by what is compared
     for section in ("scan", "layer"):
@@ -169,7 +144,6 @@ def states(rows, new):
 FIGURES = {
     "steps": steps,
     "context": context,
-    "cpu-growth": growth,
     "cpu-speed": speed,
     "states": states,
 }

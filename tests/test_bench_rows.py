@@ -15,7 +15,6 @@ import torch
 from bench import __main__ as front
 from bench import harness, plot
 from bench.harness import Candidate, Unavailable, slug
-from bench.speed import cpu
 from bench.static import model
 
 CPU = torch.device("cpu")
@@ -346,11 +345,6 @@ def test_the_model_takes_what_a_device_measured_and_shows_measured_times(tmp_pat
     assert line in said
 
 
-def test_exponent_of_a_power_law():
-    assert math.isclose(cpu.exponent([1, 2, 4, 8], [3, 6, 12, 24]), 1)
-    assert math.isclose(cpu.exponent([1, 4, 16], [1, 8, 64]), 1.5)
-
-
 def synthetic(path):
     """One row of every kind that a figure draws."""
     times = {"ms_p20": 1.0, "ms_p50": 2.0, "ms_p80": 3.0, "direction": "both"}
@@ -367,10 +361,6 @@ def synthetic(path):
             add("steps", f"{case} {name}", case=case, B=B, implementation=name, **values)
     for seen in (10, 100):
         add("context", f"kru {seen}", implementation="kru", context=seen, **times)
-    for value in (16, 32):
-        values = {**times, "ms_p20": 0.5, "ms_p50": value / 16, "value": value}
-        add("cpu", f"growth {value}", section="growth", family="length T", **values)
-    add("cpu", "exponent", section="exponent", family="length T", exponent=1.0)
     add("cpu", "scan torch", section="scan", ratio=2.0, **times)
     add("steps", "flashrnn", status="skipped", reason="not installed")
     add("states", "s3", task="s3", flags="--lr 1e-3 --model kru", last={"8": 1.0, "16": 0.5})

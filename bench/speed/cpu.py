@@ -9,7 +9,6 @@ Sections:
     scan     forward + backward with x_proj given, against the loop reference under autograd
     memory   peak memory of the same two, and of a layer that recomputes
     layer    a full KRU layer against torch.nn.LSTM, GRU and RNN, and the part of its products
-    growth   time against length, batch, size and number of factors; exponents of the growth
 
 Results are checked against the loop in float64 on the shapes that are timed, before the timing.
 Baselines take turns within one process; a row holds the 20th, 50th and 80th percentile of one call.
@@ -233,63 +232,7 @@ def bench_layer(table, quick):
         table.add_times("layer", f"layer {name}", ms, baseline=times["nn.LSTM"], **values)
 
 
-# growth
-
-
-def bench_growth(table, quick):
-    base = (4, 8, (4, 4)) if quick else (32, 128, (32, 32))
-    batch, length, sizes = base
-    p = sizes[0]
-    many = 4 if quick else 12  # 2^12 = 64² units as factors of one size
-    doublings = (1, 2, 4) if quick else (1, 2, 4, 8)
-    families = {  # what grows: its values, the shapes, what the maths says of the exponent
-        "length T": ([k * length // 2 for k in doublings], lambda t: (batch, t, sizes), "1"),
-        "batch B": ([k * batch // 4 for k in doublings], lambda b: (b, length, sizes), "1"),
-        "units N = P²": (
-            [(k * p // 2) ** 2 for k in (1, 2, 4)],
-            lambda n: (batch, length, (math.isqrt(n),) * 2),
-            "1 (nonlinearity, copies) to 1.5 (products)",
-        ),
-        "factors F, same N": (
-            [f for f in range(2, many + 1) if many % f == 0],
-            lambda f: (batch, length, (2 ** (many // f),) * f),
-            "0 where a balanced cut exists",
-        ),
-    }
-    for family, (values, shape_of, expected) in families.items():
-        table.title(f"growth: {family}; forward + backward; exponent by the maths: {expected}")
-        candidates = {
-            value: functools.partial(
-                forward_backward, IMPLEMENTATIONS["torch"], *problem(*shape_of(value))
-            )
-            for value in values
-        }
-        times = interleaved(candidates, 2 if quick else 5)
-        first = times[values[0]]["ms_p50"]
-        for value, ms in times.items():
-            name = f"growth {family} {shape_name(*shape_of(value))}"
-            found = {"family": family, "value": value, "relative": ms["ms_p50"] / first, **ms}
-            line = f"{ms['ms_p50']:9.2f} ms   {found['relative']:5.2f} times the first"
-            table.add("growth", name, line, **found)
-        slope = exponent(values, [ms["ms_p50"] for ms in times.values()])
-        found = {"family": family, "exponent": slope, "expected": expected}
-        line = f"{slope:9.2f}   (the maths: {expected})"
-        table.add("exponent", f"growth {family} exponent", line, **found)
-
-
-def exponent(values, times):
-    """Slope of the least-squares line through log time against log value."""
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (values, times))
-    x = x - x.mean()
-    return ((x * y).sum() / (x * x).sum()).item()
-
-
-BENCHES = {
-    "scan": bench_scan,
-    "memory": bench_memory,
-    "layer": bench_layer,
-    "growth": bench_growth,
-}
+BENCHES = {"scan": bench_scan, "memory": bench_memory, "layer": bench_layer}
 
 
 def main(argv=None):
