@@ -193,7 +193,7 @@ def test_a_spent_budget_is_left_for_later(tmp_path):
     candidates = [Candidate("one", lambda: (lambda: None, None), directions=("forward",))]
     harness.race(own, "b", "case", candidates, CPU, describe, rounds=1)
     assert own.finish() == 0
-    assert own.left == ["case one"]
+    assert own.left == ["case forward one"]
     assert not harness.read_rows(own.path)
 
 

@@ -116,17 +116,15 @@ def race(
         flush: empty a GPU's L2 cache before each call.
     """
 
-    def row_name(candidate, direction):
+    def row_name(candidate, direction=None):
+        if direction is None and len(candidate.directions) == 1:
+            direction = candidate.directions[0]
         return " ".join(word for word in (case, direction, candidate.name) if word)
 
     def is_done(candidate):
         names = [row_name(candidate, d) for d in candidate.directions]
-        return results.is_done(bench, row_name(candidate, reason_direction(candidate))) or all(
-            results.is_done(bench, name) for name in names
-        )
-
-    def reason_direction(candidate):
-        return candidate.directions[0] if len(candidate.directions) == 1 else ""
+        done = [results.is_done(bench, name) for name in names]
+        return results.is_done(bench, row_name(candidate)) or all(done)
 
     ready, peaks, too_large = {}, {}, []
 
@@ -143,14 +141,14 @@ def race(
         else:
             status, reason = "skipped" if candidate.baseline else "failed", reason_of(error)
         values = {"case": case, "implementation": candidate.name, **candidate.values}
-        name = row_name(candidate, reason_direction(candidate))
+        name = row_name(candidate)
         results.add_reason(bench, name, status, reason, **values)
         if not is_out_of_memory(error):
             synchronize(device)
 
     clock = Clock(device, flush)
     for candidate in candidates:
-        if is_done(candidate) or results.out_of_time(row_name(candidate, "")):
+        if is_done(candidate) or results.out_of_time(row_name(candidate)):
             continue
         try:
             functions = candidate.prepare()

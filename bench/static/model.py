@@ -119,31 +119,27 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     """
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
-    tables = []  # by size: the one launch, or the two of dA and dB
-    for table in (_compiled(arch), _budget()):
-        sizes = {}
-        for name, row in table.items():
-            if match := pattern.fullmatch(name):
-                sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
-        tables.append(sizes)
+    sizes = {}  # the one launch of each, or the two of dA and dB
+    for name, row in (_budget() | _compiled(arch)).items():
+        if match := pattern.fullmatch(name):
+            sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
+    if not sizes:
+        raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
     same = ((P, Q), (tile.PP, tile.QP), (Q, P), (tile.QP, tile.PP))
-    found = next((sizes[s] for sizes in tables for s in same if s in sizes), None)
-    scale, warps = 1.0, num_warps(kernel, P, Q, dtype)
-    if found is None and (sizes := tables[0] or tables[1]):
-        nearest = min(sizes, key=lambda s: abs(math.log(s[0] * s[1] / (P * Q))))
-        found = sizes[nearest]
-        scale = P * Q / (nearest[0] * nearest[1]) * num_warps(kernel, *nearest, dtype) / warps
-    if found is not None:
-        return Counts(
-            latency=scale * sum(row["step_cycles"] for row in found),
-            instructions=scale * sum(row["instructions_per_step"] for row in found),
-            mma=products(tile, kernel, dtype) / warps,
-            shared=scale * sum(row["shared_wavefronts"] for row in found),
-            registers=max(row["registers"] for row in found),
-            warps=warps,
-            rows=tile.rows,
-        )
-    raise ValueError(f"no {kernel} kernel of {dtype} is among the compiled ones")
+    distance = {s: abs(math.log(s[0] * s[1] / (P * Q))) for s in sizes}
+    size = next((s for s in same if s in sizes), min(sizes, key=distance.get))
+    found, scale, warps = sizes[size], 1.0, num_warps(kernel, P, Q, dtype)
+    if size not in same:
+        scale = P * Q / (size[0] * size[1]) * num_warps(kernel, *size, dtype) / warps
+    return Counts(
+        latency=scale * sum(row["step_cycles"] for row in found),
+        instructions=scale * sum(row["instructions_per_step"] for row in found),
+        mma=products(tile, kernel, dtype) / warps,
+        shared=scale * sum(row["shared_wavefronts"] for row in found),
+        registers=max(row["registers"] for row in found),
+        warps=warps,
+        rows=tile.rows,
+    )
 
 
 @dataclass(frozen=True)
