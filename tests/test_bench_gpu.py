@@ -275,7 +275,7 @@ def test_memory_that_another_process_holds_is_said(tmp_path, monkeypatch):
     own.until = time.monotonic() + 60
     run.work(run.PARTS["c"], torch.device("cuda"), own)
     rows = rows_in(tmp_path)
-    assert rows[0]["reason"] == "only 2.0 of 80.0 GiB are free: another process holds the rest"
+    assert rows[0]["reason"] == "only 2.0 of 80.0 GiB of memory are free"
     assert rows[1]["name"] == "ran"
 
 

@@ -1,8 +1,7 @@
 """a: everything that the other parts launch, compiled on all cores, into the cache that they share.
 
-Each task launches its kernels on a few rows and steps, in one of as many processes as there are
-cores: what is compiled depends on neither. A row says how long a task took; what does not compile
-is a row, and so is what there was no time for, which the other parts then compile themselves.
+Each task launches its kernels on a few rows and steps, on which what is compiled does not depend. A
+row says how long it took; what there was no time for, the other parts compile themselves.
 """
 
 import itertools

@@ -1,14 +1,10 @@
 """b: are the kernels right on this device, and the same twice?
 
-Tests of tests/test_kernels.py, a row each with its relative errors: forward and all gradients
-against float64, in bfloat16 against the definition that rounds what the kernels round; long
-sequences (T = 4096, N = 1024, 512 rows) against float64, run twice for bitwise equality. Those of
-tests/machine/chosen.txt first, then what the tools of CUDA say, then as many others as there is
-time for.
-
-The tools run `launches.py` on small cases: compute-sanitizer (memcheck, racecheck), and ncu, whose
-cycles of a step and reasons for stalls stand beside the simulated cycles of
-static/compiled_budget.json. A tool that is not there, or refuses the device, is a row.
+Tests of tests/test_kernels.py, a row each with its errors: those of tests/machine/chosen.txt, long
+sequences (T = 4096, N = 1024, 512 rows, twice), and, last, as many others as there is time for.
+In between compute-sanitizer and ncu run `launches.py` on small cases; ncu's cycles of a step and
+reasons for stalls stand beside the simulated cycles of static/compiled_budget.json. A tool that is
+not there, or refuses the device, is a row.
 """
 
 import csv

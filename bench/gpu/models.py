@@ -1,14 +1,11 @@
 """e: tokens a second of language models of equal size, in training and in decoding.
 
-Training: one step is forward, cross-entropy, backward, clipping and AdamW in bfloat16 autocast on
+A training step is forward, cross-entropy, backward, clipping and AdamW in bfloat16 autocast on
 random tokens, as many for every length; `mfu` is 6 FLOPs per token and parameter of a matrix
 (embedding once, as the head) and the mixers' own, over the measured speed of a bfloat16 product.
-The baselines' sizes are rounded to what tensor cores like; the transformer attends over the whole
-sequence (SDPA). Last, KRU and transformer compiled, the compiler's seconds in a row of their own.
-
-Decoding: one token for all rows of a batch, replayed as a CUDA graph: for the Kronecker models that
-of `model.decoding()`, with its copies of state and token; the transformer from a preallocated cache
-of 1,024 positions. Both are checked against the model run over the whole sequence at once.
+The baselines' sizes are rounded to what tensor cores like. Decoding is one token for all rows of a
+batch, replayed as a CUDA graph, checked against the whole sequence at once; that of the Kronecker
+models copies state and token, the transformer reads a preallocated cache.
 """
 
 import contextlib

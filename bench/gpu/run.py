@@ -7,18 +7,10 @@
                                                    # Triton's interpreter, or with KRU_TARGET=sm_90
                                                    # compiled, on tests/machine
 
-    a compile    do the kernels compile here? all that the others launch, on all cores
-    b correct    are they right, and the same twice? sanitizer; counters of the profiler
-    c micro      what the schedule assumes of the device: latencies, rates, places, bandwidth
-    d steps      how long does a step take, and a sequence, against torch.nn; launch constants
-    e models     tokens a second of language models: training, decoding
-    f learn      does a model train?
-
-A part is a process with a time box: what it has not begun by then it leaves out, and what does not
-end by itself is ended; time that a part leaves over goes to those behind it. Whatever fails is a
-row and stops nothing else. Rows are written as they come, to one file of --out named after the
-device, and a table of them last, on the screen and in gpu-table.txt. What has a row of the present
-commit is not run again, so the same call goes on where one was cut off.
+What each part asks: bench/README.md. A part is a process with a time box: what it has not begun by
+then it leaves out, and what does not end by itself is ended; time left over goes to those behind.
+Whatever fails is a row and stops nothing else. Rows are written as they come, a table last. What
+has a row of the present commit is not run again: the same call goes on where one was cut off.
 """
 
 import argparse
@@ -90,10 +82,8 @@ def work(part: Part, device: torch.device, options: argparse.Namespace) -> int:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             if free < 0.9 * total:
-                reason = f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free: another "
-                results.add_reason(
-                    part.name, f"{part.name} memory", "skipped", reason + "process holds the rest"
-                )
+                reason = f"only {free / 2**30:.1f} of {total / 2**30:.1f} GiB of memory are free"
+                results.add_reason(part.name, f"{part.name} memory", "skipped", reason)
         with stand_in():
             if part.kernels and (reason := why_no_kernels(device)):
                 results.add_reason(part.name, f"{part.name} kernels", "skipped", reason)

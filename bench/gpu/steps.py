@@ -1,17 +1,13 @@
 """d: how long a step and a sequence take, beside torch.nn, the loop and FlashRNN.
 
 Each case races our three kernels (forward, adjoint, weight gradients) with torch.nn.LSTM and GRU
-(cuDNN) of as many units, their projection of 16 inputs included, in the same type of memory. Up to
-528 rows, four one-warp programs for each processor of an H100, time is that of a step; beyond,
-memory's. The definition as a loop under autograd and the torch backend run a few, in float32.
+(cuDNN) of as many units, their projection of 16 inputs included, in the same type of memory; a few,
+in float32, the definition as a loop under autograd and the torch backend. Then launch constants
+that only a GPU can settle (`options.TUNABLE`), each against the default (`setting`), and FlashRNN.
 
-Then, one after another, launch constants that only a GPU can settle (`options.TUNABLE`), each
-against the default (`setting`), and FlashRNN's LSTM where it is installed.
-
-Before the timing our results of 64 steps of the very case are checked against float64 (`errors`); a
-setting's against the default's. `predicted_ms`: what `static/model.py` says, with the constants
-that part c has measured. A row holds the 20th, 50th and 80th percentile of a call between events,
-L2 flushed before.
+Before the timing our results of 64 steps of the very case are checked against float64 (`errors`), a
+setting's against the default's. `predicted_ms` is what `static/model.py` says, with the constants
+that part c has measured; times are of a call between events, L2 flushed before.
 """
 
 import math

@@ -68,8 +68,7 @@ def forward_backward(scan, x, factors, beta, dh, dh_n):
 def check(shape):
     """Largest relative RMS error of the float32 torch backend against the float64 loop.
 
-    It may be three times that of the float32 loop, the best that the definition does at this
-    length: roundings of 6e-8 add up over T steps, and modReLU's adjoint divides by |z|.
+    It may be three times that of the float32 loop, the best that the definition does here.
     """
     expected = forward_backward(kru_scan_reference, *problem(*shape, torch.float64))
     errors = {}

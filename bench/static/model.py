@@ -9,16 +9,14 @@ cycles, and all programs together cannot move their bytes faster than memory doe
     cycles of a step = max(latency, warps per subpartition · max(instructions, mma · mma cycles))
     time = max(waves · T · cycles / clock, bytes · B · T · heads / bandwidth)
 
-The latency is that of the compiled code's scheduling bits, one warp alone (`step_cycles` of
-`python -m bench schedule`). The weight-gradient kernel runs in parallel over time: its latency is
-hidden, its issue, tensor, shared-memory and memory times remain. The kernels for factors too large
-for a program, and those of the LSTM, are not in it.
+The latency is that of the compiled code's scheduling bits, one warp alone. The weight-gradient
+kernel runs in parallel over time: its latency is hidden. The kernels for factors too large for a
+program, and those of the LSTM, are not in it. Counts are the newest rows of `python -m bench
+schedule` for the architecture, else the budget of `compiled_budget.json` (sm_90).
 
-Counts are the newest rows of `python -m bench schedule` for the device's architecture, else the
-budget of `compiled_budget.json` (sm_90). Constants are from data sheets, from the literature and
-from the distances that ptxas keeps (see DEVICES): guesses, in whose place comes what `make gpu` has
-measured (`constants` of rows in --results). Its times are shown beside the predicted ones. A
-constant goes in by hand by its name: `--set mma_cycles=6.4 bandwidth=2.9e12`.
+Constants are from data sheets and from the distances that ptxas keeps (see DEVICES): guesses, in
+whose place comes what `make gpu` has measured (`constants` of rows in --results); its times are
+shown beside the predicted ones. By hand: `--set mma_cycles=6.4 bandwidth=2.9e12`.
 
 B batch rows, T steps, H heads, P, Q sides of the factors, N = P·Q complex units per head.
 """
