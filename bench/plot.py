@@ -9,9 +9,12 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
     cpu-speed         torch backend against the loop and torch.nn
+    curves            training loss of the longest finals over the tokens read, mean of the seeds;
+                      its end the bits per byte of the validation text
     states            state tracking: right answers against length, mean and worst of the seeds
 """
 
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -114,6 +117,37 @@ def speed(rows, new):
     return figure, [row for chosen in panels.values() for row in chosen]
 
 
+def curves(rows, new):
+    found = [row for row in ok(rows, "baselines", kind="tokens") if row.get("curve")]
+    if not found:
+        return None
+    longest = max(found, key=lambda row: row["tokens"])
+    same = ("data", "preset", "params", "flags", "steps")
+    found = [row for row in found if all(row[key] == longest[key] for key in same)]
+    models = defaultdict(list)
+    for row in sorted(found, key=lambda row: row["val_bpb"]):
+        own = models[row["model"], row["optimizer"]]
+        if not own or row["lr"] == own[0]["lr"]:  # of rates the best
+            own.append(row)
+    figure, (axis,) = new(1)
+    for number, ((model, optimizer), own) in enumerate(models.items()):
+        points = list(zip(*(row["curve"] for row in own)))  # of all seeds
+        groups = [points[i : i + 4] for i in range(0, len(points), 4)]
+        tokens = [group[-1][0][0] / 1e6 for group in groups]
+        bits = [
+            statistics.mean(nats for point in group for _, nats in point) / math.log(2)
+            for group in groups
+        ]
+        name = f"{model}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
+        width = 2.2 if model == "kru" else 1
+        axis.plot(tokens[1:], bits[1:], color=f"C{number}", label=name, linewidth=width)
+        ends = [row["val_bpb"] for row in own]
+        axis.plot([tokens[-1]] * len(ends), ends, "x", color=f"C{number}", markersize=5)
+    axis.set_title(f"{longest['parameters']:,} parameters, {longest['data']}", fontsize=9)
+    finish(axis, "million tokens", "bits per byte; x: held-out text", log=False)
+    return figure, found
+
+
 def states(rows, new):
     found = ok(rows, "states")
     tasks = list(dict.fromkeys(row["task"] for row in found))
@@ -145,6 +179,7 @@ FIGURES = {
     "steps": steps,
     "context": context,
     "cpu-speed": speed,
+    "curves": curves,
     "states": states,
 }
 
