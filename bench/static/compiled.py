@@ -3,6 +3,7 @@
     python -m bench compiled                          # every variant for every target
     python -m bench compiled --arch sm_90 --kernel forward
     python -m bench compiled --json compiled.json     # to this file, in place of bench/results
+    python -m bench compiled --arch sm_90 --executed --match 16x16
 
 Each variant is compiled ahead of time with the constants and options its launcher would use, its
 machine code is disassembled with the tools that triton ships, and the instructions of the time
@@ -12,6 +13,9 @@ waits. The loop counted is the longest innermost one; the kernels of `wide` spen
 and their figure is for one block of rows of the large factor. `access_bytes` is the widest access
 to global memory of one thread, `compile_seconds` the processor time that the compilation took (none
 where triton's cache had the kernel).
+
+With --executed the kernels of modReLU also run, on tests/machine, and more is counted of a step:
+instructions of all warps by kind, and what they move (see `count.per_step` there).
 """
 
 import argparse
@@ -20,9 +24,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces what is compiled here
@@ -33,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import harness
+from bench.gpu.launches import Problem, launch_all
 from kru_triton.kernels import geometry, launch, lstm, scan, weight_grad, wide
 from kru_triton.kernels.options import (
     compile_options,
@@ -59,6 +65,7 @@ KERNELS = {
 }
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MACHINE = ("sm_80", "sm_90")  # what tests/machine executes
 FLAGS = ("h_0", "reset", "lengths", "tokens")
 
 
@@ -319,6 +326,17 @@ def counts(kernel, amd: bool) -> dict:
     return row
 
 
+@functools.cache
+def executed(P: int, Q: int, dtype: str, arch: str) -> dict[str, dict[str, int]]:
+    """What one program executes in a step of modReLU, by the name of its kernel."""
+    sys.path.insert(0, str(harness.ROOT / "tests"))
+    from machine.count import per_step
+
+    rows = geometry.Tile.of(P, Q, ITEMSIZE[dtype]).rows
+    table = per_step(lambda T: launch_all(Problem.of(rows, T, P, Q, 1, dtype, "cpu")), arch)
+    return {name: table[k.__name__] for name, k in KERNELS.items() if k.__name__ in table}
+
+
 def measure(variant: Variant, arch: str) -> dict:
     """One row of the table."""
     before = os.times()
@@ -393,13 +411,15 @@ def report(
     for variant in chosen:
         for arch in args.arch:
             row = measure(variant, arch)
-            shown = list(row)[list(row).index("warps") :]
+            shown = [k for k in list(row)[list(row).index("warps") :] if k != "executed"]
             if not rows:
                 heads = " ".join(f"{short.get(k, k)[:6]:>6}" for k in shown)
                 print(f"{'variant':44} {'arch':7} {heads}")
             rows.append(row)
             numbers = " ".join(f"{row[k]:>6}" for k in shown)
             print(f"{variant.name:44} {arch:7} {numbers}", flush=True)
+            if "executed" in row:
+                print("   ", ", ".join(f"{n} {what}" for what, n in row["executed"].items()))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
         return 0
@@ -416,4 +436,14 @@ def report(
 
 def main(argv: list[str] | None = None) -> int:
     made = parser(__doc__, "compiled", TARGETS)
-    return report(made, made.parse_args(argv), argv, measure, "compiled")
+    made.add_argument("--executed", action="store_true", help="run them on tests/machine too")
+    args = made.parse_args(argv)
+
+    def measured(variant: Variant, arch: str) -> dict:
+        row, plain = measure(variant, arch), Variant(variant.kernel, variant.P, variant.Q)
+        runs = variant == replace(plain, dtype=variant.dtype) and arch in MACHINE
+        if args.executed and runs and not variant.kernel.startswith("lstm"):
+            row["executed"] = executed(variant.P, variant.Q, variant.dtype, arch)[variant.kernel]
+        return row
+
+    return report(made, args, argv, measured, "compiled")
