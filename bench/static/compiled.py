@@ -3,6 +3,7 @@
     python -m bench compiled                          # every variant for every target
     python -m bench compiled --arch sm_90 --kernel forward
     python -m bench compiled --json compiled.json     # to this file, in place of bench/results
+    python -m bench compiled --arch sm_90 --executed --match 16x16
 
 Each variant is compiled ahead of time with the constants and options its launcher would use, its
 machine code is disassembled with the tools that triton ships, and the instructions of the time
@@ -12,6 +13,9 @@ waits. The loop counted is the longest innermost one; the kernels of `wide` spen
 and their figure is for one block of rows of the large factor. `access_bytes` is the widest access
 to global memory of one thread, `compile_seconds` the processor time that the compilation took (none
 where triton's cache had the kernel).
+
+With --executed the kernels of modReLU also run, on tests/machine, and more is counted of a step:
+instructions of all warps by kind, and what they move (see `count.per_step` there).
 """
 
 import argparse
@@ -20,10 +24,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces what is compiled here
@@ -34,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import harness
+from bench.gpu.launches import Problem, launch_all
 from kru_triton.kernels import geometry, launch, lstm, scan, weight_grad, wide
 from kru_triton.kernels.options import (
     compile_options,
@@ -60,6 +65,7 @@ KERNELS = {
 }
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MACHINE = ("sm_80", "sm_90")  # what tests/machine executes
 FLAGS = ("h_0", "reset", "lengths", "tokens")
 
 
@@ -100,92 +106,30 @@ class Variant:
 
     def pointers(self) -> dict[str, str | None]:
         """Type of every pointer argument, None for those that the launcher would not pass."""
-        memory = self.dtype
-        beta = self.nonlinearity == "modrelu"
-        again = self.nonlinearity == "modtanh"
+        adjoint, again = self.kernel == "backward", self.nonlinearity == "modtanh"
         flag = {f: f in self.flags for f in FLAGS}
-        words = {
-            "p_keep": "i32" if flag["reset"] else None,
-            "p_alive": "i32" if flag["lengths"] and self.tile.rows > 1 else None,
-            "p_steps": "i32" if flag["lengths"] else None,
+        given = {
+            "p_tokens": flag["tokens"] and (again or not adjoint),
+            "p_beta": self.nonlinearity == "modrelu",
+            "p_h_0": flag["h_0"] and (again or not adjoint),
+            "p_c_0": flag["h_0"],
+            "p_keep": flag["reset"],
+            "p_steps": flag["lengths"],
+            **dict.fromkeys(("p_alive", "p_ends"), flag["lengths"] and self.tile.rows > 1),
+            **{f"p_d{part}": self.part in ("all", f"d{part}") for part in ("a", "b", "beta")},
         }
-        wide = {"p_k": "bf16", "p_s": "fp32", "p_z": "bf16"}
-        if self.kernel in ("forward", "wide_forward"):
-            return {
-                "p_x": memory,
-                "p_tokens": "i32" if flag["tokens"] else None,
-                "p_h": memory,
-                **(wide if "wide" in self.kernel else {"p_a": "fp32", "p_b": "fp32"}),
-                "p_beta": "fp32" if beta else None,
-                "p_h_0": "fp32" if flag["h_0"] else None,
-                **words,
-            }
-        if self.kernel == "wide_backward":
-            return {
-                "p_dh": memory,
-                "p_dh_n": memory,
-                "p_h": "fp32" if again else memory,
-                "p_dx": memory,
-                "p_dh_0": "fp32" if flag["h_0"] else None,
-                **wide,
-                "p_beta": "fp32" if beta else None,
-                **words,
-            }
-        if self.kernel == "backward":
-            in_kernel = flag["h_0"] and self.options("sm_90")[0]["ANCHORED"]
-            return {
-                "p_dh": memory,
-                "p_dh_n": memory,
-                "p_h": memory,
-                "p_x": memory if again else None,
-                "p_tokens": "i32" if again and flag["tokens"] else None,
-                "p_dx": memory,
-                "p_dh_0": "fp32" if in_kernel else None,
-                "p_a_adjoint": "fp32",
-                "p_b_adjoint": "fp32",
-                "p_a": "fp32" if again else None,
-                "p_b": "fp32" if again else None,
-                "p_beta": "fp32" if beta else None,
-                "p_h_0": "fp32" if again and flag["h_0"] else None,
-                **words,
-            }
-        if self.kernel == "lstm_forward":
-            names = ("p_c", "p_a", "p_b")
-            return {
-                "p_x": memory,
-                "p_h": memory,
-                **dict.fromkeys(names, "fp32"),
-                **self.lstm_flags(),
-            }
-        if self.kernel == "lstm_backward":
-            names = ("p_dh", "p_dh_n", "p_dc_n", "p_h", "p_x", "p_dx")
-            fp32 = ("p_c", "p_dh_0", "p_dc_0", "p_a_adjoint", "p_b_adjoint", "p_a", "p_b")
-            return {
-                **dict.fromkeys(names, memory),
-                **dict.fromkeys(fp32, "fp32"),
-                **self.lstm_flags(),
-            }
-        return {
-            "p_dx": memory,
-            "p_h": memory,
-            "p_a_adjoint": "fp32",
-            "p_b": "fp32",
-            "p_h_0": "fp32" if flag["h_0"] else None,
-            "p_keep": words["p_keep"],
-            "p_da": "fp32" if self.part in ("all", "da") else None,
-            "p_db": "fp32" if self.part in ("all", "db") else None,
-            "p_dbeta": "fp32" if beta and self.part in ("all", "dbeta") else None,
-        }
-
-    def lstm_flags(self) -> dict[str, str | None]:
-        packed = "lengths" in self.flags and self.tile.rows > 1
-        return {
-            "p_h_0": "fp32" if "h_0" in self.flags else None,
-            "p_c_0": "fp32" if "h_0" in self.flags else None,
-            "p_keep": "i32" if "reset" in self.flags else None,
-            "p_ends" if "back" in self.kernel else "p_alive": "i32" if packed else None,
-            "p_steps": "i32" if "lengths" in self.flags else None,
-        }
+        if adjoint:
+            given |= dict.fromkeys(("p_x", "p_a", "p_b"), again)
+            given["p_dh_0"] = flag["h_0"] and self.options("sm_90")[0]["ANCHORED"]
+        elif self.kernel == "wide_backward":
+            given["p_dh_0"] = flag["h_0"]
+        kinds = dict.fromkeys(("p_x", "p_h", "p_dx", "p_dh", "p_dh_n", "p_dc_n"), self.dtype)
+        kinds |= dict.fromkeys(("p_tokens", "p_keep", "p_alive", "p_ends", "p_steps"), "i32")
+        kinds |= dict.fromkeys(("p_k", "p_z"), "bf16")
+        if again and self.kernel == "wide_backward":
+            kinds["p_h"] = "fp32"
+        names = [name for name in KERNELS[self.kernel].arg_names if name.startswith("p_")]
+        return {n: kinds.get(n, "fp32") if given.get(n, True) else None for n in names}
 
     def options(self, arch: str) -> tuple[dict, dict]:
         """Constants and launch options, from the functions that the launchers call."""
@@ -347,61 +291,50 @@ def access_bytes(opcode: str) -> int:
     return next((sizes[word] for word in re.split("[._]", opcode) if word in sizes), 4)
 
 
-def nvidia_counts(kernel) -> dict:
-    sass, usage = disassemble(kernel.asm["cubin"])
-    opcodes, where = nvidia_loop(sass)
-    loop = opcodes[where]
-    count = Counter(opcode.split(".")[0] for opcode in loop)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared_bytes": kernel.metadata.shared,
-        "barriers": count["BAR"],
-        "shuffles": count["SHFL"],
-        "instructions_per_step": len(loop),
-        "tensor_core": count["HMMA"] + count["HGMMA"] + count["UTCHMMA"],
-        "loads": count["LDG"],
-        "stores": count["STG"],
-        "access_bytes": max(
-            (access_bytes(o) for o in loop if o.startswith(("LDG", "STG"))), default=0
-        ),
-        "shared_loads": count["LDS"] + count["LDSM"],
-        "shared_stores": count["STS"] + count["STSM"],
-    }
+# what is counted in a loop: opcodes that begin so, of NVIDIA and of AMD
+COUNTED = {
+    "barriers": (("BAR.",), ("s_barrier",)),
+    "shuffles": (("SHFL.",), ("ds_bpermute", "ds_permute", "ds_swizzle", "v_permlane")),
+    "instructions_per_step": (("",), ("",)),
+    "tensor_core": (("HMMA", "HGMMA", "UTCHMMA"), ("v_mfma",)),
+    "loads": (("LDG.",), ("global_load", "buffer_load")),
+    "stores": (("STG.",), ("global_store", "buffer_store")),
+    "access_bytes": (("LDG", "STG"), ("global_", "buffer_load", "buffer_store")),
+    "shared_loads": (("LDS",), ("ds_read",)),
+    "shared_stores": (("STS",), ("ds_write",)),
+}
 
 
-def amd_counts(kernel) -> dict:
-    code = kernel.asm["amdgcn"]
-    instruction = r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\w+)"
-    branch = r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
-    opcodes, where = time_loop(code.splitlines(), r"(\.LBB\d+_\d+):", instruction, branch)
-    loop = opcodes[where]
-    count = Counter(loop)
+def counts(kernel, amd: bool) -> dict:
+    if amd:
+        code = kernel.asm["amdgcn"]
+        instruction = r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\w+)"
+        branch = r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
+        opcodes, where = time_loop(code.splitlines(), r"(\.LBB\d+_\d+):", instruction, branch)
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
+    else:
+        code, usage = disassemble(kernel.asm["cubin"])
+        opcodes, where = nvidia_loop(code)
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    row = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}
+    for name, starts in COUNTED.items():
+        found = [o for o in opcodes[where] if o.startswith(starts[amd])]
+        wide = name == "access_bytes"
+        row[name] = max(map(access_bytes, found), default=0) if wide else len(found)
+    return row
 
-    def starting(*prefixes):
-        return sum(n for opcode, n in count.items() if opcode.startswith(prefixes))
 
-    return {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
-        "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1]),
-        "shared_bytes": kernel.metadata.shared,
-        "barriers": starting("s_barrier"),
-        "shuffles": starting("ds_bpermute", "ds_permute", "ds_swizzle", "v_permlane"),
-        "instructions_per_step": len(loop),
-        "tensor_core": starting("v_mfma"),
-        "loads": starting("global_load", "buffer_load"),
-        "stores": starting("global_store", "buffer_store"),
-        "access_bytes": max(
-            (
-                access_bytes(o)
-                for o in loop
-                if o.startswith(("global_", "buffer_load", "buffer_store"))
-            ),
-            default=0,
-        ),
-        "shared_loads": starting("ds_read"),
-        "shared_stores": starting("ds_write"),
-    }
+@functools.cache
+def executed(P: int, Q: int, dtype: str, arch: str) -> dict[str, dict[str, int]]:
+    """What one program executes in a step of modReLU, by the name of its kernel."""
+    sys.path.insert(0, str(harness.ROOT / "tests"))
+    from machine.count import per_step
+
+    rows = geometry.Tile.of(P, Q, ITEMSIZE[dtype]).rows
+    table = per_step(lambda T: launch_all(Problem.of(rows, T, P, Q, 1, dtype, "cpu")), arch)
+    return {name: table[k.__name__] for name, k in KERNELS.items() if k.__name__ in table}
 
 
 def measure(variant: Variant, arch: str) -> dict:
@@ -409,7 +342,6 @@ def measure(variant: Variant, arch: str) -> dict:
     before = os.times()
     kernel = build(variant, arch)
     seconds = sum(os.times()[:4]) - sum(before[:4])
-    counts = (nvidia_counts if TARGETS[arch].backend == "cuda" else amd_counts)(kernel)
     _, options = variant.options(arch)
     return {
         "variant": variant.name,
@@ -424,7 +356,7 @@ def measure(variant: Variant, arch: str) -> dict:
         "triton": triton.__version__,
         "warps": options["num_warps"],
         "rows": variant.tile.rows,
-        **counts,
+        **counts(kernel, amd=TARGETS[arch].backend == "hip"),
         "compile_seconds": round(seconds, 2),
     }
 
@@ -479,13 +411,15 @@ def report(
     for variant in chosen:
         for arch in args.arch:
             row = measure(variant, arch)
-            shown = list(row)[list(row).index("warps") :]
+            shown = [k for k in list(row)[list(row).index("warps") :] if k != "executed"]
             if not rows:
                 heads = " ".join(f"{short.get(k, k)[:6]:>6}" for k in shown)
                 print(f"{'variant':44} {'arch':7} {heads}")
             rows.append(row)
             numbers = " ".join(f"{row[k]:>6}" for k in shown)
             print(f"{variant.name:44} {arch:7} {numbers}", flush=True)
+            if "executed" in row:
+                print("   ", ", ".join(f"{n} {what}" for what, n in row["executed"].items()))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
         return 0
@@ -502,4 +436,14 @@ def report(
 
 def main(argv: list[str] | None = None) -> int:
     made = parser(__doc__, "compiled", TARGETS)
-    return report(made, made.parse_args(argv), argv, measure, "compiled")
+    made.add_argument("--executed", action="store_true", help="run them on tests/machine too")
+    args = made.parse_args(argv)
+
+    def measured(variant: Variant, arch: str) -> dict:
+        row, plain = measure(variant, arch), Variant(variant.kernel, variant.P, variant.Q)
+        runs = variant == replace(plain, dtype=variant.dtype) and arch in MACHINE
+        if args.executed and runs and not variant.kernel.startswith("lstm"):
+            row["executed"] = executed(variant.P, variant.Q, variant.dtype, arch)[variant.kernel]
+        return row
+
+    return report(made, args, argv, measured, "compiled")

@@ -1,7 +1,13 @@
-"""Counts that are known."""
+"""Counts that are known, and those of the kernels against their budget."""
 
+import json
+import os
+
+import pytest
 import torch
 
+from bench import harness
+from bench.static import compiled
 from kru_triton.kernels import scan
 from kru_triton.ops.arguments import How, Scan
 
@@ -26,6 +32,24 @@ def test_a_step_of_256_units():
     assert counts["load requests"] == counts["global load"] == 4  # 8 units of a plane a thread
     assert counts["tensor core"] == 4 * 2 * 2  # real products, each of two halves, twice
     assert counts["wavefronts"] == counts["barrier"] == counts["shuffle"] == 0
+
+
+BUDGET = json.loads((harness.ROOT / "bench/static/compiled_budget.json").read_text())["executed"]
+
+
+@pytest.mark.skipif(os.environ["KRU_TARGET"] != "sm_90", reason="the budget is one of sm_90")
+@pytest.mark.parametrize("size", BUDGET)
+def test_a_step_within_its_budget(size):
+    """Instructions by kind, bank conflicts and sectors; `bench compiled --executed` shows them."""
+    shape, dtype = size.split("-")
+    found = compiled.executed(*map(int, shape.split("x")), dtype, "sm_90")
+    over = [
+        f"{kernel}: {n} {name}, not {budget.get(name, 0)}"
+        for kernel, budget in BUDGET[size].items()
+        for name, n in found[kernel].items()
+        if n > budget.get(name, 0)
+    ]
+    assert not over
 
 
 def traffic(body):
