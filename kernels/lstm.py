@@ -172,6 +172,34 @@ def gates(
     )
 
 
+@triton.jit
+def gates_in_turn(
+    a,
+    b,
+    x,
+    p_u,
+    offset,
+    mask,
+    F: tl.constexpr,
+    PE: tl.constexpr,
+    QE: tl.constexpr,
+    V: tl.constexpr,
+    VW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """`gates` of a state, each row read where it is used: the fewest registers."""
+    u = to_tile(load(p_u, offset, mask, 0, 1, VW), PE, QE, V, NVIDIA)
+    i = sigmoid(kron(a[0], b[0], x, u, PE, QE, 1, SPLIT, NVIDIA)[0], not SPLIT, NVIDIA)
+    u = to_tile(load(p_u + F, offset, mask, 0, 1, VW), PE, QE, V, NVIDIA)
+    f = sigmoid(kron(a[1], b[1], x, u, PE, QE, 1, SPLIT, NVIDIA)[0], not SPLIT, NVIDIA)
+    u = to_tile(load(p_u + 2 * F, offset, mask, 0, 1, VW), PE, QE, V, NVIDIA)
+    g = tanh(kron(a[2], b[2], x, u, PE, QE, 1, SPLIT, NVIDIA)[0], not SPLIT, NVIDIA)
+    u = to_tile(load(p_u + 3 * F, offset, mask, 0, 1, VW), PE, QE, V, NVIDIA)
+    o = sigmoid(kron(a[3], b[3], x, u, PE, QE, 1, SPLIT, NVIDIA)[0], not SPLIT, NVIDIA)
+    return i, f, g, o
+
+
 @triton.jit(do_not_specialize=["B", "T", "x_stride_t", "x_stride_b"])
 def lstm_forward_kernel(
     p_x,  # (B, T, 4·H·N), any strides of B and T
@@ -338,6 +366,8 @@ def lstm_backward_kernel(
     QW: tl.constexpr = Q // WORD
     VW: tl.constexpr = V // WORD
     FW: tl.constexpr = F // WORD
+    # all rows at the begin of a turn, where registers suffice
+    EARLY: tl.constexpr = NVIDIA and not SPLIT
     i_g = tl.program_id(0)
     i_h = tl.program_id(1)
     groups = tl.num_programs(0)
@@ -400,12 +430,13 @@ def lstm_backward_kernel(
     for n in tl.range(0, steps):
         further = n + 1 < steps
         if not AHEAD:
-            rows = load_rows(p_u, o_x, word_mask, FW, VW)
+            if EARLY:
+                rows = load_rows(p_u, o_x, word_mask, FW, VW)
             state = load(p_state, o_s, word_mask, 0, 1, VW)
             cell = read(p_cell, o_h, mask, PE, QE, V)
             c = read(p_own, o_h, mask, PE, QE, V)
             p_own = p_cell
-            if p_dh is not None:
+            if (p_dh is not None) and EARLY:
                 d = load(p_d, o_d, word_mask, 0, 1, VW)
         h = to_tile(state, PE, QE, V, NVIDIA)
         c_before = cell
@@ -423,10 +454,17 @@ def lstm_backward_kernel(
             p_word -= groups
             x = select_operand(x, keep, NVIDIA)
             c_before = select(c_before, keep)
-        u = to_tiles(rows, PE, QE, V, NVIDIA)
-        if AHEAD:
-            x = first_products(b, x, PE, QE, SPLIT, NVIDIA)
-        i, f, g, o = gates(a, b, x, u, PE, QE, SPLIT, NVIDIA, AHEAD)
+        if AHEAD or EARLY:
+            u = to_tiles(rows, PE, QE, V, NVIDIA)
+            if AHEAD:
+                x = first_products(b, x, PE, QE, SPLIT, NVIDIA)
+            i, f, g, o = gates(a, b, x, u, PE, QE, SPLIT, NVIDIA, AHEAD)
+        else:
+            i, f, g, o = gates_in_turn(
+                a, b, x, p_u, o_x, word_mask, FW, PE, QE, V, VW, SPLIT, NVIDIA
+            )
+            if p_dh is not None:
+                d = load(p_d, o_d, word_mask, 0, 1, VW)
         if p_ends is not None:
             end = tile_bits(tl.load(p_end), PE, QE, PP, QP, S1)
             p_end -= groups

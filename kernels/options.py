@@ -96,12 +96,14 @@ def compile_options(
         "num_stages": 1,
         "enable_fp_fusion": True,  # the default of Triton 3.10 is another
     }
-    if (split or (pairs and nvidia)) and values > 4096:
-        options["num_warps"] = 8
+    if nvidia and values > 4096 and (pairs or max(tile.PP, tile.QP) == 128):
+        options["num_warps"] = 8  # of AMD's, a thread would have half the registers, and spill
     if nvidia and options["num_warps"] == 1:
         # without it ptxas would stop at 128 or 168 and spill
         options["maxnreg"] = 255
     bf16_on_nvidia = nvidia and precision == "bf16"
+    if bf16_on_nvidia and backward and values == 2048 and arch >= 100:
+        constants["BETA_IN_LOOP"] = True
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer
         few = nonlinearity == "modrelu" and tile.lines and arch >= 90
@@ -204,7 +206,7 @@ def lstm_options(
     work = tile.size * (2 if backward else 1) * (2 if pairs else 1)
     most = 4096 if precision == "bf16x2" else 2048  # of four warps
     options = {
-        "num_warps": 1 if work <= 1024 else 4 if work <= most else 8,
+        "num_warps": 1 if work <= 1024 else 4 if work <= most or not nvidia else 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
     }

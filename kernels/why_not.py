@@ -26,7 +26,7 @@ def shared_bytes(tile: Tile, parts: int, precision: str, sets: int) -> int:
     planes = 3 if parts == 2 else 1  # re, im, -im
     sides = (tile.S1 * tile.PP) ** 2 + (tile.S2 * tile.QP) ** 2
     # between the warps of one program; of float32 the packed intermediate is carried along
-    exchange = tile.size * (12 if precision == "fp32" else 4) + 8192
+    exchange = tile.size * (12 if precision == "fp32" else 6) + 8192
     return sides * planes * terms * 2 * sets + exchange
 
 
