@@ -1,7 +1,7 @@
 """What each `precision` of the kernels costs: errors over many steps, and cycles of a step.
 
     python -m bench precision                 # without a GPU in Triton's interpreter: minutes
-    python -m bench precision --steps 16 128  # shorter
+    python -m bench precision --table         # from the rows
 
 One row of 16 x 16 units runs on the kernels, with unitary factors: without input from a random
 state ("identity"), and with one (modReLU, beta = -0.02). Errors are relative, against the same in
@@ -50,28 +50,37 @@ def errors(precision: str, nonlinearity: str, steps: list[int], device: str) -> 
     }
 
 
+def print_table(rows: list[dict]) -> None:
+    """The errors of the rows, beside the cycles of the budget."""
+    budget = json.loads((harness.ROOT / "bench/static/compiled_budget.json").read_text())["sm_90"]
+    shown = " / ".join(map(str, rows[-1]["steps"]))
+    print(f"\n| nonlinearity | `precision` | state after {shown} steps | gradient {shown} back | "
+          "cycles forward, 16x16 / 32x32 | backward |\n|---|---|---|---|---|---|")  # fmt: skip
+    for row in harness.latest(rows):
+        cells = [row["nonlinearity"], f"`{row['precision']}`"]
+        cells += [" / ".join(f"{e:.1e}" for e in row[key]) for key in ("state", "gradient")]
+        for kernel in ("forward", "backward"):
+            names = (f"{kernel}-{size}-{row['precision']}" for size in ("16x16", "32x32"))
+            cells.append(" / ".join(f"{budget[name]['step_cycles']:,}" for name in names))
+        print(f"| {' | '.join(cells)} |")
+
+
 def main(argv: list[str] | None = None) -> int:
     made = harness.parser(__doc__, "precision")
     made.add_argument("--steps", type=int, nargs="+", default=[16, 128, 1024])
+    made.add_argument("--table", action="store_true", help="print the rows, run nothing")
     options = made.parse_args(argv)
+    if options.table:
+        print_table(harness.read_rows((options.out or harness.RESULTS) / "precision.jsonl"))
+        return 0
     device = harness.pick_device("auto")
     steps = [1, 2] if options.quick else options.steps
     results = harness.Results(device, options, harness.command_line("precision", argv), "precision")
-    budget = json.loads((harness.ROOT / "bench/static/compiled_budget.json").read_text())["sm_90"]
-    lines = []
     for nonlinearity in ("identity", "modrelu"):
         for precision in MEMORY:
             row = {"precision": precision, "nonlinearity": nonlinearity, "steps": steps}
             row |= errors(precision, nonlinearity, steps, str(device))
-            for kernel in ("forward", "backward"):
-                sizes = [f"{kernel}-{size}-{precision}" for size in ("16x16", "32x32")]
-                row[f"{kernel}_cycles"] = [budget[name]["step_cycles"] for name in sizes]
-            cells = [" / ".join(f"{e:.1e}" for e in row[key]) for key in ("state", "gradient")]
-            cells += [" / ".join(map(str, row[f"{k}_cycles"])) for k in ("forward", "backward")]
-            lines.append(f"| {nonlinearity} | `{precision}` | {' | '.join(cells)} |")
-            results.add("precision", f"{nonlinearity}-{precision}", " ".join(cells), **row)
-    shown = " / ".join(map(str, steps))
-    print(f"\n| nonlinearity | precision | state after {shown} steps | gradient {shown} steps back "
-          "| cycles forward, 16x16 / 32x32 | backward |\n|---|---|---|---|---|---|")  # fmt: skip
-    print(*lines, sep="\n")
+            said = f"state {row['state']}, gradient {row['gradient']}"
+            results.add("precision", f"{nonlinearity}-{precision}", said, **row)
+    print_table(harness.read_rows(results.path))
     return results.finish()
