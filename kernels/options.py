@@ -104,6 +104,10 @@ def compile_options(
     bf16_on_nvidia = nvidia and precision == "bf16"
     if bf16_on_nvidia and backward and values == 2048 and arch >= 100:
         constants["BETA_IN_LOOP"] = True
+    if bf16_on_nvidia and backward and tile.lines and values == 4096 and arch >= 100:
+        options["maxnreg"] = 184  # ptxas would stop at 168 and spill
+    if bf16_on_nvidia and backward and values == 8192 and arch < 90:
+        constants["BETA_IN_LOOP"], options["num_warps"] = False, 8
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer
         few = nonlinearity == "modrelu" and tile.lines and arch >= 90
