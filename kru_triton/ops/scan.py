@@ -81,7 +81,7 @@ def kru_scan(
         backend: "auto", "triton" or "torch".
         precision: of the products inside the Triton kernels. "bf16" rounds factors and states to
             bfloat16; "bf16x2" takes each factor as a sum of two bfloat16 numbers, in two products,
-            and forgets several times less over a long sequence; "fp32" takes states so as well, in
+            and is several times as exact over a long sequence; "fp32" takes states so as well, in
             three products. "auto" is "bf16" with a bfloat16 `x_proj`, else "fp32". The torch
             backend always computes in the dtype of the factors.
 
