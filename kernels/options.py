@@ -49,6 +49,7 @@ def compile_options(
     parts: int,
     precision: str,
     nonlinearity: str,
+    *,
     nvidia: bool,
     backward: bool = False,
     given: Collection[str] = (),

@@ -102,6 +102,7 @@ def race(
     device: torch.device,
     describe: Callable[[Candidate, str, dict], tuple[str, dict]],
     rounds: int,
+    *,
     flush: bool = True,
     alone: bool = False,
 ) -> None:
@@ -194,7 +195,7 @@ def race(
     functions = None  # the last candidate's memory
     for candidate in too_large:
         free_memory(device)
-        race(results, bench, case, [candidate], device, describe, rounds, flush, alone=True)
+        race(results, bench, case, [candidate], device, describe, rounds, flush=flush, alone=True)
 
 
 def ceilings(results: Results, device: torch.device) -> dict:
