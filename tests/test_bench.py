@@ -48,6 +48,7 @@ def test_an_unknown_benchmark_is_told_which_there_are(capsys):
 def test_precision_quick(tmp_path):
     pytest.importorskip("triton")
     assert front.main(["precision", "--quick", "--out", str(tmp_path)]) == 0
+    assert front.main(["precision", "--table", "--out", str(tmp_path)]) == 0
     rows = {row["name"]: row for row in rows_in(tmp_path)}
     for act in ("identity", "modrelu"):
         ends = [rows[f"{act}-{precision}"]["state"][-1] for precision in ("fp32", "bf16x2", "bf16")]

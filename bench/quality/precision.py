@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = harness.pick_device("auto")
     steps = [1, 2] if options.quick else options.steps
-    results = harness.Results(device, options, harness.command_line("precision", argv), "precision")
+    results = harness.Results(device, options, harness.command_line("precision", argv))
+    results.path = results.folder / "precision.jsonl"
     for nonlinearity in ("identity", "modrelu"):
         for precision in MEMORY:
             row = {"precision": precision, "nonlinearity": nonlinearity, "steps": steps}
