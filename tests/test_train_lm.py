@@ -1,5 +1,6 @@
 """train/lm.py and train/sample.py as a user runs them: real scripts in real processes."""
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -144,7 +145,7 @@ def test_a_finished_run_has_all_its_files_and_keys(finished):
     assert summary["val/bpb"] == rows[-1]["val/bpb"]
     assert (summary["steps"], summary["tokens"]) == (420, 420 * 4 * 32)
     assert summary["seconds"] > 0
-    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert "commit" in summary
     settings = json.loads((run_dir / "config.json").read_text())
     assert (settings["steps"], settings["dropout"], settings["d_model"]) == (420, 0.1, 16)

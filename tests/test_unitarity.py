@@ -22,6 +22,7 @@ shapes_table = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys
 
 def complex_heads(w):
     w = w.detach()
+    w = w if w.is_complex() else w.double()
     if w.ndim == 4:
         w = w[0] + 1j * w[1] if w.shape[0] == 2 else w[0]
     return (w if w.ndim == 3 else w[None]).to(torch.complex128)
