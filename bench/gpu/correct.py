@@ -8,7 +8,6 @@ not there, or refuses the device, is a row.
 """
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from bench import harness
+from bench.static import model
 
 BENCH = "correct"
 TESTS = "tests/test_kernels.py"
@@ -142,8 +142,7 @@ def profile(results: harness.Results, device: torch.device) -> None:
         last = " ".join([line for line in said.splitlines() if line.startswith("==")][-3:])
         results.add_reason(BENCH, name, "skipped", f"no metrics: {last or said[-200:]}")
         return
-    budget = harness.ROOT / "bench" / "static" / "compiled_budget.json"
-    simulated = json.loads(budget.read_text())["sm_90"]
+    simulated = model.budget()
     kernels = [f"{kernel}-{size}-bf16" for size in PROFILED for kernel in ("forward", "backward")]
     for kernel, row in zip(kernels, rows):
         numeric = {

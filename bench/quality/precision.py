@@ -10,7 +10,6 @@ back. Cycles are those of `compiled_budget.json`, simulated for sm_90. Prints th
 kernels/README.md; rows go to bench/results/precision.jsonl.
 """
 
-import json
 import os
 
 import torch
@@ -19,6 +18,7 @@ if not torch.cuda.is_available():  # before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 from bench import harness
+from bench.static import model
 from kru_triton import unitary_
 from kru_triton.kernels import scan as kernels
 from kru_triton.ops.arguments import How, Scan
@@ -52,7 +52,7 @@ def errors(precision: str, nonlinearity: str, steps: list[int], device: str) -> 
 
 def print_table(rows: list[dict]) -> None:
     """The errors of the rows, beside the cycles of the budget."""
-    budget = json.loads((harness.ROOT / "bench/static/compiled_budget.json").read_text())["sm_90"]
+    budget = model.budget()
     shown = " / ".join(map(str, rows[-1]["steps"]))
     print(f"\n| nonlinearity | `precision` | state after {shown} steps | gradient {shown} back | "
           "cycles forward, 16x16 / 32x32 | backward |\n|---|---|---|---|---|---|")  # fmt: skip

@@ -86,7 +86,8 @@ def _compiled(arch: str) -> dict[str, dict]:
 
 
 @functools.cache
-def _budget() -> dict[str, dict]:
+def budget() -> dict[str, dict]:
+    """Figures of the variants on sm_90."""
     return json.loads(Path(__file__).with_name("compiled_budget.json").read_text())["sm_90"]
 
 
@@ -118,7 +119,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
     pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
     sizes = {}  # the one launch of each, or the two of dA and dB
-    for name, row in (_budget() | _compiled(arch)).items():
+    for name, row in (budget() | _compiled(arch)).items():
         if match := pattern.fullmatch(name):
             sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
     if not sizes:
