@@ -66,7 +66,8 @@ class Config(TaskConfig):
     test_length: int = 512
     """Length of the test sequences."""
     curriculum: int = 0
-    """Steps in which the longest training length grows evenly to --train-length; 0: no growth."""
+    """Steps in which the longest training length grows to --train-length, with their third power:
+    the rule is learned on few symbols. 0: no growth."""
     steps: int = 10000
     batch_size: int = 64
     lr: float = 1e-3
@@ -157,7 +158,7 @@ def task(config: Config) -> Task:
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng, length = generator(config.seed, 0, step), config.train_length
         if step < config.curriculum:
-            length = 1 + length * step // config.curriculum
+            length = max(min(2, length), round(length * (step / config.curriculum) ** 3))
         if last_alone:
             length = int(torch.randint(1, length + 1, (), generator=rng))
             length -= config.task == "modular" and length % 2 == 0
