@@ -144,6 +144,16 @@ def test_files_and_folders_that_a_page_names_are_there(page):
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
+def test_no_file_has_the_marks_of_a_merge():
+    files = [
+        ROOT / path for path in PATHS if Path(path).suffix in (".md", ".py", ".toml", ".jsonl")
+    ]
+    marks = re.compile("^(<{7}|>{7}) ", re.MULTILINE)
+    assert ROOT / "README.md" in files
+    assert marks.search("a\n<<<<<<< HEAD\nb\n")
+    assert not [file for file in files if marks.search(file.read_text())]
+
+
 def code_lines(text):
     """Indented lines outside of lists, and what stands in single backticks."""
     blocks = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
