@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 
 from kru_triton.train.run import wandb_run
 from kru_triton.train.run.wandb_run import Wandb
@@ -73,6 +74,7 @@ def test_replay_makes_the_whole_run_of_metrics_jsonl(tmp_path, monkeypatch, caps
         wandb_run.main()
     assert end.value.code == 0
     assert "40 rows" in capsys.readouterr().out
+    wandb.teardown()  # older versions close the file after `finish` has returned
     assert history(tmp_path / "run") == rows
     kinds = {record.WhichOneof("record_type"): record for record in records(tmp_path / "run")}
     run = next(r.run for r in records(tmp_path / "run") if r.WhichOneof("record_type") == "run")
