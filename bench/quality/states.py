@@ -62,7 +62,7 @@ def run(args, task: str, flags: str, seed: int) -> None:
         for kind in ("accuracy", "last"):
             found = {k.split("_")[-1]: v for k, v in summary.items() if f"test/{kind}_" in k}
             row[kind] = found  # by length
-        row["validation"] = summary[f"best/accuracy_{summary['data']['train_length']}"]
+        row["validation_nats"] = summary["best/loss_nats"]
         kept = ("steps", "best_step", "parameters", "recurrent_parameters", "seconds")
         row |= {key: summary[key] for key in kept}
     else:

@@ -22,7 +22,7 @@ up to `--train-length` symbols, tested on `--test-length`; all are one-hot and e
 Models read from left to right, so one pass over `--test-length` symbols answers for every shorter
 sequence, too. `last_n` is the share of right answers after symbol n (the number before it, where n
 falls on an operator), `accuracy_n` the share among all answers up to there. The weights tested are
-the best ones at `--train-length`.
+those of the lowest loss on validation sequences of `--train-length` symbols.
 """
 
 import signal
@@ -158,7 +158,7 @@ def task(config: Config) -> Task:
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng, length = generator(config.seed, 0, step), config.train_length
         if step < config.curriculum:
-            length = max(min(2, length), round(length * (step / config.curriculum) ** 3))
+            length = max(min(3, length), round(length * (step / config.curriculum) ** 3))
         if last_alone:
             length = int(torch.randint(1, length + 1, (), generator=rng))
             length -= config.task == "modular" and length % 2 == 0
@@ -200,8 +200,7 @@ def task(config: Config) -> Task:
         loss=loss,
         evaluate=evaluate,
         unit="nats",
-        best=f"accuracy_{config.train_length}",
-        higher=True,
+        best="loss_nats",
         statistics={
             "task": config.task,
             "answers": answer_count,
