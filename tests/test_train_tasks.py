@@ -198,6 +198,7 @@ def test_a_kru_can_multiply_permutations_at_any_length(things, nonlinearity):
 @pytest.mark.parametrize("name", ["parity", "modular", "s3", "s5"])
 def test_state_tracking_asks_what_its_protocol_says(name):
     flags = ["--task", name, "--train-length", "9", "--test-length", "40", "--batch-size", "5"]
+    flags += ["--lengths", "cited"]
     _, task = state_tracking.setup(flags)
     assert (task.length, task.input_size) == (9, state_tracking.TASKS[name][0])
     batches = [task.batch(step) for step in range(60)]
@@ -210,9 +211,14 @@ def test_state_tracking_asks_what_its_protocol_says(name):
         assert (answers[:, -1] >= 0).all()
         assert (answers[:, -1] < task.output_size).all()
         assert ((answers[:, :-1] >= 0) == group).all()
-    _, task = state_tracking.setup([*flags, "--curriculum", "45"])
-    longest = [max(task.batch(step)[0].shape[1] for step in range(s, s + 15)) for s in (0, 30, 45)]
-    assert longest[0] <= 3 < longest[1] <= 8 < longest[2] == 9
+
+
+def test_lengths_are_log_uniform_from_two_on():
+    flags = ["--task", "s3", "--train-length", "32", "--test-length", "40", "--batch-size", "1"]
+    _, task = state_tracking.setup(flags)
+    lengths = torch.tensor([task.batch(step)[0].shape[1] for step in range(400)])
+    assert (lengths.min(), lengths.max()) == (2, 32)
+    assert (lengths <= 8).double().mean() == pytest.approx(0.5, abs=0.1)  # the middle of 2 and 32
 
 
 @pytest.mark.parametrize("name", ["parity", "modular", "s3"])

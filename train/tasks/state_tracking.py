@@ -9,15 +9,16 @@
     python train/tasks/state_tracking.py --task parity --num-layers 2 --nonlinearity identity
 
 Every task is a finite automaton, and a model that has found it is right at any length. Trained on
-up to `--train-length` symbols, tested on `--test-length`; all are one-hot and equally likely.
+up to `--train-length` symbols, tested on `--test-length`; all are one-hot and equally likely. Each
+batch has one length (odd for modular), log-uniform, or with `--lengths cited` as given here:
 
-    parity, modular   the protocol of Delétang et al., *Neural Networks and the Chomsky Hierarchy*,
-                      2022 (arXiv 2207.02098): each batch has one length, drawn uniformly from 1 on
-                      (odd for modular), and is asked for the answer after its last symbol alone;
-                      + - * with the usual precedence, no brackets
+    parity, modular   Delétang et al., *Neural Networks and the Chomsky Hierarchy*, 2022 (arXiv
+                      2207.02098): asked for is the answer after the last symbol alone; lengths
+                      uniform from 1 on; + - * with the usual precedence, no brackets
     s3, s5            the word problem of Merrill, Petty and Sabharwal, *The Illusion of State in
                       State-Space Models*, 2024 (arXiv 2404.08819): each symbol is an element of the
-                      group, and the product of all so far is asked for after every symbol
+                      group, and the product of all so far is asked for after every symbol; all of
+                      `--train-length`
 
 Models read from left to right, so one pass over `--test-length` symbols answers for every shorter
 sequence, too. `last_n` is the share of right answers after symbol n (the number before it, where n
@@ -65,9 +66,9 @@ class Config(TaskConfig):
     """Longest training sequence, in symbols."""
     test_length: int = 512
     """Length of the test sequences."""
-    curriculum: int = 0
-    """Steps in which the longest training length grows to --train-length, with their third power:
-    the rule is learned on few symbols. 0: no growth."""
+    lengths: Literal["log-uniform", "cited"] = "log-uniform"
+    """Of each training batch: log-uniform from 2 to --train-length, which many models need to find
+    the rule, or as in the work cited above."""
     steps: int = 10000
     batch_size: int = 64
     lr: float = 1e-3
@@ -148,8 +149,6 @@ def task(config: Config) -> Task:
             f"--test-length must be at least --train-length ({config.train_length}), got "
             f"{config.test_length}"
         )
-    if config.curriculum < 0:
-        raise UserError(f"--curriculum must be a number of steps, or 0, got {config.curriculum}")
     symbol_count, answer_count, draw, last_alone = TASKS[config.task]
 
     def one_hot(symbols: Tensor) -> Tensor:
@@ -157,11 +156,12 @@ def task(config: Config) -> Task:
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng, length = generator(config.seed, 0, step), config.train_length
-        if step < config.curriculum:
-            length = max(min(3, length), round(length * (step / config.curriculum) ** 3))
-        if last_alone:
+        if config.lengths == "log-uniform":
+            length = min(length, round(2 * (length / 2) ** torch.rand((), generator=rng).item()))
+        elif last_alone:
             length = int(torch.randint(1, length + 1, (), generator=rng))
-            length -= config.task == "modular" and length % 2 == 0
+        if config.task == "modular":
+            length -= length % 2 == 0
         symbols, answers = draw(config.batch_size, length, rng)
         if last_alone:
             answers[:, :-1] = NOT_ASKED
