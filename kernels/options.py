@@ -7,6 +7,9 @@ import math
 from collections.abc import Collection
 
 from .geometry import Tile, Wide
+from .why_not import triton_version
+
+FENCES_COPIES = (3, 7, 1)  # the first triton with a fence between cp.async and wgmma
 
 # Choices that never change a result beyond rounding, and that only a device can settle: keyword
 # arguments of `compile_options`, `weight_grad_options` and of the launchers of `scan` and
@@ -140,6 +143,7 @@ def wide_options(
 ) -> tuple[dict, dict]:
     """The same for the kernels of `wide`."""
     columns, terms = wide.rows * wide.padded, 1 if precision == "bf16" else 2
+    block = 64 if columns * terms <= 16 else 32
     constants = {
         "H": heads,
         "W": wide.W,
@@ -149,14 +153,16 @@ def wide_options(
         "ROWS": wide.rows,
         "STRIDE_W": wide.n if wide.left else 1,
         "STRIDE_N": 1 if wide.left else wide.W,
-        "BLOCK": 64 if columns * terms <= 16 else 32,
+        "BLOCK": block,
         "PARTS": parts,
         **split_operands(precision),
         "ACT": nonlinearity,
         "NVIDIA": nvidia,
     }
     warps = 4 if columns * terms <= 32 else 8
-    options = {"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True}
+    fenced = not nvidia or block < 64 or triton_version() >= FENCES_COPIES
+    # one stage: through registers, behind which every triton has a fence
+    options = {"num_warps": warps, "num_stages": 3 if fenced else 1, "enable_fp_fusion": True}
     return overridden(constants, options, tuning)
 
 

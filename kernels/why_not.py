@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 
@@ -71,8 +72,7 @@ def triton_version() -> tuple[int, ...] | None:
     """Version of the installed triton, None without one; triton itself is not imported."""
     if importlib.util.find_spec("triton") is None:
         return None
-    version = importlib.metadata.version("triton")
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:3]))
 
 
 def interpreted() -> bool:

@@ -40,7 +40,7 @@ pytestmark = [
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 
-from kru_triton.kernels import lstm, scan, weight_grad, why_not  # noqa: E402 (after importorskip)
+from kru_triton.kernels import geometry, lstm, options, scan, weight_grad, why_not  # noqa: E402
 from kru_triton.nonlinearity import NONLINEARITIES  # noqa: E402
 from kru_triton.ops.arguments import How, LSTMScan, Scan  # noqa: E402
 
@@ -632,6 +632,16 @@ def test_refusals_of_the_environment(monkeypatch):
     assert "triton 3.5 is older than 3.6" in why_not.why_not(*arguments)
     monkeypatch.setattr(why_not, "triton_version", lambda: None)
     assert why_not.why_not(*arguments) == "triton is not installed"
+
+
+@pytest.mark.parametrize(("version", "stages"), [((3, 6, 0), 1), ((3, 7, 0), 1), ((3, 7, 1), 3)])
+def test_copies_that_triton_does_not_fence_are_not_made(version, stages, monkeypatch):
+    """What `tests/machine` finds in the streamed factors where they are copied all the same."""
+    monkeypatch.setattr(options, "triton_version", lambda: version)
+    how = {"heads": 1, "parts": 2, "nonlinearity": "modrelu", "nvidia": True}
+    wide = geometry.Wide.of(256, 16)
+    assert options.wide_options(wide, precision="bf16", **how)[1]["num_stages"] == stages
+    assert options.wide_options(wide, precision="fp32", **how)[1]["num_stages"] == 3
 
 
 def test_the_package_imports_nothing():

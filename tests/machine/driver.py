@@ -6,7 +6,7 @@
 
 Memory of a launch: every storage behind an argument is a buffer of its own, and only the bytes of
 elements that an argument has are valid in it. What torch.empty and its relatives return is filled
-with NaN of one pattern (`Poison`), by which the elements that hold nothing yet are known. Beside
+with NaN of one pattern (POISON), by which the elements that hold nothing yet are known. Beside
 those of `machine` a launch has one more kind of finding: `unwritten`, for an argument of which a
 kernel wrote some elements and left others without a value.
 """
@@ -29,8 +29,9 @@ from kru_triton.kernels import why_not
 
 from . import machine, ptx
 from .lanes import Options
-from .memory import UNWRITTEN, Arena, Buffer, Report
+from .memory import Arena, Buffer, Report
 
+POISON = np.array([0xD5, 0xFF], np.uint8)  # no NaN of an operation: torch's bfloat16 one is 0xFFFF
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 INTEGERS = {"i1": "u1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u32": "u4", "u64": "u8"}
 
@@ -44,7 +45,8 @@ class Poison(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         new = getattr(function, "__name__", "") in self.NAMES
         if new and result.numel() and not result.is_meta:
-            storage_bytes(result)[:] = UNWRITTEN
+            flat = storage_bytes(result)
+            flat[:] = np.resize(POISON, len(flat))
         return result
 
 
@@ -84,7 +86,8 @@ def execute(text, grid, arguments: dict, types, shared, options) -> Report:
         if value.numel():
             elements_of(value, buffer.valid)[...] = True
             if value.is_floating_point():
-                empty = (elements_of(value, data) == UNWRITTEN).all(-1, keepdims=True)
+                nothing = np.resize(POISON, value.element_size())
+                empty = (elements_of(value, data) == nothing).all(-1, keepdims=True)
                 elements_of(value, buffer.defined)[...] &= ~empty
     starts = {
         start: memory.add(b.data, b.name, start, b.valid, b.defined) for start, b in buffers.items()

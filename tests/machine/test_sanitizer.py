@@ -162,6 +162,8 @@ def test_tensors_of_a_launch(device):
     assert device.launches[-1].report.kinds == {"outside"}
     add_kernel[(1,)](x, torch.empty(256), z, 256, BLOCK=256)
     assert device.launches[-1].report.kinds == {"undefined"}
+    add_kernel[(1,)](x, torch.full((256,), float("nan")).bfloat16(), z, 256, BLOCK=256)
+    assert device.launches[-1].report.kinds == set()  # a value as any other
     add_kernel[(1,)](x, y, torch.empty(300), 256, BLOCK=256)
     assert device.launches[-1].report.kinds == {"unwritten"}
     device.findings()
