@@ -20,6 +20,7 @@ TUNABLE = {
     "PREFETCH": "steps by which a row is fetched into L2 before it is read; 0: not at all",
     "BETA_IN_LOOP": "beta from L1 in every step, not in registers",
     "BLOCK": "side of the blocks of a streamed factor",
+    "FRAGMENTS": "weight gradients from rows loaded as operands, not through shared memory",
     "SLICES": "programs that share the rows of one weight gradient, where dA and dB are apart",
     "num_warps": "warps of a program",
     "num_stages": "depth of Triton's own pipelining",
@@ -167,24 +168,44 @@ def wide_options(
 
 
 def weight_grad_options(
-    tile: Tile, heads: int, parts: int, precision: str, itemsize: int, nvidia: bool, **tuning
+    tile: Tile,
+    heads: int,
+    parts: int,
+    precision: str,
+    itemsize: int,
+    *,
+    nvidia: bool,
+    fragments: bool,
+    **tuning,
 ) -> tuple[dict, dict, bool]:
-    """The same for the weight-gradient kernel, and whether dA and dB fit one launch."""
+    """The same for the weight-gradient kernel, and whether its sums fit one launch.
+
+    Args:
+        fragments: whether a warp's accumulators are, register by register, an operand of its next
+            product (on AMD's devices they are not).
+    """
     split = precision == "fp32"
     terms = 2 if split else 1
     values = tile.size * parts * terms
     PE, QE = tile.S1 * tile.PP, tile.S2 * tile.QP
-    together = (PE * PE + QE * QE) * parts * terms <= 4096
+    # longer sides spill, and rows whose values are read one by one are faster without
+    fragments &= max(PE, QE) * terms <= 32 and (split or tile.aligned > 1)
+    fragments = bool(tuning.get("FRAGMENTS", fragments))
+    together = fragments or (PE * PE + QE * QE) * parts * terms <= 4096
+    slices = 4 if values >= 16384 else 2 if values >= 4096 else 1
     constants = {
         "H": heads,
         **tile.constants,
-        "SLICES": 4 if values >= 16384 else 2 if values >= 4096 else 1,
+        "FRAGMENTS": fragments,
+        "SLICES": PE // 16 if fragments else slices,
+        "V": tile.V,
+        "W": min(16 // itemsize, QE // 8),
         "VECTOR": math.gcd(tile.Q, 16 // itemsize),
         "PARTS": parts,
         "SPLIT": split,
         "NVIDIA": nvidia,
     }
-    warps = 1 if values <= 512 else 2 if values <= 1024 else 4 if values <= 4096 else 8
+    warps = 1 if values <= 512 or fragments else 2 if values <= 1024 else 4 if values <= 4096 else 8
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     if nvidia and warps == 1:
         options["maxnreg"] = 255

@@ -448,7 +448,7 @@ def loop(kernel, memory, **constants):
     source = ASTSource(kernel, signature, constexprs=values)
     made = triton.compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": 1})
     sass = compiled.disassemble(made.asm["cubin"])[0]
-    opcodes, where = compiled.nvidia_loop(sass)
+    opcodes, (where, *_) = compiled.nvidia_loops(sass)
     return [o.split(".")[0] for o in opcodes[where]], sass.count("SR_CLOCKLO")
 
 print(json.dumps({

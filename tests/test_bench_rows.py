@@ -300,10 +300,10 @@ def test_model_growth(name):
 
 def test_model_counts_products_of_tiles():
     tile = model.geometry.Tile.of(32, 32, 2)
-    assert model.products(tile, "forward", "bf16") == 128
-    assert model.products(tile, "forward", "fp32") == 384
-    assert model.products(model.geometry.Tile.of(16, 32, 2), "forward", "bf16") == 48
-    assert model.products(model.geometry.Tile.of(8, 8, 2), "forward", "bf16") == 16
+    assert model.products(tile, "bf16") == 128
+    assert model.products(tile, "fp32") == 384
+    assert model.products(model.geometry.Tile.of(16, 32, 2), "bf16") == 48
+    assert model.products(model.geometry.Tile.of(8, 8, 2), "bf16") == 16
 
 
 def test_model_of_unknown_devices_and_its_report(capsys):
@@ -311,7 +311,7 @@ def test_model_of_unknown_devices_and_its_report(capsys):
     assert model.device_of("NVIDIA H200") == model.DEVICES["h200"]
     assert model.main(["--device", "b200"]) == 0
     said = capsys.readouterr().out
-    assert "| B=4096 |" in said
+    assert "| B=2048 |" in said
     assert "| 64x64 |" in said
     with pytest.raises(SystemExit):
         model.main(["--device", "v100"])

@@ -107,11 +107,12 @@ class Variant:
     def pointers(self) -> dict[str, str | None]:
         """Type of every pointer argument, None for those that the launcher would not pass."""
         adjoint, again = self.kernel == "backward", self.nonlinearity == "modtanh"
+        fragments = self.kernel == "weight_grad" and self.options("sm_90")[0]["FRAGMENTS"]
         flag = {f: f in self.flags for f in FLAGS}
         given = {
             "p_tokens": flag["tokens"] and (again or not adjoint),
             "p_beta": self.nonlinearity == "modrelu",
-            "p_h_0": flag["h_0"] and (again or not adjoint),
+            "p_h_0": fragments or (flag["h_0"] and (again or not adjoint)),
             "p_c_0": flag["h_0"],
             "p_keep": flag["reset"],
             "p_steps": flag["lengths"],
@@ -126,6 +127,7 @@ class Variant:
         kinds = dict.fromkeys(("p_x", "p_h", "p_dx", "p_dh", "p_dh_n", "p_dc_n"), self.dtype)
         kinds |= dict.fromkeys(("p_tokens", "p_keep", "p_alive", "p_ends", "p_steps"), "i32")
         kinds |= dict.fromkeys(("p_k", "p_z"), "bf16")
+        kinds["p_h_0"] = self.dtype if fragments else "fp32"
         if again and self.kernel == "wide_backward":
             kinds["p_h"] = "fp32"
         names = [name for name in KERNELS[self.kernel].arg_names if name.startswith("p_")]
@@ -139,9 +141,9 @@ class Variant:
         how |= self.tuning
         if self.kernel == "weight_grad":
             constants, options, _ = weight_grad_options(
-                self.tile, itemsize=ITEMSIZE[self.dtype], **how
+                self.tile, itemsize=ITEMSIZE[self.dtype], fragments=how["nvidia"], **how
             )
-            if self.part not in ("da", "db"):
+            if self.part not in ("da", "db") and not constants["FRAGMENTS"]:
                 constants["SLICES"] = 1
             return {**constants, "STATES": 1}, options
         if self.kernel.startswith("lstm"):
@@ -174,7 +176,7 @@ def variants() -> list[Variant]:
                 together = True
                 if kernel == "weight_grad":
                     together = weight_grad_options(
-                        whole.tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True
+                        whole.tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True, fragments=True
                     )[2]
                 parts = ("all",) if together else ("da", "db", "dbeta")
                 table += [Variant(kernel, P, Q, dtype, part=part) for part in parts]
@@ -260,28 +262,30 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         )
 
 
-def time_loop(
+def time_loops(
     code: list[str], label: str, instruction: str, branch: str
-) -> tuple[list[str], slice]:
-    """All opcodes and where among them the longest innermost loop is; the patterns find labels,
-    opcodes and jumps."""
+) -> tuple[list[str], list[slice]]:
+    """All opcodes and where among them the innermost loops are, the longest first; the patterns
+    find labels, opcodes and jumps."""
     labels, opcodes, jumps = {}, [], []
     for line in code:
         if found := re.match(label, line):
             labels[found[1]] = len(opcodes)
         elif found := re.match(instruction, line):
-            if (jump := re.search(branch, line)) and jump[1] in labels:
+            if (jump := re.search(branch, line)) and labels.get(jump[1], len(opcodes)) < len(
+                opcodes
+            ):
                 jumps.append((labels[jump[1]], len(opcodes)))
             opcodes.append(found[1])
     spans = [s for s in jumps if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in jumps)]
-    begin, end = max(spans, key=lambda s: s[1] - s[0])
-    return opcodes, slice(begin, end + 1)
+    spans.sort(key=lambda s: s[0] - s[1])
+    return opcodes, [slice(begin, end + 1) for begin, end in spans]
 
 
-def nvidia_loop(sass: str) -> tuple[list[str], slice]:
+def nvidia_loops(sass: str) -> tuple[list[str], list[slice]]:
     instruction = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z0-9_.]+)"
     branch = r"\bBRA.*`\((\.L_x_\d+)\)"
-    return time_loop(sass.splitlines(), r"(\.L_x_\d+):", instruction, branch)
+    return time_loops(sass.splitlines(), r"(\.L_x_\d+):", instruction, branch)
 
 
 def access_bytes(opcode: str) -> int:
@@ -310,12 +314,14 @@ def counts(kernel, amd: bool) -> dict:
         code = kernel.asm["amdgcn"]
         instruction = r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\w+)"
         branch = r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
-        opcodes, where = time_loop(code.splitlines(), r"(\.LBB\d+_\d+):", instruction, branch)
+        opcodes, (where, *_) = time_loops(
+            code.splitlines(), r"(\.LBB\d+_\d+):", instruction, branch
+        )
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
         spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
     else:
         code, usage = disassemble(kernel.asm["cubin"])
-        opcodes, where = nvidia_loop(code)
+        opcodes, (where, *_) = nvidia_loops(code)
         registers = int(re.search(r"REG:(\d+)", usage)[1])
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     row = {"registers": registers, "spills": spills, "shared_bytes": kernel.metadata.shared}

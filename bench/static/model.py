@@ -9,10 +9,10 @@ cycles, and all programs together cannot move their bytes faster than memory doe
     cycles of a step = max(latency, warps per subpartition · max(instructions, mma · mma cycles))
     time = max(waves · T · cycles / clock, bytes · B · T · heads / bandwidth)
 
-The latency is that of the compiled code's scheduling bits, one warp alone. The weight-gradient
-kernel runs in parallel over time: its latency is hidden. The kernels for factors too large for a
-program, and those of the LSTM, are not in it. Counts are the newest rows of `python -m bench
-schedule` for the architecture, else the budget of `compiled_budget.json` (sm_90).
+The latency is that of the compiled code's scheduling bits, one warp alone. The weight gradients
+run in parallel over time: a processor takes `row_cycles` for a row and step. The kernels that
+stream a factor, and those of the LSTM, are not in it. Counts are the newest rows of `python -m
+bench schedule` for the architecture, else the budget of `compiled_budget.json` (sm_90).
 
 Constants are from data sheets and from the distances that ptxas keeps (see DEVICES): guesses, in
 whose place comes what `make gpu` has measured (`constants` of rows in --results); its times are
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bench import harness
 from kru_triton.kernels import geometry
-from kru_triton.kernels.options import compile_options, weight_grad_options
+from kru_triton.kernels.options import compile_options
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 # numbers of a batch row, step and unit that a kernel moves
@@ -73,7 +73,6 @@ class Counts:
     latency: float  # cycles of a warp alone
     instructions: float
     mma: float
-    shared: float  # wavefronts of shared memory
     registers: int
     warps: int
     rows: int
@@ -91,34 +90,33 @@ def budget() -> dict[str, dict]:
     return json.loads(Path(__file__).with_name("compiled_budget.json").read_text())["sm_90"]
 
 
-def products(tile: geometry.Tile, kernel: str, precision: str) -> float:
-    """16x8x16 products per step of one program: two complex ones, for the weight gradient four."""
+def products(tile: geometry.Tile, precision: str) -> float:
+    """16x8x16 products per step of one program of a scan: two complex ones."""
     pe, qe = tile.S1 * tile.PP, tile.S2 * tile.QP
     one = 4 * math.ceil(pe / 16) * math.ceil(qe / 16)
-    count = one * (math.ceil(qe / 8) + math.ceil(pe / 8))
-    return count * (2 if kernel == "weight_grad" else 1) * (3 if precision == "fp32" else 1)
+    return one * (math.ceil(qe / 8) + math.ceil(pe / 8)) * (3 if precision == "fp32" else 1)
 
 
-def num_warps(kernel: str, P: int, Q: int, dtype: str) -> int:
-    """Of a program, from the functions that the launchers call."""
+def num_warps(P: int, Q: int, dtype: str) -> int:
+    """Of a program of a scan, from the function that the launchers call."""
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
-    if kernel == "weight_grad":
-        return weight_grad_options(tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True)[1]["num_warps"]
     return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)[1]["num_warps"]
 
 
-def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
-    """Counts of a modReLU kernel for P·Q units.
+def nearest(
+    kernel: str, P: int, Q: int, dtype: str, arch: str
+) -> tuple[list[dict], tuple[int, int]]:
+    """Rows of a modReLU kernel for P·Q units, one for each launch, and the size they are of.
 
     A size that was not compiled takes those of its padded sides, or else of the compiled size
-    nearest in units, instructions in proportion to them.
+    nearest in units.
 
     Raises:
         ValueError: no size of that kernel and dtype has been compiled.
     """
     tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
-    pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db)?")
-    sizes = {}  # the one launch of each, or the two of dA and dB
+    pattern = re.compile(rf"{kernel}-(\d+)x(\d+)-{dtype}(-da|-db|-dbeta)?")
+    sizes = {}
     for name, row in (budget() | _compiled(arch)).items():
         if match := pattern.fullmatch(name):
             sizes.setdefault((int(match[1]), int(match[2])), []).append(row)
@@ -127,15 +125,20 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
     same = ((P, Q), (tile.PP, tile.QP), (Q, P), (tile.QP, tile.PP))
     distance = {s: abs(math.log(s[0] * s[1] / (P * Q))) for s in sizes}
     size = next((s for s in same if s in sizes), min(sizes, key=distance.get))
-    found, scale, warps = sizes[size], 1.0, num_warps(kernel, P, Q, dtype)
-    if size not in same:
-        scale = P * Q / (size[0] * size[1]) * num_warps(kernel, *size, dtype) / warps
+    return sizes[size], (P, Q) if size in same else size
+
+
+def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
+    """Counts of a scan kernel, of a size that was not compiled in proportion to its units."""
+    tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
+    (row,), (p, q) = nearest(kernel, P, Q, dtype, arch)
+    warps = num_warps(P, Q, dtype)
+    scale = P * Q / (p * q) * num_warps(p, q, dtype) / warps
     return Counts(
-        latency=scale * sum(row["step_cycles"] for row in found),
-        instructions=scale * sum(row["instructions_per_step"] for row in found),
-        mma=products(tile, kernel, dtype) / warps,
-        shared=scale * sum(row["shared_wavefronts"] for row in found),
-        registers=max(row["registers"] for row in found),
+        latency=scale * row["step_cycles"],
+        instructions=scale * row["instructions_per_step"],
+        mma=products(tile, dtype) / warps,
+        registers=row["registers"],
         warps=warps,
         rows=tile.rows,
     )
@@ -144,7 +147,7 @@ def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
 @dataclass(frozen=True)
 class Prediction:
     seconds: float
-    bound: str  # latency, issue, tensor, shared memory, memory
+    bound: str  # latency, issue, tensor, memory
 
 
 def predict(
@@ -152,29 +155,27 @@ def predict(
 ) -> Prediction:
     """Time of one launch of `kernel`: "forward", "backward" or "weight_grad"."""
     memory = NUMBERS[kernel] * ITEMSIZE[dtype] * P * Q * heads * B * T / device.bandwidth
+    if kernel == "weight_grad":
+        launches, (p, q) = nearest(kernel, P, Q, dtype, device.arch)
+        steps = B * T * heads * P * Q / (p * q) / device.processors / device.clock
+        times = [steps * row["row_cycles"] for row in launches]
+        bound = "memory" if memory * len(times) > sum(times) else "issue"
+        return Prediction(sum(max(memory, t) for t in times), bound)
     c = counts(kernel, P, Q, dtype, device.arch)
     issue, tensor = c.instructions, c.mma * device.mma_cycles
     busy = max(issue, tensor)
     subpartitions = 4 * device.processors
     programs = math.ceil(B / c.rows) * heads
-    if kernel == "weight_grad":
-        # the four subpartitions of a processor share its shared memory
-        cycles = {"issue": issue / 4, "tensor": tensor / 4, "shared memory": c.shared}
-        bound = max(cycles, key=cycles.get)
-        seconds = programs * T * c.warps * cycles[bound] / device.processors / device.clock
-    else:
-        held = max(
-            1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8))))
-        )
-        resident = max(1, held // c.warps) * device.processors
-        seconds, left = 0.0, programs
-        bound = "latency"
-        while left > 0:
-            warps = math.ceil(min(left, resident) * c.warps / subpartitions)
-            if not seconds and warps * busy > c.latency:
-                bound = "issue" if issue >= tensor else "tensor"
-            seconds += T * max(c.latency, warps * busy) / device.clock
-            left -= resident
+    held = max(1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8)))))
+    resident = max(1, held // c.warps) * device.processors
+    seconds, left = 0.0, programs
+    bound = "latency"
+    while left > 0:
+        warps = math.ceil(min(left, resident) * c.warps / subpartitions)
+        if not seconds and warps * busy > c.latency:
+            bound = "issue" if issue >= tensor else "tensor"
+        seconds += T * max(c.latency, warps * busy) / device.clock
+        left -= resident
     return Prediction(memory, "memory") if memory > seconds else Prediction(seconds, bound)
 
 
@@ -205,7 +206,7 @@ def constants(device: Device, rows: Iterable[dict]) -> tuple[dict, dict]:
     return own, latencies
 
 
-BATCHES = (1, 16, 64, 256, 1024, 4096)
+BATCHES = (1, 16, 64, 256, 1024, 2048)
 
 
 def table(device: Device, T: int, dtype: str) -> list[str]:

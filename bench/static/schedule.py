@@ -18,8 +18,9 @@ for it, hence the latency that is hidden; `conversions` F2F, which take the slow
 `shared_wavefronts`, 128 bytes each that a warp moves from or to shared memory; `unready`, results
 used without a wait for their scoreboard (0, or the decoding is wrong); cycles of a step of one warp
 alone on its processor, `step_cycles`, and with 1, 2, 4 warps on each of the four subpartitions,
-`full_1`, `full_2`, `full_4`; `tensor` to `uniform`, the cycles of each pipe per warp, of which W
-warps on each subpartition take W times as many (that to memory, `lsu`, all four share).
+`full_1`, `full_2`, `full_4`; `row_cycles` of weight gradients, those of a processor for a step of a
+batch row; `tensor` to `uniform`, the cycles of each pipe per warp, of which W warps on each
+subpartition take W times as many (that to memory, `lsu`, all four share).
 """
 
 import dataclasses
@@ -154,8 +155,9 @@ class Instruction:
         return "addresses, copies"
 
 
-def loop_of(sass: str) -> list[Instruction]:
-    """The instructions of the time loop, from what `compiled.disassemble` returns."""
+def loops_of(sass: str) -> list[list[Instruction]]:
+    """The instructions of the innermost loops, the time loop or the longest of them first, from
+    what `compiled.disassemble` returns."""
     code = []
     for line in sass.splitlines():
         if found := re.match(INSTRUCTION, line):
@@ -163,9 +165,9 @@ def loop_of(sass: str) -> list[Instruction]:
             code.append([predicate or "", opcode, operands, int(low, 16)])
         elif code and (found := re.match(rf"\s+{WORD}", line)):
             code[-1][3] |= int(found[1], 16) << 64
-    opcodes, loop = compiled.nvidia_loop(sass)
+    opcodes, loops = compiled.nvidia_loops(sass)
     assert [c[1] for c in code] == opcodes, "an instruction was not decoded"
-    return [Instruction(*c) for c in code[loop]]
+    return [[Instruction(*c) for c in code[loop]] for loop in loops]
 
 
 def written(body: list[Instruction]) -> set[str]:
@@ -300,6 +302,18 @@ def occupied(body: list[Instruction], arch: str, latency: dict) -> dict:
     }
 
 
+def row_cycles(bodies: list[list[Instruction]], variant, row: dict, latency: dict) -> float:
+    """Cycles of a processor for a step of a batch row, all programs of a weight gradient together,
+    with as many warps on each subpartition as have registers."""
+    slices = variant.options(row["arch"])[0]["SLICES"]
+    warps = max(1, min(4, 65536 // (256 * -(-row["registers"] // 8)) // 4))
+    cycles = 0.0
+    for body in bodies:  # one of dA, which is in slices and has dβ with it, and one of dB
+        share = slices if len(bodies) == 1 or any(i.base == "MUFU" for i in body) else 1
+        cycles += share * simulate(body, row["arch"], warps, latency=latency)[0]
+    return round(cycles * row["warps"] / (4 * warps * row["rows"]), 1)
+
+
 def listing(body: list[Instruction], arch: str, latency: dict) -> list[str]:
     """The loop with the cycle of every instruction, its role and what it waited for; the cycles of
     each role."""
@@ -335,8 +349,11 @@ def main(argv: list[str] | None = None) -> int:
     def measure(variant, arch):
         variant = dataclasses.replace(variant, tuning=tuple(pairs(args.set).items()))
         row = compiled.measure(variant, arch)
-        body = loop_of(compiled.disassemble(compiled.build(variant, arch).asm["cubin"])[0])
+        bodies = loops_of(compiled.disassemble(compiled.build(variant, arch).asm["cubin"])[0])
+        body = bodies[0]
         row |= statistics(body, arch, latency)
+        if variant.kernel == "weight_grad":
+            row["row_cycles"] = row_cycles(bodies, variant, row, latency)
         if not args.brief:
             row |= occupied(body, arch, latency)
         if args.listing:
