@@ -71,6 +71,7 @@ from .tile import (
     offsets,
     operand,
     plane_to_tile,
+    pointers,
     second_product,
     select,
     select_operand,
@@ -139,7 +140,7 @@ def token_pointers(
     """Pointers to a step's tokens: one, or one for every element of a tile of several rows."""
     if S1 * S2 > 1:
         i_row, _, _ = coordinates(PP, QP, S1, S2, V)
-        return p_tokens + i_b + tl.minimum(i_row, last_row)
+        return pointers(p_tokens, i_b + tl.minimum(i_row, last_row), 1)
     else:
         return p_tokens + i_b
 

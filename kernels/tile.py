@@ -415,7 +415,9 @@ def pointers(p_tile, offset, VECTOR: tl.constexpr):
     keeps each single access as narrow as it has to be.
     """
     BYTES: tl.constexpr = VECTOR * p_tile.dtype.element_ty.primitive_bitwidth // 8
-    return tl.multiple_of(tl.max_contiguous(p_tile + offset, [1, VECTOR]), [1, BYTES])
+    # of one alone, Triton 3.6 would have lanes follow each other down a column
+    RUN: tl.constexpr = VECTOR if VECTOR > 1 else 2
+    return tl.multiple_of(tl.max_contiguous(p_tile + offset, [1, RUN]), [1, BYTES])
 
 
 @triton.jit
