@@ -399,8 +399,13 @@ def test_committed_rows_make_tables():
 
 
 def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):
-    assert front.main(["picture", "--figures", str(tmp_path)]) == 0
+    """By the version of Matplotlib that drew it: others place the same text elsewhere."""
+    matplotlib = pytest.importorskip("matplotlib")
     committed = harness.ROOT / "bench" / "figures"
+    drawn_by = f"Matplotlib v{matplotlib.__version__},"
+    if drawn_by not in (committed / "copy-memory-light.svg").read_text():
+        pytest.skip("drawn by another version of Matplotlib")
+    assert front.main(["picture", "--figures", str(tmp_path)]) == 0
     for page in ("light", "dark"):
         name = f"copy-memory-{page}.svg"
         drawn = (tmp_path / name).read_text()

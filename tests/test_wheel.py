@@ -30,7 +30,7 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from the sdist, as `pip install` of it would; setuptools is there with torch."""
+    """Built from the sdist, as `pip install` of it would; with the environment's setuptools."""
     work = tmp_path_factory.mktemp("wheel")
     tree = work / "tree"
     tree.mkdir()
