@@ -173,13 +173,9 @@ def variants() -> list[Variant]:
         for dtype in ("bf16", "fp32"):
             for P, Q in sizes:
                 whole = Variant(kernel, P, Q, dtype)
-                together = True
-                if kernel == "weight_grad":
-                    together = weight_grad_options(
-                        whole.tile, 1, 2, dtype, ITEMSIZE[dtype], nvidia=True, fragments=True
-                    )[2]
-                parts = ("all",) if together else ("da", "db", "dbeta")
-                table += [Variant(kernel, P, Q, dtype, part=part) for part in parts]
+                apart = kernel == "weight_grad" and not whole.options("sm_90")[0]["FRAGMENTS"]
+                parts = ("da", "db", "dbeta") if apart else ("all",)
+                table += [replace(whole, part=part) for part in parts]
     for kernel in ("forward", "backward"):
         for nonlinearity in NONLINEARITIES[1:]:
             table.append(Variant(kernel, 16, 16, nonlinearity=nonlinearity))
@@ -272,10 +268,9 @@ def time_loops(
         if found := re.match(label, line):
             labels[found[1]] = len(opcodes)
         elif found := re.match(instruction, line):
-            if (jump := re.search(branch, line)) and labels.get(jump[1], len(opcodes)) < len(
-                opcodes
-            ):
-                jumps.append((labels[jump[1]], len(opcodes)))
+            jump, here = re.search(branch, line), len(opcodes)
+            if jump and labels.get(jump[1], here) < here:  # a trap jumps to itself
+                jumps.append((labels[jump[1]], here))
             opcodes.append(found[1])
     spans = [s for s in jumps if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in jumps)]
     spans.sort(key=lambda s: s[0] - s[1])
@@ -314,9 +309,8 @@ def counts(kernel, amd: bool) -> dict:
         code = kernel.asm["amdgcn"]
         instruction = r"\s+((?:[vs]_|ds_|global_|buffer_|flat_|scratch_)\w+)"
         branch = r"s_c?branch\w*\s+(\.LBB\d+_\d+)"
-        opcodes, (where, *_) = time_loops(
-            code.splitlines(), r"(\.LBB\d+_\d+):", instruction, branch
-        )
+        lines = code.splitlines()
+        opcodes, (where, *_) = time_loops(lines, r"(\.LBB\d+_\d+):", instruction, branch)
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
         spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
     else:

@@ -66,18 +66,6 @@ DEVICES = {
 }
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Of one step of one warp, and the program it belongs to."""
-
-    latency: float  # cycles of a warp alone
-    instructions: float
-    mma: float
-    registers: int
-    warps: int
-    rows: int
-
-
 @functools.cache
 def _compiled(arch: str) -> dict[str, dict]:
     rows = harness.read_rows(harness.RESULTS / f"{harness.slug(arch)}.jsonl")
@@ -97,16 +85,8 @@ def products(tile: geometry.Tile, precision: str) -> float:
     return one * (math.ceil(qe / 8) + math.ceil(pe / 8)) * (3 if precision == "fp32" else 1)
 
 
-def num_warps(P: int, Q: int, dtype: str) -> int:
-    """Of a program of a scan, from the function that the launchers call."""
-    tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
-    return compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)[1]["num_warps"]
-
-
-def nearest(
-    kernel: str, P: int, Q: int, dtype: str, arch: str
-) -> tuple[list[dict], tuple[int, int]]:
-    """Rows of a modReLU kernel for P·Q units, one for each launch, and the size they are of.
+def nearest(kernel: str, P: int, Q: int, dtype: str, arch: str) -> tuple[list[dict], float]:
+    """Rows of a modReLU kernel for P·Q units, one for each launch, and their share in the units.
 
     A size that was not compiled takes those of its padded sides, or else of the compiled size
     nearest in units.
@@ -125,23 +105,7 @@ def nearest(
     same = ((P, Q), (tile.PP, tile.QP), (Q, P), (tile.QP, tile.PP))
     distance = {s: abs(math.log(s[0] * s[1] / (P * Q))) for s in sizes}
     size = next((s for s in same if s in sizes), min(sizes, key=distance.get))
-    return sizes[size], (P, Q) if size in same else size
-
-
-def counts(kernel: str, P: int, Q: int, dtype: str, arch: str) -> Counts:
-    """Counts of a scan kernel, of a size that was not compiled in proportion to its units."""
-    tile = geometry.Tile.of(P, Q, ITEMSIZE[dtype])
-    (row,), (p, q) = nearest(kernel, P, Q, dtype, arch)
-    warps = num_warps(P, Q, dtype)
-    scale = P * Q / (p * q) * num_warps(p, q, dtype) / warps
-    return Counts(
-        latency=scale * row["step_cycles"],
-        instructions=scale * row["instructions_per_step"],
-        mma=products(tile, dtype) / warps,
-        registers=row["registers"],
-        warps=warps,
-        rows=tile.rows,
-    )
+    return sizes[size], 1.0 if size in same else P * Q / (size[0] * size[1])
 
 
 @dataclass(frozen=True)
@@ -155,26 +119,30 @@ def predict(
 ) -> Prediction:
     """Time of one launch of `kernel`: "forward", "backward" or "weight_grad"."""
     memory = NUMBERS[kernel] * ITEMSIZE[dtype] * P * Q * heads * B * T / device.bandwidth
+    launches, units = nearest(kernel, P, Q, dtype, device.arch)
     if kernel == "weight_grad":
-        launches, (p, q) = nearest(kernel, P, Q, dtype, device.arch)
-        steps = B * T * heads * P * Q / (p * q) / device.processors / device.clock
+        steps = B * T * heads * units / device.processors / device.clock
         times = [steps * row["row_cycles"] for row in launches]
         bound = "memory" if memory * len(times) > sum(times) else "issue"
         return Prediction(sum(max(memory, t) for t in times), bound)
-    c = counts(kernel, P, Q, dtype, device.arch)
-    issue, tensor = c.instructions, c.mma * device.mma_cycles
+    (row,), tile = launches, geometry.Tile.of(P, Q, ITEMSIZE[dtype])
+    options = compile_options(tile, 1, 2, dtype, "modrelu", nvidia=True)[1]
+    latency, issue = units * row["step_cycles"], units * row["instructions_per_step"]
+    tensor = products(tile, dtype) / options["num_warps"] * device.mma_cycles
     busy = max(issue, tensor)
     subpartitions = 4 * device.processors
-    programs = math.ceil(B / c.rows) * heads
-    held = max(1, min(device.warps, device.registers // (32 * (8 * math.ceil(c.registers / 8)))))
-    resident = max(1, held // c.warps) * device.processors
+    programs = math.ceil(B / tile.rows) * heads
+    held = max(
+        1, min(device.warps, device.registers // (32 * (8 * math.ceil(row["registers"] / 8))))
+    )
+    resident = max(1, held // options["num_warps"]) * device.processors
     seconds, left = 0.0, programs
     bound = "latency"
     while left > 0:
-        warps = math.ceil(min(left, resident) * c.warps / subpartitions)
-        if not seconds and warps * busy > c.latency:
+        warps = math.ceil(min(left, resident) * options["num_warps"] / subpartitions)
+        if not seconds and warps * busy > latency:
             bound = "issue" if issue >= tensor else "tensor"
-        seconds += T * max(c.latency, warps * busy) / device.clock
+        seconds += T * max(latency, warps * busy) / device.clock
         left -= resident
     return Prediction(memory, "memory") if memory > seconds else Prediction(seconds, bound)
 
