@@ -167,7 +167,8 @@ def described(s, descriptor, rows, transposed, readers, o):
 
     start, leading, stride = (part(bit, 14) << 4 for bit in (0, 16, 32))
     mode = int(part(62, 2)[0])
-    if (part(62, 2) != mode).any() or part(49, 3).any():
+    # it says where the pattern of a swizzle begins; Triton 3.9 sets it where there is none, too
+    if (part(62, 2) != mode).any() or (mode and part(49, 3).any()):
         raise o.unknown("descriptor with a base offset")
     width = SWIZZLE[mode]
     r, k = np.arange(rows)[:, None], np.arange(16)[None, :]
