@@ -37,6 +37,8 @@ class LanguageModelConfig:
     precision: Precision = "auto"
 
 
+# "identity" predicted text best at the sizes that have it. It is linear in the state, with a fixed
+# matrix: no such model keeps a parity at every length (train/tasks/state_tracking.py).
 PRESETS = {
     "tiny": LanguageModelConfig(
         d_model=72, num_layers=3, hidden_size=192, num_heads=2, nonlinearity="identity"
