@@ -33,15 +33,12 @@ def takes_loop(op: str, x: Tensor, backend: str) -> bool:
     return reason is not None
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot compile a call of the next
-def has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
 def run_loop(loop: Callable, scan: Scan | LSTMScan, how: How):
     """`loop(scan, how)`, under autocast by the rule of the ops."""
     device = scan.x.device.type
-    if has_autocast(device) and torch.is_autocast_enabled(device):
+    # torch 2.11 cannot compile the second
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return loop(scan._replace(x=in_autocast_dtype(scan.x, device)), how)
     return loop(scan, how)
