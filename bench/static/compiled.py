@@ -268,9 +268,8 @@ def time_loops(
         if found := re.match(label, line):
             labels[found[1]] = len(opcodes)
         elif found := re.match(instruction, line):
-            jump, here = re.search(branch, line), len(opcodes)
-            if jump and labels.get(jump[1], here) < here:  # a trap jumps to itself
-                jumps.append((labels[jump[1]], here))
+            if (jump := re.search(branch, line)) and jump[1] in labels:
+                jumps.append((labels[jump[1]], len(opcodes)))
             opcodes.append(found[1])
     spans = [s for s in jumps if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in jumps)]
     spans.sort(key=lambda s: s[0] - s[1])
