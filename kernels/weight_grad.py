@@ -577,29 +577,28 @@ def weight_grad(
     constants["STATES"] = h.shape[-1] // (parts * P * Q)
     rows = tile.rows
     blocks = triton.cdiv(B, rows)
-    slices, h_0, kinds = constants.pop("SLICES"), scan.h_0, 1
-    if constants["FRAGMENTS"]:
+    slices, fragments, h_0 = constants.pop("SLICES"), constants["FRAGMENTS"], scan.h_0
+    if fragments:
         h_0 = torch.zeros_like(h[0]) if h_0 is None else h_0.to(h.dtype)
-        kinds = slices + 1  # of programs, which share rows
+    kinds = slices + 1 if fragments else 1  # of programs, which share rows
     programs, chunk = partition(blocks, T, heads * kinds, h.device, options["num_warps"])
     chunks = triton.cdiv(T, chunk)
     PE, QE = tile.S1 * tile.PP, tile.S2 * tile.QP
     da = a.new_empty((programs * chunks, parts, heads, PE, PE))
     db = a.new_empty((programs * chunks, parts, heads, QE, QE))
     dbeta = a.new_empty((programs * chunks, heads, rows, P * Q)) if wants_beta else None
-    if together:
-        launches = [(da, db, dbeta, max(1, kinds - 1), kinds)]
-    else:  # their sums do not fit the registers of one program
-        launches = [(da, None, None, slices, slices), (None, db, None, slices, slices)]
-        launches += [(None, None, dbeta, 1, 1)] if wants_beta else []
+    launches = [(da, db, dbeta, slices if fragments else 1)]
+    if not together:  # their sums do not fit the registers of one program
+        launches = [(da, None, None, slices), (None, db, None, slices)]
+        launches += [(None, None, dbeta, 1)] if wants_beta else []
     keep = row_words(~reset, rows) if reset is not None else None
     with device_guard(h):
-        for p_da, p_db, p_dbeta, share, kinds in launches:
-            weight_grad_kernel[(heads * kinds, programs, chunks)](
+        for p_da, p_db, p_dbeta, share in launches:
+            weight_grad_kernel[(heads * (share + fragments), programs, chunks)](
                 p_dx=packed(dx),
                 p_h=packed(h),
                 p_a_adjoint=adjoint(a),
-                p_b=adjoint(b) if constants["FRAGMENTS"] else packed(b),
+                p_b=adjoint(b) if fragments else packed(b),
                 p_h_0=packed(h_0),
                 p_keep=keep,
                 p_da=p_da,

@@ -516,16 +516,16 @@ def test_launchers_in_a_cuda_graph(monkeypatch):
 TUNINGS = [
     {"AHEAD": False, "BETA_IN_LOOP": True},
     {"ANCHORED": False, "num_warps": 2, "num_stages": 2, "maxnreg": 128},
+    {"SLICES": 1},
     {"FRAGMENTS": False},
 ]
+SUMS = ("SLICES", "FRAGMENTS")  # of the weight gradients alone
 
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=lambda t: "-".join(t))
 def test_tuning_changes_no_result(tuning):
     given, how = arguments_of_scan(for_kernels(16, 16, reset=True))
-    scans, sums = (
-        {k: v for k, v in tuning.items() if (k == "FRAGMENTS") == w} for w in (False, True)
-    )
+    scans, sums = ({k: v for k, v in tuning.items() if (k in SUMS) == w} for w in (False, True))
 
     def results(scans, sums):
         h = scan.scan_forward(given, how, **scans)
