@@ -128,7 +128,8 @@ class Instruction:
                 continue
             target = n < targets or (carries and 0 < n <= 2 and re.fullmatch(r"P\d", part))
             for kind, first in re.findall(r"\b(U?[RP])(\d+)\b", part):
-                count = self.width(n) if kind == "R" else 1
+                broadcast = part.endswith(".F32")  # one register for both halves of a pair
+                count = self.width(n) if kind == "R" and not broadcast else 1
                 (writes if target else reads).update(
                     f"{kind}{int(first) + k}" for k in range(count)
                 )
