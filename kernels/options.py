@@ -73,6 +73,7 @@ def compile_options(
     values = tile.size * parts
     split, pairs = precision == "fp32", precision != "bf16"
     one = values <= 512
+    two = one and nvidia and not (split or backward) and tile.aligned > 1
     constants = {
         "H": heads,
         **tile.constants,
@@ -85,10 +86,8 @@ def compile_options(
         # constants in registers, while they fit
         "ANCHORED": values <= 1024 and max(tile.PP, tile.QP) <= 32,
         # Z in place of X from step to step, and with it the next step's row, or the next two where
-        # a step is shorter than the way to L2
-        "AHEAD": (
-            int(one) if split else 2 if one and nvidia and not backward else int(values <= 4096)
-        ),
+        # a step is shorter than the way to L2 and values are not read one by one
+        "AHEAD": 2 if two else int(one if split else values <= 4096),
         # steps by which rows are fetched into L2, about a microsecond of them
         "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
         "BETA_IN_LOOP": values > (4096 if not split else 512 if backward else 2048),
@@ -106,13 +105,23 @@ def compile_options(
     if nvidia and options["num_warps"] == 1:
         # without it ptxas would stop at 128 or 168 and spill
         options["maxnreg"] = 255
+    # what is an exception to the rules above has fewer cycles, or does not spill
+    if nvidia and split and backward and tile.lines and values == (8192 if arch < 90 else 4096):
+        constants["BETA_IN_LOOP"] = False
     bf16_on_nvidia = nvidia and precision == "bf16"
+    if bf16_on_nvidia and not backward and values == 8192 and arch >= 90:
+        constants["BETA_IN_LOOP"] = False
+    if bf16_on_nvidia and not backward and one and tile.V == 2 and arch != 90:
+        # with more registers its loads sink to their uses
+        options["maxnreg"] = 128 if given or arch >= 100 else 100
+    if bf16_on_nvidia and backward and values == 4096 and tile.PP == 128 and arch < 90:
+        options["num_warps"] = 8
     if bf16_on_nvidia and backward and values == 2048 and arch >= 100:
         constants["BETA_IN_LOOP"] = True
     if bf16_on_nvidia and backward and tile.lines and values == 4096 and arch >= 100:
         options["maxnreg"] = 184  # ptxas would stop at 168 and spill
     if bf16_on_nvidia and backward and values == 8192 and arch < 90:
-        constants["BETA_IN_LOOP"], options["num_warps"] = False, 8
+        constants["BETA_IN_LOOP"], options["num_warps"] = tile.PP == 128, 8
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer
         few = nonlinearity == "modrelu" and tile.lines and arch >= 90
@@ -245,5 +254,7 @@ def lstm_options(
     if nvidia and options["num_warps"] == 1:
         # in the one case with more it waits longer
         short = (tile.P, tile.Q) == (16, 16) and not backward and not pairs and arch == 90
-        options["maxnreg"] = 128 if short else 255
+        options["maxnreg"] = 128 if short else 248 if arch < 90 and split and not backward else 255
+    elif nvidia and tile.size == 4096 and not backward and arch < 90:
+        options["maxnreg"] = 246
     return overridden(constants, options, tuning)
