@@ -177,6 +177,7 @@ def test_too_little_shared_memory_streams_the_factors(monkeypatch):
     """Where a device cannot hold 64 x 64 in float32, and for which shapes it can."""
     x_proj = torch.zeros(1, 1, 8192)
     how = ("modrelu", "fp32")
+    monkeypatch.setattr(why_not, "SHARED_INTERPRETED", 232448)  # sm_90
     assert not why_not.is_wide(*factors(64, 64), x_proj, *how)
     assert not why_not.is_wide(*factors(128, 8), x_proj, *how)
     assert why_not.is_wide(*factors(128, 32), x_proj, *how)
