@@ -92,9 +92,11 @@ def compile_options(
         "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
         "BETA_IN_LOOP": values > (4096 if not split else 512 if backward else 2048),
     }
+    if not nvidia and (nonlinearity == "modtanh" or not (one or backward)):
+        constants["AHEAD"] = 0  # fewer instructions of AMD's devices
     if "tokens" in given:
         # the table is in L2, or soon will be, and the tokens themselves are read ahead
-        constants |= {"PREFETCH": 0, "AHEAD": int(one)}
+        constants |= {"PREFETCH": 0, "AHEAD": min(constants["AHEAD"], int(one))}
     options = {
         "num_warps": 1 if values <= 2048 else 4,
         "num_stages": 1,
