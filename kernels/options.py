@@ -73,7 +73,14 @@ def compile_options(
     values = tile.size * parts
     split, pairs = precision == "fp32", precision != "bf16"
     one = values <= 512
+    # Z in place of X from step to step, and with it the next step's row, or the next two where a
+    # step is shorter than the way to L2 and values are not read one by one
     two = one and nvidia and not (split or backward) and tile.aligned > 1
+    ahead = 2 if two else int(one if split else values <= 4096)
+    if not nvidia and (nonlinearity == "modtanh" or not (one or backward)):
+        ahead = 0  # fewer instructions of AMD's devices
+    if "tokens" in given:  # they are read ahead themselves
+        ahead = min(ahead, int(one))
     constants = {
         "H": heads,
         **tile.constants,
@@ -85,18 +92,13 @@ def compile_options(
         "NVIDIA": nvidia,
         # constants in registers, while they fit
         "ANCHORED": values <= 1024 and max(tile.PP, tile.QP) <= 32,
-        # Z in place of X from step to step, and with it the next step's row, or the next two where
-        # a step is shorter than the way to L2 and values are not read one by one
-        "AHEAD": 2 if two else int(one if split else values <= 4096),
+        "AHEAD": ahead,
         # steps by which rows are fetched into L2, about a microsecond of them
         "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
         "BETA_IN_LOOP": values > (4096 if not split else 512 if backward else 2048),
     }
-    if not nvidia and (nonlinearity == "modtanh" or not (one or backward)):
-        constants["AHEAD"] = 0  # fewer instructions of AMD's devices
     if "tokens" in given:
-        # the table is in L2, or soon will be, and the tokens themselves are read ahead
-        constants |= {"PREFETCH": 0, "AHEAD": min(constants["AHEAD"], int(one))}
+        constants["PREFETCH"] = 0  # the table is in L2, or soon will be
     options = {
         "num_warps": 1 if values <= 2048 else 4,
         "num_stages": 1,
