@@ -81,6 +81,8 @@ def compile_options(
         ahead = 0  # fewer instructions of AMD's devices
     if "tokens" in given:  # they are read ahead themselves
         ahead = min(ahead, int(one))
+    # a table of tokens is in L2, or soon will be
+    fetched = nvidia and tile.lines and "tokens" not in given
     constants = {
         "H": heads,
         **tile.constants,
@@ -94,11 +96,9 @@ def compile_options(
         "ANCHORED": values <= 1024 and max(tile.PP, tile.QP) <= 32,
         "AHEAD": ahead,
         # steps by which rows are fetched into L2, about a microsecond of them
-        "PREFETCH": max(2, min(8, 4096 // tile.size)) if nvidia and tile.lines else 0,
+        "PREFETCH": max(2, min(8, 4096 // tile.size)) if fetched else 0,
         "BETA_IN_LOOP": values > (4096 if not split else 512 if backward else 2048),
     }
-    if "tokens" in given:
-        constants["PREFETCH"] = 0  # the table is in L2, or soon will be
     options = {
         "num_warps": 1 if values <= 2048 else 4,
         "num_stages": 1,
