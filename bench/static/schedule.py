@@ -127,9 +127,10 @@ class Instruction:
                     reads |= {f"{kind}{int(first) + k}" for k in range(2 if wide else 1)}
                 continue
             target = n < targets or (carries and 0 < n <= 2 and re.fullmatch(r"P\d", part))
+            # one register stands for both halves of a pair where it says .F32
+            width = 1 if part.endswith(".F32") else self.width(n)
             for kind, first in re.findall(r"\b(U?[RP])(\d+)\b", part):
-                broadcast = part.endswith(".F32")  # one register for both halves of a pair
-                count = self.width(n) if kind == "R" and not broadcast else 1
+                count = width if kind == "R" else 1
                 (writes if target else reads).update(
                     f"{kind}{int(first) + k}" for k in range(count)
                 )
