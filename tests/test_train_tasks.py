@@ -618,6 +618,36 @@ def test_a_narrow_init_starts_as_an_integrator():
         assert 0.08 * math.pi < widest < 0.12 * math.pi
 
 
+@pytest.mark.parametrize("model", ["lstm", "gru"])
+def test_gates_of_chrono_initialization_keep_a_state_for_so_many_steps(model):
+    """A state that decays by g a step lasts 1 / (1 - g) steps: here log u has spans 1 + u."""
+    config, _ = copy_memory.setup(shlex.split(f"--model {model} --chrono 200 --num-layers 2"))
+    torch.manual_seed(0)
+    layers = SequenceModel(config, 10, 10, False).recurrence
+    with torch.no_grad():
+        for name, p in layers.named_parameters():
+            if name.startswith("weight"):
+                p.zero_()  # what the biases alone do
+        first = (torch.ones(2, 1, 128), torch.ones(2, 1, 128))
+        if model == "lstm":
+            _, (_, last) = layers(torch.zeros(1, 1, 10), first)
+            gates = layers.bias_ih_l1.view(4, -1) + layers.bias_hh_l1.view(4, -1)
+            torch.testing.assert_close(gates[0], -gates[1])  # writes as much as it forgets
+            last = last - gates[0].sigmoid() * gates[2].tanh()
+        else:
+            _, last = layers(torch.zeros(1, 1, 10), first[0])
+            (r, z, into), (_, _, within) = (
+                layers.bias_ih_l1.view(3, -1),
+                layers.bias_hh_l1.view(3, -1),
+            )
+            r, z = r + layers.bias_hh_l1[:128], z + layers.bias_hh_l1[128:256]
+            last = last - (1 - z.sigmoid()) * (into + r.sigmoid() * within).tanh()
+    spans = 1 / (1 - last[-1])
+    assert 2 <= spans.min() < 10
+    assert 180 < spans.max() <= 200 * 1.001
+    assert abs(spans.mean() - 101) < 15
+
+
 @pytest.mark.parametrize("model", ["unitary", "orthogonal"])
 def test_unitary_baselines_stay_unitary_and_are_dense(model):
     config, task = copy_memory.setup(
@@ -881,6 +911,11 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--steps 0", "one of --steps, --minutes and --patience"),
         ("--patience 2 --eval-every 0", "give --eval-every too"),
         ("--model lstm --frozen-factors", "for kru and krulstm, not for lstm"),
+        (
+            "--chrono 50",
+            "--chrono is for lstm and gru, and at least 3 steps; got 50 and --model kru",
+        ),
+        ("--model gru --chrono 2", "at least 3 steps; got 2"),
     ],
 )
 def test_bad_flags(flags, message):

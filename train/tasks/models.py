@@ -64,6 +64,8 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
             for name, p in layers.named_parameters():
                 if name.startswith("bias_ih"):
                     nn.init.ones_(p.data[config.hidden_size : 2 * config.hidden_size])
+        if config.chrono:
+            remember_(layers, config.chrono)
         return layers
     shared |= {"backend": config.backend, "precision": config.precision}
     spreads = config.init_spread
@@ -89,6 +91,24 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
         for w in [w for factors in layers.recurrent_factors() for w in factors]:
             w.requires_grad_(False)
     return layers
+
+
+@torch.no_grad()
+def remember_(layers: nn.LSTM | nn.GRU, length: int) -> None:
+    """Chrono initialization: gates that keep the state for 2 to `length` steps at first.
+
+    The forget gate of an LSTM gets the bias log u, u uniform in (1, length - 1), and its input gate
+    the opposite; the update gate of a GRU, which keeps the state where it is open, gets log u.
+    (Tallec and Ollivier, *Can recurrent neural networks warp time?*, ICLR 2018.)
+    """
+    size = layers.hidden_size
+    kept, written = slice(size, 2 * size), slice(size)  # in weights: i f g o, and r z n
+    for layer in range(layers.num_layers):
+        into, within = getattr(layers, f"bias_ih_l{layer}"), getattr(layers, f"bias_hh_l{layer}")
+        bias = torch.empty(size).uniform_(1, length - 1).log()
+        into[kept], within[kept] = bias, 0.0
+        if isinstance(layers, nn.LSTM):
+            into[written], within[written] = -bias, 0.0
 
 
 class Transformer(nn.Module):

@@ -44,6 +44,9 @@ class TaskConfig:
     init_spread: tuple[float, ...] = (1.0,)
     """Of kru, unitary, orthogonal: angles of the eigenvalues of the initial factors, as a share of
     the whole circle's; one for all layers, or one per layer. Near 0 a layer is an integrator."""
+    chrono: int = 0
+    """Gates of lstm and gru start so that they keep what they saw for up to this many steps (chrono
+    initialization). 0: as usual, forget gates of lstm open by 1."""
     dropout: float = 0.0
     """Between stacked layers and before the readout."""
     backend: Backend = "auto"
@@ -122,7 +125,7 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
     config = tyro.cli(kind, args=argv, default=default, description=description)
     at_least = {
         1: "hidden_size num_layers num_heads batch_size log_every keep",
-        0: "steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight "
+        0: "chrono steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight "
         "input_std dropout checkpoint_every eval_every decay_share",
     }
     for least, names in at_least.items():
@@ -145,6 +148,11 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
     for name in ("patience", "target"):
         if getattr(config, name) and not config.eval_every:
             raise UserError(f"--{name} looks at evaluations: give --eval-every too")
+    if config.chrono and (config.model not in ("lstm", "gru") or config.chrono < 3):
+        raise UserError(
+            f"--chrono is for lstm and gru, and at least 3 steps; got {config.chrono} and "
+            f"--model {config.model}"
+        )
     if config.frozen_factors and config.model not in ("kru", "krulstm"):
         raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
     return config
