@@ -125,8 +125,8 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
     config = tyro.cli(kind, args=argv, default=default, description=description)
     at_least = {
         1: "hidden_size num_layers num_heads batch_size log_every keep",
-        0: "chrono steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight "
-        "input_std dropout checkpoint_every eval_every decay_share",
+        0: "steps minutes target patience lr recurrent_lr lr_floor warmup clip unitarity_weight "
+        "input_std chrono dropout checkpoint_every eval_every decay_share",
     }
     for least, names in at_least.items():
         for name in names.split():
