@@ -66,9 +66,10 @@ class Config(TaskConfig):
     """Longest training sequence, in symbols."""
     test_length: int = 512
     """Length of the test sequences."""
-    lengths: Literal["log-uniform", "cited"] = "log-uniform"
+    lengths: Literal["log-uniform", "growing", "cited"] = "log-uniform"
     """Of each training batch: log-uniform from 2 to --train-length, which many models need to find
-    the rule, or as in the work cited above."""
+    the rule; the same up to a limit that grows from 2 to --train-length over the first half of
+    --steps; or as in the work cited above."""
     steps: int = 10000
     batch_size: int = 64
     lr: float = 1e-3
@@ -156,8 +157,11 @@ def task(config: Config) -> Task:
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng, length = generator(config.seed, 0, step), config.train_length
-        if config.lengths == "log-uniform":
-            length = min(length, round(2 * (length / 2) ** torch.rand((), generator=rng).item()))
+        if config.lengths in ("log-uniform", "growing"):
+            share = torch.rand((), generator=rng).item()
+            if config.lengths == "growing":
+                share *= min(1.0, 2 * step / config.steps)
+            length = min(length, round(2 * (length / 2) ** share))
         elif last_alone:
             length = int(torch.randint(1, length + 1, (), generator=rng))
         if config.task == "modular":
