@@ -221,6 +221,18 @@ def test_lengths_are_log_uniform_from_two_on():
     assert (lengths <= 8).double().mean() == pytest.approx(0.5, abs=0.1)  # the middle of 2 and 32
 
 
+def test_growing_lengths_reach_all_of_them_in_the_first_half():
+    flags = ["--task", "s3", "--train-length", "32", "--test-length", "40", "--batch-size", "1"]
+    _, task = state_tracking.setup([*flags, "--lengths", "growing", "--steps", "1200"])
+    lengths = [task.batch(step)[0].shape[1] for step in range(1200)]
+    assert 6 <= max(lengths[:300]) <= 8  # half of the way, by ratios, to 32
+    assert max(lengths[:600]) > 25
+    late = torch.tensor(lengths[600:])
+    assert (late <= 8).double().mean() == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(UserError, match="--lengths growing follows --steps"):
+        state_tracking.setup([*flags, "--lengths", "growing", "--steps", "0", "--minutes", "1"])
+
+
 @pytest.mark.parametrize("name", ["parity", "modular", "s3"])
 def test_state_tracking_measures_every_length_of_one_pass(name):
     """A predictor that is right up to symbol 40 of 70, and never after it."""

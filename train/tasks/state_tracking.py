@@ -150,6 +150,8 @@ def task(config: Config) -> Task:
             f"--test-length must be at least --train-length ({config.train_length}), got "
             f"{config.test_length}"
         )
+    if config.lengths == "growing" and not config.steps:
+        raise UserError("--lengths growing follows --steps: give a number of them")
     symbol_count, answer_count, draw, last_alone = TASKS[config.task]
 
     def one_hot(symbols: Tensor) -> Tensor:
