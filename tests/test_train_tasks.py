@@ -198,7 +198,7 @@ def test_a_kru_can_multiply_permutations_at_any_length(things, nonlinearity):
 @pytest.mark.parametrize("name", ["parity", "modular", "s3", "s5"])
 def test_state_tracking_asks_what_its_protocol_says(name):
     flags = ["--task", name, "--train-length", "9", "--test-length", "40", "--batch-size", "5"]
-    flags += ["--lengths", "cited"]
+    flags += ["--lengths", "cited", "--asked", "cited"]
     _, task = state_tracking.setup(flags)
     assert (task.length, task.input_size) == (9, state_tracking.TASKS[name][0])
     batches = [task.batch(step) for step in range(60)]
@@ -213,9 +213,18 @@ def test_state_tracking_asks_what_its_protocol_says(name):
         assert ((answers[:, :-1] >= 0) == group).all()
 
 
+def test_all_answers_of_a_batch_are_asked_for_unless_as_cited():
+    for name, (*_, draw, _) in state_tracking.TASKS.items():
+        _, task = state_tracking.setup(["--task", name])
+        x, answers = task.batch(7999)
+        if name == "parity":
+            assert torch.equal(answers, x.argmax(-1).cumsum(1) % 2)
+        assert ((answers >= 0).all(0) == (draw(1, x.shape[1], torch.Generator())[1][0] >= 0)).all()
+
+
 def test_lengths_are_log_uniform_from_two_on():
     flags = ["--task", "s3", "--train-length", "32", "--test-length", "40", "--batch-size", "1"]
-    _, task = state_tracking.setup(flags)
+    _, task = state_tracking.setup([*flags, "--lengths", "log-uniform"])
     lengths = torch.tensor([task.batch(step)[0].shape[1] for step in range(400)])
     assert (lengths.min(), lengths.max()) == (2, 32)
     assert (lengths <= 8).double().mean() == pytest.approx(0.5, abs=0.1)  # the middle of 2 and 32
@@ -223,14 +232,14 @@ def test_lengths_are_log_uniform_from_two_on():
 
 def test_growing_lengths_reach_all_of_them_in_the_first_half():
     flags = ["--task", "s3", "--train-length", "32", "--test-length", "40", "--batch-size", "1"]
-    _, task = state_tracking.setup([*flags, "--lengths", "growing", "--steps", "1200"])
+    _, task = state_tracking.setup([*flags, "--steps", "1200"])
     lengths = [task.batch(step)[0].shape[1] for step in range(1200)]
     assert 6 <= max(lengths[:300]) <= 8  # half of the way, by ratios, to 32
     assert max(lengths[:600]) > 25
     late = torch.tensor(lengths[600:])
     assert (late <= 8).double().mean() == pytest.approx(0.5, abs=0.1)
-    with pytest.raises(UserError, match="--lengths growing follows --steps"):
-        state_tracking.setup([*flags, "--lengths", "growing", "--steps", "0", "--minutes", "1"])
+    with pytest.raises(UserError, match="--lengths growing needs --steps"):
+        state_tracking.setup([*flags, "--steps", "0", "--minutes", "1"])
 
 
 @pytest.mark.parametrize("name", ["parity", "modular", "s3"])

@@ -242,11 +242,12 @@ def gradient_cells(config: Config) -> list[Cell]:
 
 def state_cells(task: str, config: Config) -> list[Cell]:
     """Every model of equal width, one layer and two."""
-    steps = 10000 if config.scale == "cpu" else 100000
+    steps = 8000 if config.scale == "cpu" else 100000
     nonlinearities = ("modrelu", "modtanh", "tanh", "relu", "identity")
     models = {f"kru-{name}": f"--nonlinearity {name}" for name in nonlinearities}
-    models |= {name: f"--model {name}" for name in ("krulstm", "lstm", "gru", "mingru")}
-    models |= {"transformer": "--model transformer --num-heads 4"}
+    models |= {"kru-frozen": "--frozen-factors", "krulstm": "--model krulstm"}
+    models |= {name: f"--model {name} --lr 3e-3" for name in ("rnn", "lstm", "gru", "mingru")}
+    models |= {"transformer": "--model transformer --lr 1e-3 --num-heads 4"}
     return [
         cell(
             task,
