@@ -141,11 +141,10 @@ def adding_cells(config: Config) -> list[Cell]:
     """Until the validation error is below 0.01, or the budget is spent."""
     steps = 2000 if config.scale == "cpu" else 20000
     shared = f"--steps {steps} --target 0.01 --eval-every 50"
-    models = {"kru": "", "lstm": "--preset lstm"}
+    models = {"kru": "", "lstm": "--preset lstm", "gru": "--preset lstm --model gru"}
     if config.scale == "gpu":
         paper = "--preset paper --nonlinearity modrelu"
         models |= {"kru-paper": paper, "unitary": f"{paper} --model unitary --factors"}
-        models |= {"gru": "--preset lstm --model gru"}
     return [
         cell("adding", f"{model}-T{T}", "tasks/adding.py", f"--T {T} {shared} {flags}")
         for T in (100, 200, 400, 750)
