@@ -41,7 +41,6 @@ BENCHMARKS = {
     "plot": Benchmark("plot", "draws the figures from the rows"),
     "picture": Benchmark("picture", "draws the picture of the README from committed rows"),
     "context": Benchmark("speed.context", "time per token after 10 to 100,000 others"),
-    "states": Benchmark("quality.states", "state tracking beyond the lengths trained on"),
     "baselines": Benchmark("quality.baselines", "trained models at equal tokens and equal time"),
 }
 

@@ -11,7 +11,6 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     cpu-speed         torch backend against the loop and torch.nn
     curves            training loss of the longest finals over the tokens read, mean of the seeds;
                       its end the bits per byte of the validation text
-    states            state tracking: right answers against length, mean and worst of the seeds
 """
 
 import math
@@ -148,39 +147,11 @@ def curves(rows, new):
     return figure, found
 
 
-def states(rows, new):
-    found = ok(rows, "states")
-    tasks = list(dict.fromkeys(row["task"] for row in found))
-    if not tasks:
-        return None
-    figure, axes = new(len(tasks))
-    for axis, task in zip(axes, tasks):
-        settings = defaultdict(list)
-        for row in found:
-            if row["task"] == task:
-                settings[row["flags"]].append(row["last"])
-        words = [set(flags.split(" --")) for flags in settings]
-        shared = set.intersection(*words) if len(words) > 1 else set()
-        for number, (flags, own) in enumerate(settings.items()):
-            label = ", ".join(word for word in flags.split(" --") if word not in shared)
-            lengths = [int(n) for n in own[0]]
-            shares = list(zip(*(last.values() for last in own)))
-            mean = [statistics.mean(share) for share in shares]
-            axis.plot(lengths, mean, marker="o", markersize=3, color=f"C{number}", label=label)
-            axis.fill_between(lengths, list(map(min, shares)), mean, color=f"C{number}", alpha=0.15)
-        axis.set_title(task, fontsize=9)
-        finish(axis, "length", "right answers after the last symbol", log=False)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-    return figure, found
-
-
 FIGURES = {
     "steps": steps,
     "context": context,
     "cpu-speed": speed,
     "curves": curves,
-    "states": states,
 }
 
 

@@ -367,7 +367,6 @@ def synthetic(path):
     final |= {"model": "kru", "optimizer": "adamw", "lr": 1e-2, "steps": 8, "parameters": 108000}
     curve = [[1000 * step, 5.0 - step / 10] for step in range(1, 9)]
     add("baselines", "kru", **final, tokens=8000, val_bpb=2.0, curve=curve)
-    add("states", "s3", task="s3", flags="--lr 1e-3 --model kru", last={"8": 1.0, "16": 0.5})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
