@@ -7,9 +7,9 @@
     python -m bench baselines --params 108000 --optimizers adamw muon --steps 250 \\
         --final-steps 1250 --seeds 3 --minutes 0 --run-dir runs/long
 
-Two comparisons, both through `train/lm.py`, in one residual frame of equally many blocks. Each
-model has its own width of state over that of the stream: the Kronecker models the preset's, the
-others the better one of those tried (`SHAPES`).
+Two comparisons, both through `train/lm.py` in float32, in a residual frame of equally many blocks.
+Each model has its own width of state over that of the stream: the Kronecker models the preset's,
+the others the better one of those tried (`SHAPES`).
 
     tokens  every model reads the same number of tokens (`--steps`)
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
@@ -40,7 +40,7 @@ import torch
 from bench import harness
 from kru_triton.lm.model import LanguageModel
 from kru_triton.train.reproduce import without_folder
-from kru_triton.train.run.device import keep_freed_memory, pick_dtype
+from kru_triton.train.run.device import keep_freed_memory
 from kru_triton.train.run.optimizers import build_optimizers
 from kru_triton.train.run.settings import model_config, parse
 from kru_triton.train.text.tokenizer import ByteTokenizer
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         print_table(harness.read_rows(args.out))
         return 0
 
-    shared = ["--preset", args.preset, *shlex.split(args.flags)]
+    shared = ["--preset", args.preset, "--dtype", "float32", *shlex.split(args.flags)]
     count = args.params or num_parameters(shared)
     shared += ["--match-params", str(count)]
     settings = {
@@ -139,7 +139,7 @@ def measure_speeds(settings: dict[tuple, list[str]], rounds: int = 7) -> dict[tu
     torch.set_num_threads(1)
     keep_freed_memory()
     seconds = {key: [] for key in settings}
-    ready, dtype = {}, pick_dtype("auto", torch.device("cpu"))
+    ready = {}
     for key, flags in settings.items():
         config = parse(flags)
         net = LanguageModel(model_config(config, ByteTokenizer.vocab_size))
@@ -151,11 +151,8 @@ def measure_speeds(settings: dict[tuple, list[str]], rounds: int = 7) -> dict[tu
             began = time.perf_counter()
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits, _ = net(tokens, None, reset)
-            torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), tokens.flatten()
-            ).backward()
+            logits, _ = net(tokens, None, reset)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             for optimizer in optimizers:
                 optimizer.step()

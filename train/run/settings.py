@@ -158,7 +158,7 @@ class Config:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16: autocast the forward pass. auto: that where the device multiplies it in hardware
-    (GPUs, CPUs with AMX)."""
+    (GPUs, CPUs with AMX or AVX512-BF16)."""
     compile: bool = False
     """torch.compile the model."""
     frozen_factors: bool = False
