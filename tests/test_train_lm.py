@@ -26,6 +26,7 @@ from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
 from kru_triton.train.run import checkpoints
+from kru_triton.train.run.device import pick_dtype
 from kru_triton.train.run import directory as run_directory
 from kru_triton.train.run import run as run_module
 from kru_triton.train.run.optimizers import learning_rate_factor
@@ -844,6 +845,16 @@ def test_frozen_factors_stay_as_they_were_drawn_and_the_rest_learns(tmp_path, co
     )
     for name in first:
         assert torch.equal(first[name], last[name]) == (".factor" in name), name
+
+
+@pytest.mark.parametrize(("amx", "avx512"), [(False, False), (False, True), (True, True)])
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    expected = "bfloat16" if amx or avx512 else "float32"
+    assert pick_dtype("auto", torch.device("cpu")) == expected
+    assert pick_dtype("float32", torch.device("cpu")) == "float32"
+    assert pick_dtype("auto", torch.device("meta")) == "float32"
 
 
 def test_bfloat16_and_the_unitary_penalty_take_effect(tmp_path, corpus, monkeypatch):
