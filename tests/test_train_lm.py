@@ -26,9 +26,9 @@ from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
 from kru_triton.train.run import checkpoints
-from kru_triton.train.run.device import pick_dtype
 from kru_triton.train.run import directory as run_directory
 from kru_triton.train.run import run as run_module
+from kru_triton.train.run.device import pick_dtype
 from kru_triton.train.run.optimizers import learning_rate_factor
 from kru_triton.train.run.settings import Config, UserError
 from kru_triton.train.text import data, generate, held_out, load, streams, tokenizer
