@@ -857,6 +857,18 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, amx, av
     assert pick_dtype("auto", torch.device("meta")) == "float32"
 
 
+def test_a_run_that_goes_on_elsewhere_keeps_its_precision(tmp_path, corpus, monkeypatch, capsys):
+    flags = [*TINY, *corpus, "--run-dir", tmp_path / "run", "--steps"]
+    assert run_in_process(monkeypatch, *flags, 2) == 0  # TINY is in float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert run_in_process(monkeypatch, *flags, 4, "--dtype", "auto") == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "float32"
+    again = [*flags, 2, "--dtype", "auto", "--resume", "never"]
+    assert run_in_process(monkeypatch, *again) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_bfloat16_and_the_unitary_penalty_take_effect(tmp_path, corpus, monkeypatch):
     flags = [*TINY, *corpus, "--steps", 4, "--log-every", 4, "--dropout", 0]
     ends = {}

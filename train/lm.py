@@ -47,7 +47,7 @@ from kru_triton import KRU
 from kru_triton.lm.model import LanguageModel
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.device import pick_device, pick_dtype, rng_state, set_rng_state
-from kru_triton.train.run.directory import versions
+from kru_triton.train.run.directory import setting_of, versions
 from kru_triton.train.run.optimizers import (
     build_optimizers,
     describe_optimizers,
@@ -102,6 +102,9 @@ class LMState(TrainState):
 def train(config: Config, processes: Processes) -> int:
     """Run to the end of the budget, or to the first signal. Returns the exit code."""
     with Run(config, processes) as run:
+        if config.dtype == "auto":  # what the run has, if it was begun, perhaps elsewhere
+            dtype = setting_of(run.directory, "dtype") or config.dtype
+            config = dataclasses.replace(config, dtype=dtype)
         text = open_text(config, run)
         config, model = build_model(config, text, processes)
         device = next(model.parameters()).device

@@ -140,6 +140,14 @@ def compare_settings(run_dir: Path, settings: dict) -> None:
             print(f"note: --{key} was {then} and is {today}: the schedule follows the new budget")
 
 
+def setting_of(run_dir: Path, name: str):
+    """A setting of the run in a directory; None where its config.json does not say."""
+    try:
+        return json.loads((run_dir / "config.json").read_text()).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def identity(settings: dict) -> dict:
     """The settings that make a run what it is."""
     flat = {**BEFORE, **settings, **settings["model_config"]}

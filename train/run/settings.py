@@ -158,7 +158,7 @@ class Config:
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16: autocast the forward pass. auto: that where the device multiplies it in hardware
-    (GPUs, CPUs with AMX or AVX512-BF16)."""
+    (GPUs, CPUs with AMX or AVX512-BF16); a run that goes on keeps what it has."""
     compile: bool = False
     """torch.compile the model."""
     frozen_factors: bool = False
@@ -208,7 +208,7 @@ IDENTITY_FREE = {
     "test",
 }
 # What a run did before there was a flag for it: its config.json does not say.
-BEFORE = {"optimizer": "adamw", "schedule": "cosine"}
+BEFORE = {"optimizer": "adamw", "schedule": "cosine", "chrono": 0, "asked": "cited"}
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Config:
