@@ -503,10 +503,10 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
 
 def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
     """Mean over seeds and their range; one colour a model, dashed with two layers."""
-    colors = {}
+    colors, palette = {}, [*(f"C{number}" for number in range(10)), "black", "gold"]
     for name, own in cells.items():
         model, _, layers = name.partition(" ")[0].rpartition("-")
-        color = colors.setdefault(model, f"C{len(colors)}")
+        color = colors.setdefault(model, palette[len(colors) % len(palette)])
         done = [row["summary"] for row in own if row["status"] == "done"]
         if not done:
             axes.plot([], [], "x", color=color, label=f"{name}: diverged")
