@@ -932,10 +932,7 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
         ("--steps 0", "one of --steps, --minutes and --patience"),
         ("--patience 2 --eval-every 0", "give --eval-every too"),
         ("--model lstm --frozen-factors", "for kru and krulstm, not for lstm"),
-        (
-            "--chrono 50",
-            "--chrono is for lstm and gru, .*; got 50 and --model kru",
-        ),
+        ("--chrono 50", "--chrono is for lstm and gru, .*; got 50 and --model kru"),
         ("--model gru --chrono 2", "at least 3 steps; got 2"),
     ],
 )

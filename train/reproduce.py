@@ -445,12 +445,13 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         cells = groups(rows, table)
         if not cells:
             continue
-        figure = Figure(figsize=(7.5 if len(cells) <= 8 else 10, 4.5), layout="constrained")
+        many = len(cells) > 8  # their legend beside the axes
+        figure = Figure(figsize=(10 if many else 7.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(True, alpha=0.3)
         axes.set_title(table)
         kinds.get(table, draw_measure)(axes, cells)
-        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(cells) > 8 else {}
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
         axes.legend(fontsize=8, ncols=1 + len(cells) // 13, **beside)
         paths.append(folder / f"reproduction_{table}.png")
         figure.savefig(paths[-1], dpi=120, metadata={"Software": None})

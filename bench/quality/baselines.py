@@ -7,9 +7,9 @@
     python -m bench baselines --params 108000 --optimizers adamw muon --steps 250 \\
         --final-steps 1250 --seeds 3 --minutes 0 --run-dir runs/long
 
-Two comparisons, both through `train/lm.py` in float32, in a residual frame of equally many blocks.
-Each model has its own width of state over that of the stream: the Kronecker models the preset's,
-the others the better one of those tried (`SHAPES`).
+Two comparisons, both through `train/lm.py`, in a residual frame of equally many blocks and float32
+(or what `--flags` say). Each model has its own width of state over that of the stream: the
+Kronecker models the preset's, the others the better one of those tried (`SHAPES`).
 
     tokens  every model reads the same number of tokens (`--steps`)
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
@@ -39,6 +39,7 @@ import torch
 
 from bench import harness
 from kru_triton.lm.model import LanguageModel
+from kru_triton.train.lm import autocast_of
 from kru_triton.train.reproduce import without_folder
 from kru_triton.train.run.device import keep_freed_memory
 from kru_triton.train.run.optimizers import build_optimizers
@@ -151,8 +152,11 @@ def measure_speeds(settings: dict[tuple, list[str]], rounds: int = 7) -> dict[tu
             began = time.perf_counter()
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            logits, _ = net(tokens, None, reset)
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+            with autocast_of(config, tokens.device):
+                logits, _ = net(tokens, None, reset)
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), tokens.flatten()
+            ).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
             for optimizer in optimizers:
                 optimizer.step()

@@ -29,9 +29,10 @@ def pick_dtype(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     else:
-        known = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fast = device.type == "cpu" and known
+        fast = False
     return "bfloat16" if fast else "float32"
 
 

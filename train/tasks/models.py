@@ -60,12 +60,12 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
     baselines = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU, "mingru": MinGRU}
     if config.model in baselines:
         layers = baselines[config.model](*sizes, **shared)
-        if config.model == "lstm":  # forget gates start open, as in KRULSTM
+        if config.chrono:
+            remember_(layers, config.chrono)
+        elif config.model == "lstm":  # forget gates start open, as in KRULSTM
             for name, p in layers.named_parameters():
                 if name.startswith("bias_ih"):
                     nn.init.ones_(p.data[config.hidden_size : 2 * config.hidden_size])
-        if config.chrono:
-            remember_(layers, config.chrono)
         return layers
     shared |= {"backend": config.backend, "precision": config.precision}
     spreads = config.init_spread
