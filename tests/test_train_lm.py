@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from kru_triton.lm.model import LanguageModel, LanguageModelConfig
 from kru_triton.train import evaluate, lm, sample
 from kru_triton.train.evaluate import EvaluateConfig
-from kru_triton.train.run import checkpoints
+from kru_triton.train.run import checkpoints, optimizers
 from kru_triton.train.run import directory as run_directory
 from kru_triton.train.run import run as run_module
 from kru_triton.train.run.device import pick_dtype
@@ -810,6 +810,21 @@ def test_models_train_stop_and_go_on(tmp_path, corpus, monkeypatch, model, optim
     assert bool(owners) == (optimizer == "muon")
     assert {"embedding.weight", "norm.weight"} <= with_adam
     assert ("blocks.0.mixer.projection.weight" in owners) == (optimizer == "muon")
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_muon_rounds_to_bfloat16_where_the_device_multiplies_it(monkeypatch, hardware):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: hardware)
+    gradient = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    x = gradient.double() / gradient.norm()
+    for _ in range(5):  # Newton-Schulz steps of the coefficients that torch documents
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    weight = torch.nn.Parameter(torch.zeros(24, 40))
+    weight.grad = gradient
+    optimizers.Muon([weight], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    error = (weight.detach() / (-0.2 * math.sqrt(40)) - x).abs().max()
+    assert 1e-3 < error < 2e-2 if hardware else error < 1e-5
 
 
 def test_what_learns_how_is_said_first(tmp_path, corpus, monkeypatch, capsys):

@@ -27,13 +27,16 @@ def pick_dtype(name: str, device: torch.device) -> str:
     """`auto` is bfloat16 where the device multiplies it in hardware."""
     if name != "auto":
         return name
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether its hardware does: elsewhere torch's products of bfloat16 are right, but slow."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = False
-    return "bfloat16" if fast else "float32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
 
 
 def device_name(device: torch.device) -> str:
