@@ -6,20 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
+from kru_triton.lm.mixers import LinearAttentionMixer
 from kru_triton.lm.model import LanguageModel, match_parameters
 from kru_triton.lm.presets import MODELS, PRESETS, LanguageModelConfig
 
 every_model = pytest.mark.parametrize("model", MODELS)
+every_mixer = pytest.mark.parametrize("model", [*MODELS, "hybrid"])
 VOCAB = 31
 
 
 def limit(model):
-    """Float64 roundings; a transformer's rotation angles are float32, and chunks shift them."""
-    return 1e-7 if model == "transformer" else 1e-11
+    """Float64 roundings; attention's rotation angles are float32, and chunks shift them."""
+    return 1e-7 if model in ("transformer", "hybrid") else 1e-11
 
 
 def make(model, **kwargs):
+    """A small model; `hybrid`: a KRU whose second block is linear attention."""
     torch.manual_seed(0)
+    if model == "hybrid":
+        model, kwargs = "kru", {"linear_attention": (1,), **kwargs}
     options = dict(vocab_size=VOCAB, d_model=16, hidden_size=12, num_heads=2, context_length=5)
     return LanguageModel(LanguageModelConfig(**{**options, "model": model, **kwargs})).double()
 
@@ -28,7 +33,7 @@ def tokens_of(batch=3, time=11, seed=0):
     return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-@every_model
+@every_mixer
 @pytest.mark.parametrize("with_reset", [False, True], ids=["", "reset"])
 def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
     lm, tokens = make(model), tokens_of()
@@ -46,10 +51,10 @@ def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
     assert (torch.cat(pieces, 1) - whole).abs().max() < limit(model)
     if model != "transformer":  # whose cached positions before a reset are dead weight
         for a, b in zip(state, whole_state, strict=True):
-            assert (a - b).abs().max() < 1e-12
+            assert (a - b).abs().max() < (limit(model) if model == "hybrid" else 1e-12)
 
 
-@every_model
+@every_mixer
 def test_recompute_changes_nothing_but_the_order_of_sums(model):
     """Chunks of four of eleven steps, run again in the backward."""
     tokens, results = tokens_of(), []
@@ -85,14 +90,14 @@ def test_recompute_keeps_one_chunk_of_the_blocks():
     assert kept(10) < kept(0) / 5
 
 
-@every_model
+@every_mixer
 def test_the_state_matters(model):
     lm, tokens = make(model), tokens_of()
     _, state = lm(tokens)
     assert (lm(tokens, state)[0] - lm(tokens)[0]).abs().max() > 1e-4
 
 
-@every_model
+@every_mixer
 def test_reset_equals_a_fresh_start(model):
     lm, tokens = make(model), tokens_of()
     _, state = lm(tokens_of(seed=1))
@@ -107,7 +112,7 @@ def test_reset_equals_a_fresh_start(model):
     assert (logits[1, 4:] - carried[1, 4:]).abs().max() > 1e-4
 
 
-@every_model
+@every_mixer
 def test_causality(model):
     lm, tokens = make(model), tokens_of()
     changed = tokens.clone()
@@ -117,7 +122,7 @@ def test_causality(model):
     assert (difference[6:8] > 1e-6).all()
 
 
-@every_model
+@every_mixer
 def test_rows_do_not_see_each_other(model):
     lm, tokens = make(model), tokens_of()
     changed = tokens.clone()
@@ -125,6 +130,57 @@ def test_rows_do_not_see_each_other(model):
     difference = (lm(tokens)[0] - lm(changed)[0]).abs().amax((1, 2))
     assert difference[0] == difference[2] == 0
     assert difference[1] > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [4, 128])
+def test_linear_attention_is_a_recurrence_of_matrices(monkeypatch, chunk):
+    """The definition, step by step, behind a state and with documents that start."""
+    monkeypatch.setattr(LinearAttentionMixer, "CHUNK", chunk)
+    config = LanguageModelConfig(d_model=6, hidden_size=21, num_heads=2, linear_attention=(0,))
+    torch.manual_seed(0)
+    mixer = LinearAttentionMixer(config).double()
+    for p in mixer.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    x, before = torch.randn(2, 11, 3, 6, dtype=torch.float64)
+    reset = torch.zeros(3, 11, dtype=torch.bool)
+    reset[0, 0] = reset[1, [3, 5]] = reset[2, 10] = True
+    _, state = mixer(before, None, None)
+    got, (s, last) = mixer(x, state, reset)
+
+    keys, values = 4, 10  # of a head: 21 // 2 values, and half of them rounded down to pairs
+    angle = 10000.0 ** (-torch.arange(keys // 2).double() / (keys // 2))
+    turn = torch.cat((torch.diag(angle.cos()), torch.diag(angle.sin())), 0)
+    turn = torch.cat((turn, torch.cat((-torch.diag(angle.sin()), torch.diag(angle.cos())), 0)), 1)
+    for row in range(3):
+        matrix, seen = state[0][row], state[1][row]
+        for t in range(11):
+            if reset[row, t]:
+                matrix, seen = torch.zeros_like(matrix), torch.zeros_like(seen)
+            token = x[t, row] + mixer.shift * (seen - x[t, row])
+            seen = x[t, row]
+            read = token * mixer.input_gate(token).sigmoid()
+            q = nnf.normalize(mixer.query(token).view(2, keys), dim=-1)
+            k = nnf.normalize(mixer.key(read).view(2, keys), dim=-1)
+            v, f = mixer.value(read).view(2, values), mixer.forget(token).sigmoid()
+            matrix = f[:, None, None] * (turn.T @ matrix) + k[:, :, None] * v[:, None]
+            y = nnf.rms_norm((matrix.mT @ q[..., None])[..., 0], (values,)).flatten()
+            y = mixer.projection(y * mixer.scale * nnf.silu(mixer.gate(token)))
+            assert (y - got[t, row]).abs().max() < 1e-6
+        assert (matrix - s[row]).abs().max() < 1e-6
+        assert (seen - last[row]).abs().max() == 0
+
+
+def test_linear_attention_has_its_place(model="kru"):
+    for bad in ({"linear_attention": (2,)}, {"linear_attention": (-1,)}):
+        with pytest.raises(ValueError, match="linear_attention: must be blocks from 0 to 1"):
+            make(model, **bad)
+    with pytest.raises(ValueError, match="and frame='plain'"):
+        make(model, frame="plain", num_layers=1, linear_attention=(0,))
+    with pytest.raises(ValueError, match="hidden_size: must be at least num_heads=2"):
+        make("gru", hidden_size=1, linear_attention=(0,))
+    report = make(model, linear_attention=(0,)).backend_report()
+    assert report == make(model).backend_report() != make("gru").backend_report()
+    assert make("gru", linear_attention=(1,)).num_recurrent_parameters == 3 * 12 * 12
 
 
 def test_transformer_sees_its_context_and_no_further():
@@ -136,7 +192,7 @@ def test_transformer_sees_its_context_and_no_further():
     assert (difference[6:] == 0).all()
 
 
-@every_model
+@every_mixer
 @pytest.mark.parametrize("kwargs", [{}, {"gated": False, "nonlinearity": "modrelu"}], ids=["", "b"])
 def test_gradient_reaches_every_parameter(model, kwargs):
     lm, tokens = make(model, **kwargs), tokens_of()
@@ -149,7 +205,7 @@ def test_gradient_reaches_every_parameter(model, kwargs):
         assert p.grad.count_nonzero() > 0, name
 
 
-@every_model
+@every_mixer
 def test_parameter_groups(model):
     lm = make(model)
     groups = lm.parameter_groups(lr=1e-3, recurrent_lr=1e-4, weight_decay=0.1)
@@ -169,7 +225,7 @@ def test_parameter_groups(model):
         assert all(is_factor) or not any(is_factor)
         assert group["lr"] == (1e-4 if all(is_factor) else 1e-3)
     assert any(g["weight_decay"] for g in groups)
-    assert (model in ("kru", "krulstm")) == any(g["lr"] == 1e-4 for g in groups)
+    assert (model in ("kru", "krulstm", "hybrid")) == any(g["lr"] == 1e-4 for g in groups)
     torch.optim.AdamW(groups)
 
 

@@ -189,17 +189,20 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
     key |= {"optimizer": optimizer, "data": args.name, "params": args.params, "flags": args.flags}
     key |= {"seed": seed}
-    for row in map(with_optimizer, harness.read_rows(args.out)):
-        if all(row[name] == value for name, value in key.items()):
-            return row
-    setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
-    folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
     flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
     flags += ["--seed", str(seed)]
+    config = parse(flags)
+    sizes = dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size))
+    sizes = json.loads(json.dumps(sizes))
+    for row in map(with_choices, harness.read_rows(args.out)):
+        same = all(row[name] == value for name, value in key.items())
+        if same and row["model_config"] == sizes:
+            return row
+    setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
+    folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
     summary = train("lm.py", [*flags, "--data", args.data], folder)
-    config, data_name = parse(flags), without_folder(args.data)
-    told = shlex.join(["python", "train/lm.py", *flags, "--data", data_name])
+    told = shlex.join(["python", "train/lm.py", *flags, "--data", without_folder(args.data)])
     row = {
         "bench": "baselines",
         "name": folder.name,
@@ -214,7 +217,7 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
         "seconds": summary and summary["seconds"],
         "minutes": args.minutes if kind == "wall" else None,
         "curve": curve(folder),
-        "model_config": dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size)),
+        "model_config": sizes,
         "valid_sha256": summary and summary["data"]["valid"]["sha256"],
         **harness.provenance(torch.device("cpu"), told),
         "threads": 1,
@@ -224,9 +227,10 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     return row
 
 
-def with_optimizer(row: dict) -> dict:
+def with_choices(row: dict) -> dict:
     """A row from before there was a choice says what it used, too."""
-    return {"optimizer": "adamw", **row}
+    before = {"linear_attention": [], "input_gated": False, "token_shift": False}
+    return {"optimizer": "adamw", **row, "model_config": {**before, **row["model_config"]}}
 
 
 def curve(folder: Path) -> list[list]:
@@ -256,11 +260,14 @@ def print_table(rows: list[dict]) -> None:
     columns = "data, comparison, model, optimizer, parameters (recurrent), tokens, best lr, val bpb"
     print(f"\n| {columns.replace(', ', ' | ')} | all |\n{'|---' * 9}|")
     cells = {}
-    for row in map(with_optimizer, rows):
-        comparison = row["data"], row["preset"], row["params"], row["flags"], row["kind"]
+    for row in map(with_choices, rows):
+        blocks = tuple(row["model_config"]["linear_attention"])
+        comparison = row["data"], row["preset"], row["params"], row["flags"], blocks, row["kind"]
         length = row["steps"] if row["kind"] == "tokens" else 0
         cells.setdefault((*comparison, length, row["model"], row["optimizer"]), []).append(row)
-    for (name, *_, kind, _, model, optimizer), own in sorted(cells.items(), key=lambda c: c[0][:6]):
+    for key, own in sorted(cells.items(), key=lambda c: c[0][:7]):
+        name, *_, blocks, kind, _, model, optimizer = key
+        model += f", linear attention in {', '.join(map(str, blocks))}" if blocks else ""
         first = sorted((r for r in own if r["seed"] == 0), key=lambda r: r["lr"])
         best = min(first, key=lambda r: r["val_bpb"])
         bits = [r["val_bpb"] for r in own if (r["lr"], r["steps"]) == (best["lr"], best["steps"])]

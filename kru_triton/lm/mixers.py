@@ -53,6 +53,19 @@ class Mixer(nn.Module):
             yield
 
 
+def shifted(
+    x: Tensor, share: Tensor, last: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x_t + share · (x_{t-1} − x_t), with zeros for the x before the first of a document; and the
+    last x, in memory of its own: a state must not hold the sequence that it has seen."""
+    first = x.new_zeros(1, *x.shape[1:]) if last is None else last[None].to(x.dtype)
+    seen = torch.cat((first, x))
+    before = seen[:-1]
+    if reset is not None:
+        before = before.masked_fill(reset.t()[..., None], 0)
+    return x + share.to(x.dtype) * (before - x), seen[-1].clone()
+
+
 class KRUMixer(Mixer):
     """V (norm(KRU(x · sigmoid(I x))) · silu(G x)), where x_t may be mixed with x_{t-1}."""
 
@@ -94,7 +107,7 @@ class KRUMixer(Mixer):
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
         last: list[Tensor] = []
         if self.shift is not None:
-            x, *last = self._shifted(x, None if state is None else state[1], reset)
+            x, *last = shifted(x, self.shift, None if state is None else state[1], reset)
         read = x if self.input_gate is None else x * self.input_gate(x).sigmoid()
         h, h_n = self.kru(read, None if state is None else state[0][None], reset=reset)
         h = self.norm(h)
@@ -102,18 +115,6 @@ class KRUMixer(Mixer):
             gate = nnf.silu(self.gate(x))
             h = h.to(gate.dtype) * gate  # under autocast the norm leaves float32
         return self.projection(h), [h_n[0], *last]
-
-    def _shifted(
-        self, x: Tensor, last: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x_t + s · (x_{t-1} − x_t), with zeros for the x before the first of a document; and the
-        last x, in memory of its own: a state must not hold the sequence that it has seen."""
-        first = x.new_zeros(1, *x.shape[1:]) if last is None else last[None].to(x.dtype)
-        seen = torch.cat((first, x))
-        before = seen[:-1]
-        if reset is not None:
-            before = before.masked_fill(reset.t()[..., None], 0)
-        return x + self.shift.to(x.dtype) * (before - x), seen[-1].clone()
 
 
 class KRULSTMMixer(Mixer):
@@ -230,6 +231,98 @@ class AttentionMixer(Mixer):
         return self.projection(y), [k[:, :, kept], v[:, :, kept], age]
 
 
+class LinearAttentionMixer(Mixer):
+    """V (norm(y) · silu(G x)) of what a head reads from a matrix that every token writes to:
+
+        S_t = f_t R S_{t-1} + k_t v_tᵀ,    y_t = S_tᵀ q_t
+
+    Queries Q x, keys K r and values V r of r = x · sigmoid(I x), queries and keys of length 1, and
+    x_t mixed with x_{t-1}, as in `KRUMixer`; f_t = sigmoid(F x_t + c), a number per head, and R, the
+    turn by one position of a rotary embedding. So it is a linear KRU of matrix states, with
+    A = f_t R, B = 1 and inputs of rank one, which is why time need not be a loop: of CHUNK steps
+    at a time, all are products. (Linear attention: Katharopoulos et al., ICML 2020; with a gate:
+    Yang et al. and Dao and Gu, both ICML 2024.)
+
+    A head has hidden_size / H values, and half as many keys, rounded down to pairs.
+    """
+
+    CHUNK = 128
+    num_states = 2
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        d, heads = config.d_model, config.num_heads
+        self.heads = heads
+        keys, values = 2 * max(1, config.hidden_size // (4 * heads)), config.hidden_size // heads
+        if not values:
+            raise ValueError(
+                f"hidden_size: must be at least num_heads={heads} for linear attention, got "
+                f"{config.hidden_size}"
+            )
+        self.query = nn.Linear(d, heads * keys, bias=False)
+        self.key = nn.Linear(d, heads * keys, bias=False)
+        self.value = nn.Linear(d, heads * values)
+        self.forget = nn.Linear(d, heads)
+        self.gate = nn.Linear(d, heads * values)
+        self.input_gate = nn.Linear(d, d)
+        self.shift = nn.Parameter(torch.empty(d))
+        self.scale = nn.Parameter(torch.empty(heads * values))
+        self.reset_parameters()
+        self.projection = nn.Linear(heads * values, d, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Start without a share of the token before, with heads that forget within 3 to 300 steps;
+        the layers draw their own weights."""
+        nn.init.zeros_(self.shift)
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.forget.weight)
+        with torch.no_grad():
+            steps = torch.logspace(0.5, 2.5, self.heads)
+            self.forget.bias.copy_(-torch.log(torch.expm1(1 / steps)))  # f = exp(-1 / steps)
+
+    def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
+        x, last = shifted(x, self.shift, None if state is None else state[1], reset)
+        read = x * self.input_gate(x).sigmoid()
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)  # (B, H, T, ·)
+            for y in (self.query(x), self.key(read), self.value(read))
+        )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        q, k, v = (y.to(dtype) for y in (nnf.normalize(q, dim=-1), nnf.normalize(k, dim=-1), v))
+        decay = nnf.logsigmoid(self.forget(x).to(dtype)).permute(1, 2, 0)
+        starts = x.new_zeros(x.shape[1], x.shape[0], dtype=torch.bool) if reset is None else reset
+        s = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state[0]
+        read_out = []
+        chunks = (y.split(self.CHUNK, -2) for y in (q, k, v))
+        for *qkv, f, start in zip(*chunks, decay.split(self.CHUNK, -1), starts.split(self.CHUNK, 1)):
+            y, s = _attend_linearly(*qkv, f, start, s)
+            read_out.append(y)
+        y = torch.cat(read_out, -2)
+        y = nnf.rms_norm(y, y.shape[-1:]).permute(2, 0, 1, 3).flatten(-2) * self.scale
+        gate = nnf.silu(self.gate(x))
+        return self.projection(y.to(gate.dtype) * gate), [s, last]
+
+
+def _attend_linearly(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, start: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y `(B, H, T, V)` and the state `(B, H, K, V)` after T steps, from log f `(B, H, T)`, where
+    documents start `(B, T)`, and the state before, whose keys are turned back to its last step."""
+    time = q.shape[-2]
+    position = torch.arange(time, device=q.device)
+    document = start.long().cumsum(1)
+    decay = decay.masked_fill(start[:, None], 0).cumsum(-1)  # of the own document; log
+    since = decay[..., :, None] - decay[..., None, :]
+    visible = (position[:, None] >= position) & (document[:, :, None] == document[:, None])
+    weight = since.masked_fill(~visible[:, None], -torch.inf).exp()
+    y = ((_rotate(q, position) @ _rotate(k, position).mT) * weight) @ v
+    old = decay.masked_fill(document[:, None] > 0, -torch.inf).exp()[..., None]
+    y = y + old * (_rotate(q, position + 1) @ s)
+    kept = weight[..., -1, :, None] * _rotate(k, position - (time - 1))
+    s = old[..., -1:, :] * _rotate(s.mT, position.new_full((1,), -time)).mT
+    return y, s + kept.mT @ v
+
+
 def _rotate(x: Tensor, position: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021) of `x (B, H, T, E)` at `position (T,)`."""
     half = x.shape[-1] // 2
@@ -240,8 +333,10 @@ def _rotate(x: Tensor, position: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-def mixer_of(config: LanguageModelConfig) -> "Mixer":
-    """A new mixer of the kind that the config names."""
+def mixer_of(config: LanguageModelConfig, block: int = 0) -> Mixer:
+    """A new mixer of the kind that the config names for a block."""
+    if block in config.linear_attention:
+        return LinearAttentionMixer(config)
     kinds = {
         "kru": KRUMixer,
         "krulstm": KRULSTMMixer,

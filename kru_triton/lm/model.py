@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kru_triton.layers.decoding import GraphedStep, why_not_graphed
 from kru_triton.layers.recurrent import in_chunks
-from kru_triton.lm.mixers import Mixer, mixer_of
+from kru_triton.lm.mixers import LinearAttentionMixer, Mixer, mixer_of
 from kru_triton.lm.presets import MODELS, LanguageModelConfig
 from kru_triton.unitarity import unitarity_penalty
 
@@ -57,6 +57,12 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"model: must be one of {', '.join(map(repr, MODELS))}, got {config.model!r}"
             )
+        unknown = set(config.linear_attention) - set(range(config.num_layers))
+        if unknown or (config.linear_attention and config.frame == "plain"):
+            raise ValueError(
+                f"linear_attention: must be blocks from 0 to {config.num_layers - 1} of the residual "
+                f"frame, got {config.linear_attention} and frame={config.frame!r}"
+            )
         self.config = config
         # while decoding, by shapes and dtypes of the inputs
         self.graphs: dict[tuple, GraphedStep] | None = None
@@ -66,7 +72,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(_Block(config, k) for k in range(config.num_layers))
         self.norm = nn.LayerNorm(config.d_model, bias=False)
 
     def forward(
@@ -264,7 +270,7 @@ class LanguageModel(nn.Module):
 
     def backend_report(self) -> str:
         """One line: what runs the time loop on the model's device, and why."""
-        reason, op = self.why_not_triton(), self.mixers()[0].op
+        reason, op = self.why_not_triton(), self._timed().op
         if op is None:
             return f"{self.config.model}: torch.nn"
         return f"{op}: triton" if reason is None else f"{op}: torch backend, because {reason}"
@@ -275,7 +281,12 @@ class LanguageModel(nn.Module):
 
     def why_not_triton(self) -> str | None:
         """Why no kernel runs the time loop on the model's device; None: one does."""
-        return self.mixers()[0].why_not_triton()
+        return self._timed().why_not_triton()
+
+    def _timed(self) -> Mixer:
+        """A mixer with the time loop that the model is named after; any where none has one."""
+        mixers = self.mixers()
+        return next((m for m in mixers if not isinstance(m, LinearAttentionMixer)), mixers[0])
 
 
 def _added_to(layers: list[Tensor], x: Tensor) -> Tensor:
@@ -291,12 +302,12 @@ def _is_recurrent(name: str) -> bool:
 class _Block(nn.Module):
     """x += mixer(norm(x)); x += MLP(norm(x))."""
 
-    def __init__(self, config: LanguageModelConfig):
+    def __init__(self, config: LanguageModelConfig, place: int = 0):
         super().__init__()
         d = config.d_model
         inner = max(1, round(config.mlp_ratio * d))
         self.mixer_norm = nn.LayerNorm(d, bias=False)
-        self.mixer = mixer_of(config)
+        self.mixer = mixer_of(config, place)
         self.mlp_norm = nn.LayerNorm(d, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(d, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, d)

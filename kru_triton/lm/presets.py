@@ -31,6 +31,7 @@ class LanguageModelConfig:
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     input_gated: bool = True  # KRU: multiply the input by sigmoid(I x) before the recurrence
     token_shift: bool = True  # KRU: mix every input with the one before, by a share per channel
+    linear_attention: tuple[int, ...] = ()  # blocks, from 0, that have it in place of the model's
     context_length: int = 256  # transformer: how many earlier positions are attended to
     recompute: int = 0  # run the blocks in chunks of so many steps, again in the backward; 0: whole
     backend: Backend = "auto"

@@ -8,7 +8,7 @@ from kru_triton.lm.model import MODELS
 
 VOCAB, BOS = 31, 30
 FREE = {"eos_token_id": None, "pad_token_id": BOS}  # generation to the end of its length
-every_model = pytest.mark.parametrize("kind", MODELS)
+every_model = pytest.mark.parametrize("kind", [*MODELS, "hybrid"])
 
 
 def config_of(**kwargs):
@@ -17,8 +17,11 @@ def config_of(**kwargs):
 
 
 def make(kind="kru", **kwargs):
-    """A model whose blocks outweigh the embedding: a fresh one with a tied head repeats a token."""
+    """A model whose blocks outweigh the embedding: a fresh one with a tied head repeats a token.
+    `hybrid`: a KRU whose second block is linear attention."""
     torch.manual_seed(0)
+    if kind == "hybrid":
+        kind, kwargs = "kru", {"linear_attention": [1], **kwargs}
     model = KRUForCausalLM(config_of(model=kind, **kwargs)).eval()
     with torch.no_grad():
         for block in model.model.network.blocks:

@@ -19,8 +19,9 @@ from kru_triton.lm.model import LanguageModel  # noqa: E402
 
 @every_model
 def test_the_model_inside_is_the_training_model(kind):
+    config = make(kind).config
     torch.manual_seed(0)
-    causal_lm = KRUForCausalLM(config_of(model=kind)).eval()
+    causal_lm = KRUForCausalLM(config).eval()
     torch.manual_seed(0)
     trained = LanguageModel(causal_lm.config.language_model_config())
     ours, theirs = causal_lm.model.network.state_dict(), trained.state_dict()

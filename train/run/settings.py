@@ -107,6 +107,9 @@ class Config:
     """Multiply the recurrence's input by a gate of the input."""
     token_shift: bool = True
     """Mix what recurrence and gates read with the token before, by a share per channel."""
+    linear_attention: tuple[int, ...] = ()
+    """Blocks, counted from 0, in which gated linear attention takes the place of the recurrence:
+    a matrix per head and lane that looks up what was read before, in constant memory."""
     mlp_ratio: float = 2.0
     """Width of a block's MLP over d_model."""
     dropout: float = 0.0
@@ -208,7 +211,13 @@ IDENTITY_FREE = {
     "test",
 }
 # What a run did before there was a flag for it: its config.json does not say.
-BEFORE = {"optimizer": "adamw", "schedule": "cosine", "chrono": 0, "asked": "cited"}
+BEFORE = {
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "linear_attention": [],
+    "chrono": 0,
+    "asked": "cited",
+}
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Config:
