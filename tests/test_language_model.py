@@ -170,16 +170,16 @@ def test_linear_attention_is_a_recurrence_of_matrices(monkeypatch, chunk):
         assert (seen - last[row]).abs().max() == 0
 
 
-def test_linear_attention_has_its_place(model="kru"):
+def test_linear_attention_has_its_place():
     for bad in ({"linear_attention": (2,)}, {"linear_attention": (-1,)}):
         with pytest.raises(ValueError, match="linear_attention: must be blocks from 0 to 1"):
-            make(model, **bad)
+            make("kru", **bad)
     with pytest.raises(ValueError, match="and frame='plain'"):
-        make(model, frame="plain", num_layers=1, linear_attention=(0,))
+        make("kru", frame="plain", num_layers=1, linear_attention=(0,))
     with pytest.raises(ValueError, match="hidden_size: must be at least num_heads=2"):
         make("gru", hidden_size=1, linear_attention=(0,))
-    report = make(model, linear_attention=(0,)).backend_report()
-    assert report == make(model).backend_report() != make("gru").backend_report()
+    report = make("kru", linear_attention=(0,)).backend_report()
+    assert report == make("kru").backend_report() != make("gru").backend_report()
     assert make("gru", linear_attention=(1,)).num_recurrent_parameters == 3 * 12 * 12
 
 
@@ -231,7 +231,7 @@ def test_parameter_groups(model):
 
 def test_matrices_of_a_plain_frame_are_those_between_the_tokens():
     for model, matrices in {"kru": [], "lstm": ["blocks.0.mixer.rnn.weight_hh_l0"]}.items():
-        lm = make(model, frame="plain", num_layers=1)
+        lm = make("kru", frame="plain", num_layers=1)
         groups = {g["name"]: g["params"] for g in lm.parameter_groups(1e-3, 1e-4, 0.1)}
         found = [n for n, p in lm.named_parameters() if any(p is q for q in groups["embeddings"])]
         assert [n.rpartition(".mixer.")[2] for n in found] == [

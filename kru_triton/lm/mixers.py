@@ -236,12 +236,11 @@ class LinearAttentionMixer(Mixer):
 
         S_t = f_t R S_{t-1} + k_t v_tᵀ,    y_t = S_tᵀ q_t
 
-    Queries Q x, keys K r and values V r of r = x · sigmoid(I x), queries and keys of length 1, and
-    x_t mixed with x_{t-1}, as in `KRUMixer`; f_t = sigmoid(F x_t + c), a number per head, and R, the
-    turn by one position of a rotary embedding. So it is a linear KRU of matrix states, with
-    A = f_t R, B = 1 and inputs of rank one, which is why time need not be a loop: of CHUNK steps
-    at a time, all are products. (Linear attention: Katharopoulos et al., ICML 2020; with a gate:
-    Yang et al. and Dao and Gu, both ICML 2024.)
+    Queries Q x, keys K r and values V r of r = x · sigmoid(I x), queries and keys of length 1, x_t
+    mixed with x_{t-1} as in `KRUMixer`; f_t = sigmoid(F x_t + c), a number per head; R turns by one
+    position of a rotary embedding. So it is a linear KRU with A = f_t R, B = 1 and inputs of rank
+    one; as only a number of A depends on t, CHUNK steps at a time are a few products. (Linear
+    attention: Katharopoulos et al., ICML 2020; gated: Yang et al. and Dao and Gu, both ICML 2024.)
 
     A head has hidden_size / H values, and half as many keys, rounded down to pairs.
     """
@@ -292,22 +291,25 @@ class LinearAttentionMixer(Mixer):
         decay = nnf.logsigmoid(self.forget(x).to(dtype)).permute(1, 2, 0)
         starts = x.new_zeros(x.shape[1], x.shape[0], dtype=torch.bool) if reset is None else reset
         s = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state[0]
+        chunks = [
+            tensor.split(self.CHUNK, dim)
+            for tensor, dim in ((q, 2), (k, 2), (v, 2), (decay, 2), (starts, 1))
+        ]
         read_out = []
-        chunks = (y.split(self.CHUNK, -2) for y in (q, k, v))
-        for *qkv, f, start in zip(*chunks, decay.split(self.CHUNK, -1), starts.split(self.CHUNK, 1)):
-            y, s = _attend_linearly(*qkv, f, start, s)
+        for chunk in zip(*chunks):
+            y, s = _attend_linearly(s, *chunk)
             read_out.append(y)
-        y = torch.cat(read_out, -2)
+        y = torch.cat(read_out, 2)
         y = nnf.rms_norm(y, y.shape[-1:]).permute(2, 0, 1, 3).flatten(-2) * self.scale
         gate = nnf.silu(self.gate(x))
         return self.projection(y.to(gate.dtype) * gate), [s, last]
 
 
 def _attend_linearly(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, start: Tensor, s: Tensor
+    s: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y `(B, H, T, V)` and the state `(B, H, K, V)` after T steps, from log f `(B, H, T)`, where
-    documents start `(B, T)`, and the state before, whose keys are turned back to its last step."""
+    """y `(B, H, T, V)` and the state `(B, H, K, V)` after T steps, from that before, log f
+    `(B, H, T)`, and where documents start `(B, T)`."""
     time = q.shape[-2]
     position = torch.arange(time, device=q.device)
     document = start.long().cumsum(1)

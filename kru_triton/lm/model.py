@@ -60,8 +60,8 @@ class LanguageModel(nn.Module):
         unknown = set(config.linear_attention) - set(range(config.num_layers))
         if unknown or (config.linear_attention and config.frame == "plain"):
             raise ValueError(
-                f"linear_attention: must be blocks from 0 to {config.num_layers - 1} of the residual "
-                f"frame, got {config.linear_attention} and frame={config.frame!r}"
+                f"linear_attention: must be blocks from 0 to {config.num_layers - 1} of the "
+                f"residual frame, got {config.linear_attention} and frame={config.frame!r}"
             )
         self.config = config
         # while decoding, by shapes and dtypes of the inputs

@@ -45,7 +45,12 @@ PRESETS = {
         d_model=72, num_layers=3, hidden_size=192, num_heads=2, nonlinearity="identity"
     ),
     "small": LanguageModelConfig(
-        d_model=144, num_layers=3, hidden_size=256, num_heads=4, nonlinearity="identity"
+        d_model=152,
+        num_layers=3,
+        hidden_size=256,
+        num_heads=4,
+        nonlinearity="identity",
+        linear_attention=(1,),
     ),
     "base": LanguageModelConfig(d_model=384, num_layers=6, hidden_size=2048, num_heads=8),
     "ptb": LanguageModelConfig(
