@@ -138,8 +138,8 @@ def copy_cells(config: Config) -> list[Cell]:
 
 
 def adding_cells(config: Config) -> list[Cell]:
-    """Until the validation error is below 0.01, or the budget is spent: on a CPU twice as many steps
-    for the settings in which LSTM and GRU learn."""
+    """Until the validation error is below 0.01, or the budget is spent; on a CPU LSTM and GRU get
+    twice the steps in the settings in which they learn."""
     steps, more = (2000, 4000) if config.scale == "cpu" else (20000, 20000)
     lstm = "--preset lstm"
     models = {
