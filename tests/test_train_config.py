@@ -42,6 +42,17 @@ def test_a_preset_gives_the_model_of_that_name(preset):
     assert built == PRESETS[preset]
 
 
+def test_linear_attention_of_a_preset_goes_with_its_blocks():
+    assert parse(["--num-layers", "2"]).linear_attention == (1,)
+    for flags in ("--num-layers 1", "--frame plain --num-layers 1", "--linear-attention"):
+        config = parse(flags.split())
+        assert config.linear_attention == ()
+        model_config(config, 257)
+    wrong = parse(["--linear-attention", "3"])
+    with pytest.raises(ValueError, match=r"linear_attention: must be blocks from 0 to 2 .* \(3,\)"):
+        LanguageModel(model_config(wrong, 257))
+
+
 def test_match_params_comes_near_the_count():
     config = parse(["--preset", "tiny", "--model", "lstm", "--match-params", "100000"])
     model = LanguageModel(model_config(config, 257))

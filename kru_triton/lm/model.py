@@ -4,8 +4,9 @@
 
 The mixer is a gated Kronecker recurrence `V (norm(KRU(x · sigmoid(I x))) · silu(G x))`, a Kronecker
 LSTM, a minGRU or one of `torch.nn`'s LSTM, GRU and RNN with a projection, or causal attention over
-a sliding window. Each carries its state from one call to the next, so the context of a recurrent
-model has no fixed length, and `reset` cuts the state where a document starts.
+a sliding window; in the blocks that `linear_attention` names it is gated linear attention. Each
+carries its state from one call to the next, so the context of a recurrent model has no fixed
+length, and `reset` cuts the state where a document starts.
 
 `frame="plain"` is the network of the KRU paper instead: one-hot tokens -> recurrence -> linear.
 

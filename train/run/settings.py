@@ -244,6 +244,9 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     config = tyro.cli(Config, args=argv, default=default, description=description)
     if not config.steps and not config.minutes:
         config.steps = TRAINING[config.preset][-1]
+    if config.linear_attention == PRESETS[config.preset].linear_attention:  # as far as there are
+        there = range(config.num_layers if config.frame == "residual" else 0)
+        config.linear_attention = tuple(k for k in config.linear_attention if k in there)
     validate(config)
     if len(config.data) == 1 and config.data[0].startswith("ptb:"):
         config = penn_treebank(config)
