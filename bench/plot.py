@@ -9,8 +9,8 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
     cpu-speed         torch backend against the loop and torch.nn
-    curves            training loss of the longest finals over the tokens read, mean of the seeds;
-                      its end the bits per byte of the validation text
+    curves            training loss of each preset's longest finals over the tokens read, mean of
+                      the seeds; at its end the bits per byte of the validation text
 """
 
 import math
@@ -117,19 +117,34 @@ def speed(rows, new):
 
 
 def curves(rows, new):
-    found = [row for row in ok(rows, "baselines", kind="tokens") if row.get("curve")]
-    if not found:
+    comparisons = defaultdict(list)
+    for row in ok(rows, "baselines", kind="tokens"):
+        if row.get("curve"):
+            same = (row[key] for key in ("preset", "data", "params", "flags", "steps"))
+            comparisons[tuple(same)].append(row)
+    longest: dict[str, list] = {}  # of each preset
+    for (preset, *_), found in comparisons.items():
+        longest[preset] = max(longest.get(preset, []), found, key=length_and_count)
+    if not longest:
         return None
-    longest = max(found, key=lambda row: row["tokens"])
-    same = ("data", "preset", "params", "flags", "steps")
-    found = [row for row in found if all(row[key] == longest[key] for key in same)]
+    figure, axes = new(len(longest))
+    for axis, found in zip(axes, longest.values()):
+        draw_curves(axis, found)
+    return figure, [row for found in longest.values() for row in found]
+
+
+def length_and_count(found: list[dict]) -> tuple[int, int]:
+    return (found[0]["tokens"] if found else 0), len(found)
+
+
+def draw_curves(axis, found: list[dict]) -> None:
     models = defaultdict(list)
     for row in sorted(found, key=lambda row: row["val_bpb"]):
-        own = models[row["model"], row["optimizer"]]
+        attends = bool(row.get("model_config", {}).get("linear_attention"))
+        own = models[row["model"], attends, row["optimizer"]]
         if not own or row["lr"] == own[0]["lr"]:  # of rates the best
             own.append(row)
-    figure, (axis,) = new(1)
-    for number, ((model, optimizer), own) in enumerate(models.items()):
+    for number, ((model, attends, optimizer), own) in enumerate(models.items()):
         points = list(zip(*(row["curve"] for row in own)))  # of all seeds
         groups = [points[i : i + 4] for i in range(0, len(points), 4)]
         tokens = [group[-1][0][0] / 1e6 for group in groups]
@@ -137,14 +152,14 @@ def curves(rows, new):
             statistics.mean(nats for point in group for _, nats in point) / math.log(2)
             for group in groups
         ]
-        name = f"{model}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
+        what = f"{model} + linear attention" if attends else model
+        name = f"{what}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
         width = 2.2 if model == "kru" else 1
         axis.plot(tokens[1:], bits[1:], color=f"C{number}", label=name, linewidth=width)
         ends = [row["val_bpb"] for row in own]
         axis.plot([tokens[-1]] * len(ends), ends, "x", color=f"C{number}", markersize=5)
-    axis.set_title(f"{longest['parameters']:,} parameters, {longest['data']}", fontsize=9)
+    axis.set_title(f"{found[0]['parameters']:,} parameters, {found[0]['data']}", fontsize=9)
     finish(axis, "million tokens", "bits per byte; x: held-out text", log=False)
-    return figure, found
 
 
 FIGURES = {
