@@ -231,7 +231,7 @@ def test_parameter_groups(model):
 
 def test_matrices_of_a_plain_frame_are_those_between_the_tokens():
     for model, matrices in {"kru": [], "lstm": ["blocks.0.mixer.rnn.weight_hh_l0"]}.items():
-        lm = make("kru", frame="plain", num_layers=1)
+        lm = make(model, frame="plain", num_layers=1)
         groups = {g["name"]: g["params"] for g in lm.parameter_groups(1e-3, 1e-4, 0.1)}
         found = [n for n, p in lm.named_parameters() if any(p is q for q in groups["embeddings"])]
         assert [n.rpartition(".mixer.")[2] for n in found] == [
