@@ -245,7 +245,7 @@ class LinearAttentionMixer(Mixer):
     A head has hidden_size / H values, and half as many keys, rounded down to pairs.
     """
 
-    CHUNK = 128
+    CHUNK = 32
     num_states = 2
 
     def __init__(self, config: LanguageModelConfig):
