@@ -11,12 +11,15 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     cpu-speed         torch backend against the loop and torch.nn
     curves            training loss of each preset's longest finals over the tokens read, mean of
                       the seeds; at its end the bits per byte of the validation text
+    scaling           bits per byte at 20 tokens a parameter over the parameters, with power laws
 """
 
 import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
 
 from bench import harness
 
@@ -162,11 +165,41 @@ def draw_curves(axis, found: list[dict]) -> None:
     finish(axis, "million tokens", "bits per byte; x: held-out text", log=False)
 
 
+def scaling(rows, new):
+    models = defaultdict(dict)  # rows by size
+    for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
+        if round(row["tokens"] / row["parameters"]) == 20:  # of rates the best
+            models[row["model"]].setdefault(row["params"], row)
+    models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
+    if not models:
+        return None
+    figure, (axis,) = new(1)
+    for number, (model, own) in enumerate(models.items()):
+        sizes, bits = np.array(sorted((row["parameters"], row["val_bpb"]) for row in own)).T
+        scale, exponent, error, residual = power_law(sizes, bits)
+        axis.plot(sizes, bits, "o", markersize=4, color=f"C{number}")
+        label = f"{model}: {scale:.2f} N^({exponent:.3f} ± {error:.3f}), rms {residual:.1%}"
+        axis.plot(sizes, scale * sizes**exponent, color=f"C{number}", label=label)
+    finish(axis, "parameters N, each read 20 tokens", "bits per byte of held-out text")
+    return figure, [row for own in models.values() for row in own]
+
+
+def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float, float]:
+    """y = a x^b by least squares of logarithms: a, b, the standard error of b, and the root mean
+    square of what is left of log y."""
+    design = np.stack((np.log(x), np.ones(len(x))), 1)
+    (exponent, offset), *_ = np.linalg.lstsq(design, np.log(y), rcond=None)
+    left = np.log(y) - design @ (exponent, offset)
+    spread = left @ left / (len(x) - 2) * np.linalg.inv(design.T @ design)[0, 0]
+    return math.exp(offset), exponent, math.sqrt(spread), math.sqrt(np.mean(left**2))
+
+
 FIGURES = {
     "steps": steps,
     "context": context,
     "cpu-speed": speed,
     "curves": curves,
+    "scaling": scaling,
 }
 
 

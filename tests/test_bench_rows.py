@@ -9,6 +9,7 @@ import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -367,6 +368,9 @@ def synthetic(path):
     final |= {"model": "kru", "optimizer": "adamw", "lr": 1e-2, "steps": 8, "parameters": 108000}
     curve = [[1000 * step, 5.0 - step / 10] for step in range(1, 9)]
     add("baselines", "kru", **final, tokens=8000, val_bpb=2.0, curve=curve)
+    for size in (1000, 2000, 4000):
+        values = {"params": size, "parameters": size, "tokens": 20 * size, "val_bpb": size**-0.1}
+        add("baselines", f"kru {size}", **{**final, **values})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -379,6 +383,19 @@ def test_every_figure_is_drawn_from_rows_alone(tmp_path):
     assert drawn == {f"x-{name}" for name in plot.FIGURES}
     with pytest.raises(SystemExit):
         plot.main(["--results", str(tmp_path / "nothing")])
+
+
+def test_a_power_law_is_found_with_its_error():
+    size = np.array([1e5, 2e5, 4e5, 8e5])
+    scale, exponent, error, residual = plot.power_law(size, 3 * size**-0.07)
+    assert (scale, exponent) == pytest.approx((3, -0.07))
+    assert error < 1e-12
+    assert residual < 1e-12
+    noise = np.array([1, -1, -1, 1])  # no slope and no mean
+    _, exponent, error, residual = plot.power_law(size, 3 * size**-0.07 * np.exp(0.01 * noise))
+    assert exponent == pytest.approx(-0.07)
+    assert residual == pytest.approx(0.01)
+    assert error == pytest.approx(0.01 * np.sqrt(4 / 2 / (5 * np.log(2) ** 2)))
 
 
 def test_the_table_shows_ratios_and_reasons(tmp_path, capsys):
