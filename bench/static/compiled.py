@@ -366,7 +366,9 @@ def parser(doc: str, name: str, targets: Iterable[str]) -> argparse.ArgumentPars
     made.add_argument("--arch", nargs="+", choices=targets, default=list(targets))
     made.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     made.add_argument("--variant", nargs="+", help="only the variants of these names")
-    made.add_argument("--match", default="", help="only variants whose name contains this")
+    made.add_argument(
+        "--match", nargs="+", default=[""], help="only variants named with one of them"
+    )
     made.add_argument("--json", type=Path, help="write the rows to this file")
     return made
 
@@ -385,7 +387,7 @@ def report(
         v
         for v in variants()
         if v.kernel in args.kernel
-        and args.match in v.name
+        and any(word in v.name for word in args.match)
         and (args.variant is None or v.name in args.variant)
     ]
     if unknown := set(args.variant or ()) - {v.name for v in chosen}:
