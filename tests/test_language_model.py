@@ -13,11 +13,7 @@ from kru_triton.lm.presets import MODELS, PRESETS, LanguageModelConfig
 every_model = pytest.mark.parametrize("model", MODELS)
 every_mixer = pytest.mark.parametrize("model", [*MODELS, "hybrid"])
 VOCAB = 31
-
-
-def limit(model):
-    """Float64 roundings; attention's rotation angles are float32, and chunks shift them."""
-    return 1e-7 if model in ("transformer", "hybrid") else 1e-11
+LIMIT = 1e-11  # roundings of float64
 
 
 def make(model, **kwargs):
@@ -48,10 +44,10 @@ def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
         logits, state = lm(tokens[:, piece], state, None if reset is None else reset[:, piece])
         pieces.append(logits)
         start += size
-    assert (torch.cat(pieces, 1) - whole).abs().max() < limit(model)
+    assert (torch.cat(pieces, 1) - whole).abs().max() < LIMIT
     if model != "transformer":  # whose cached positions before a reset are dead weight
         for a, b in zip(state, whole_state, strict=True):
-            assert (a - b).abs().max() < (limit(model) if model == "hybrid" else 1e-12)
+            assert (a - b).abs().max() < LIMIT
 
 
 @every_mixer
@@ -68,7 +64,7 @@ def test_recompute_changes_nothing_but_the_order_of_sums(model):
         grads = torch.autograd.grad(loss, list(lm.parameters()))
         results.append([logits, *grads, *(out if model != "transformer" else [])])
     for got, want in zip(*results, strict=True):
-        assert (got - want).abs().max() < limit(model)
+        assert (got - want).abs().max() < LIMIT
 
 
 def test_recompute_keeps_one_chunk_of_the_blocks():
@@ -105,10 +101,10 @@ def test_reset_equals_a_fresh_start(model):
     reset[0, 0] = reset[1, 4] = True
     logits, _ = lm(tokens, state, reset)
     carried, _ = lm(tokens, state)
-    assert (logits[0] - lm(tokens[:1])[0][0]).abs().max() < limit(model)
-    assert (logits[1, :4] - carried[1, :4]).abs().max() < limit(model)
-    assert (logits[1, 4:] - lm(tokens[1:2, 4:])[0][0]).abs().max() < limit(model)
-    assert (logits[2] - carried[2]).abs().max() < limit(model)
+    assert (logits[0] - lm(tokens[:1])[0][0]).abs().max() < LIMIT
+    assert (logits[1, :4] - carried[1, :4]).abs().max() < LIMIT
+    assert (logits[1, 4:] - lm(tokens[1:2, 4:])[0][0]).abs().max() < LIMIT
+    assert (logits[2] - carried[2]).abs().max() < LIMIT
     assert (logits[1, 4:] - carried[1, 4:]).abs().max() > 1e-4
 
 
@@ -306,12 +302,12 @@ def test_an_offloaded_model_reads_and_decodes_the_same(model):
         expected, _ = lm(tokens)
         lm = accelerate.cpu_offload(lm, execution_device="cpu")
         assert lm.embedding.weight.is_meta
-        assert (lm(tokens)[0] - expected).abs().max() < limit(model)
+        assert (lm(tokens)[0] - expected).abs().max() < LIMIT
         with lm.decoding():
             _, state = lm(tokens[:, :9])
             for t in (9, 10):
                 logits, state = lm(tokens[:, t : t + 1], state)
-                assert (logits[:, 0] - expected[:, t]).abs().max() < limit(model)
+                assert (logits[:, 0] - expected[:, t]).abs().max() < LIMIT
 
 
 @every_model

@@ -291,6 +291,9 @@ class LinearAttentionMixer(Mixer):
         decay = nnf.logsigmoid(self.forget(x).to(dtype)).permute(1, 2, 0)
         starts = x.new_zeros(x.shape[1], x.shape[0], dtype=torch.bool) if reset is None else reset
         s = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state[0]
+        if len(x) > 1:
+            position = torch.arange(len(x), device=x.device) % self.CHUNK
+            q, k = _rotate(q, position), _rotate(k, position)
         chunks = [
             tensor.split(self.CHUNK, dim)
             for tensor, dim in ((q, 2), (k, 2), (v, 2), (decay, 2), (starts, 1))
@@ -308,8 +311,9 @@ class LinearAttentionMixer(Mixer):
 def _attend_linearly(
     s: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y `(B, H, T, V)` and the state `(B, H, K, V)` after T steps, from that before, log f
-    `(B, H, T)`, and where documents start `(B, T)`."""
+    """y `(B, H, T, V)` and the state `(B, H, K, V)` after T steps, from that before, queries and
+    keys that are rotated by their position here, log f `(B, H, T)`, and where documents start
+    `(B, T)`."""
     time = q.shape[-2]
     position = torch.arange(time, device=q.device)
     document = start.long().cumsum(1)
@@ -317,18 +321,18 @@ def _attend_linearly(
     since = decay[..., :, None] - decay[..., None, :]
     visible = (position[:, None] >= position) & (document[:, :, None] == document[:, None])
     weight = since.masked_fill(~visible[:, None], -torch.inf).exp()
-    y = ((_rotate(q, position) @ _rotate(k, position).mT) * weight) @ v
     old = decay.masked_fill(document[:, None] > 0, -torch.inf).exp()[..., None]
-    y = y + old * (_rotate(q, position + 1) @ s)
-    kept = weight[..., -1, :, None] * _rotate(k, position - (time - 1))
-    s = old[..., -1:, :] * _rotate(s.mT, position.new_full((1,), -time)).mT
-    return y, s + kept.mT @ v
+    s = _rotate(s.mT, position.new_full((1,), -1)).mT  # as if it were written at position 0
+    y = ((q @ k.mT) * weight) @ v + old * (q @ s)
+    s = old[..., -1:, :] * s + (weight[..., -1, :, None] * k).mT @ v
+    return y, s if time == 1 else _rotate(s.mT, position.new_full((1,), 1 - time)).mT
 
 
 def _rotate(x: Tensor, position: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021) of `x (B, H, T, E)` at `position (T,)`."""
     half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
