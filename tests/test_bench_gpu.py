@@ -21,7 +21,6 @@ import torch
 from bench import harness
 from bench.gpu import launches, models, run
 from kru_triton.kernels import why_not
-from kru_triton.train.run.device import multiplies_bfloat16
 
 pytest.importorskip("triton")
 
@@ -132,11 +131,9 @@ def test_steps_are_ours_checked_and_others(rehearsal):
 
 def test_models_of_every_kind_train_and_decode(rehearsal):
     rows = [row for row in of(rehearsal, "models").values() if row["status"] == "ok"]
-    # oneDNN has no LSTM of bfloat16 for a processor that does not multiply it
-    lacks = set() if multiplies_bfloat16(torch.device("cpu")) else {"lstm"}
     for direction in ("both", "token"):
         kinds = {row["implementation"] for row in rows if row["direction"] == direction}
-        assert set(models.KINDS) - lacks <= kinds <= set(models.KINDS)
+        assert kinds == set(models.KINDS)
     assert all(row["mfu"] > 0 for row in rows if row["direction"] == "both")
 
 

@@ -50,6 +50,20 @@ def test_chunks_with_the_state_carried_equal_one_run(model, with_reset):
             assert (a - b).abs().max() < LIMIT
 
 
+def test_an_lstm_is_trained_under_autocast_where_onednn_has_none_of_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    lm, tokens = make("lstm").float(), tokens_of()
+    reset = tokens == tokens[0, 4]
+    whole, _ = lm(tokens, None, reset)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, state = lm(tokens, None, reset)
+        further, _ = lm(tokens, state, reset)
+    assert all(s.dtype == torch.float32 for s in state)
+    assert (logits - whole).abs().max() < 0.02
+    further.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters())
+
+
 @every_mixer
 def test_recompute_changes_nothing_but_the_order_of_sums(model):
     """Chunks of four of eleven steps, run again in the backward."""

@@ -152,6 +152,9 @@ class RNNMixer(Mixer):
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
         time, batch = x.shape[:2]
+        context = contextlib.nullcontext()
+        if self._lacks_bfloat16(x):
+            context, x = torch.autocast("cpu", enabled=False), x.to(self.projection.weight.dtype)
         if state is None:
             state = [x.new_zeros(batch, self.rnn.hidden_size) for _ in range(self.num_states)]
         cuts = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
@@ -161,11 +164,18 @@ class RNNMixer(Mixer):
             if start in cuts:
                 state = [s.masked_fill(reset[:, start, None], 0) for s in state]
             before = tuple(s[None].contiguous() for s in state)
-            y, after = self.rnn(x[start:end], before if self.num_states == 2 else before[0])
+            with context:
+                y, after = self.rnn(x[start:end], before if self.num_states == 2 else before[0])
             state = [s[0] for s in (after if self.num_states == 2 else (after,))]
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.projection(y), state
+
+    def _lacks_bfloat16(self, x: Tensor) -> bool:
+        """Whether autocast asks oneDNN for an LSTM that it has not without AVX512."""
+        of_cpu = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        cast = of_cpu and isinstance(self.rnn, nn.LSTM) and torch.is_autocast_enabled("cpu")
+        return cast and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class MinGRUMixer(Mixer):
