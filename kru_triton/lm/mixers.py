@@ -152,7 +152,7 @@ class RNNMixer(Mixer):
 
     def forward(self, x: Tensor, state, reset) -> tuple[Tensor, list[Tensor]]:
         time, batch = x.shape[:2]
-        context = contextlib.nullcontext()
+        context: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self._lacks_bfloat16(x):
             context, x = torch.autocast("cpu", enabled=False), x.to(self.projection.weight.dtype)
         if state is None:
