@@ -24,7 +24,7 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	touch $@
 
 train: $(VENV)/.ok
-	$(PY) train/lm.py --minutes 7 --eval-every 1000 --run-dir $(RUN_DIR) $(ARGS)
+	$(PY) train/lm.py --preset tiny --minutes 7 --eval-every 1000 --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(VENV)/.ok
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -232,7 +232,8 @@ def frozen_cells(config: Config) -> list[Cell]:
     shared = f"--preset tiny --steps {steps} --eval-every 0 --sample-tokens 0"
     frames = {
         "plain": "--frame plain --num-layers 1 --num-heads 1 --tokenizer characters "
-        "--hidden-size 128 --factors 8 16 --nonlinearity relu --radius 1",
+        "--hidden-size 128 --factors 8 16 --nonlinearity relu --radius 1 "
+        "--optimizer adamw --lr 1.6e-2",
         "residual": "",
     }
     pairs = {name: ("lm.py", f"{shared} {flags}") for name, flags in frames.items()}

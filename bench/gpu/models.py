@@ -43,6 +43,8 @@ def config_of(kind: str, base: LanguageModelConfig, length: int) -> LanguageMode
         return base
     with torch.device("meta"):
         count = LanguageModel(base).num_parameters
+    if kind == "transformer":
+        base = replace(base, linear_attention=())
     found = match_parameters(replace(base, model=kind, context_length=length), count)
     if base.d_model < 256:
         return found

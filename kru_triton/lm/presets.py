@@ -42,7 +42,12 @@ class LanguageModelConfig:
 # matrix: no such model keeps a parity at every length (train/tasks/state_tracking.py).
 PRESETS = {
     "tiny": LanguageModelConfig(
-        d_model=72, num_layers=3, hidden_size=192, num_heads=2, nonlinearity="identity"
+        d_model=96,
+        num_layers=3,
+        hidden_size=192,
+        num_heads=4,
+        nonlinearity="identity",
+        linear_attention=(1,),
     ),
     "small": LanguageModelConfig(
         d_model=152,
