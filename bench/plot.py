@@ -122,7 +122,7 @@ def speed(rows, new):
 def curves(rows, new):
     comparisons = defaultdict(list)
     for row in ok(rows, "baselines", kind="tokens"):
-        if row.get("curve"):
+        if row.get("curve") and not read_twenty(row):
             same = (row[key] for key in ("preset", "data", "params", "flags", "steps"))
             comparisons[tuple(same)].append(row)
     longest: dict[str, list] = {}  # of each preset
@@ -168,13 +168,13 @@ def draw_curves(axis, found: list[dict]) -> None:
 def scaling(rows, new):
     models = defaultdict(dict)  # rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
-        if round(row["tokens"] / row["parameters"]) == 20:  # of rates the best
+        if read_twenty(row):  # of rates the best
             models[row["model"]].setdefault(row["params"], row)
     models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
     if not models:
         return None
     figure, (axis,) = new(1)
-    for number, (model, own) in enumerate(models.items()):
+    for number, (model, own) in enumerate(sorted(models.items())):
         sizes, bits = np.array(sorted((row["parameters"], row["val_bpb"]) for row in own)).T
         scale, exponent, error, residual = power_law(sizes, bits)
         axis.plot(sizes, bits, "o", markersize=4, color=f"C{number}")
@@ -182,6 +182,11 @@ def scaling(rows, new):
         axis.plot(sizes, scale * sizes**exponent, color=f"C{number}", label=label)
     finish(axis, "parameters N, each read 20 tokens", "bits per byte of held-out text")
     return figure, [row for own in models.values() for row in own]
+
+
+def read_twenty(row: dict) -> bool:
+    """Whether it read about twenty tokens a parameter."""
+    return 19 < row["tokens"] / row["parameters"] < 22
 
 
 def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float, float]:
