@@ -7,9 +7,10 @@
     python -m bench baselines --params 108000 --optimizers adamw muon --steps 250 \\
         --final-steps 1250 --seeds 3 --minutes 0 --run-dir runs/long
 
-Two comparisons, both through `train/lm.py`, in a residual frame of equally many blocks and float32
-(or what `--flags` say). Each model has its own width of state over that of the stream: the
-Kronecker models the preset's, the others the better one of those tried (`SHAPES`).
+Two comparisons, both through `train/lm.py`, in a residual frame of equally many blocks, with the
+preset's linear attention, and float32 (or what `--flags` say). Each model has its own width of
+state over that of the stream: the Kronecker models the preset's, the others the better one of those
+tried (`SHAPES`).
 
     tokens  every model reads the same number of tokens (`--steps`)
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
