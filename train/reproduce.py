@@ -168,14 +168,16 @@ def adding_cells(config: Config) -> list[Cell]:
 
 
 def mnist_cells(config: Config) -> list[Cell]:
-    """About 4,000 parameters each; the LSTM, quicker and slow to start, gets five times the steps
-    on a CPU.
+    """About 4,000 parameters each; LSTM and GRU, quicker and slow to start, get five times the
+    steps on a CPU.
     """
     steps, lstm_steps = (600, 3000) if config.scale == "cpu" else (50000, 50000)
     models = {
         "kru": ("balanced", steps),
         "unitary": ("unitary", steps),
         "lstm": ("lstm", lstm_steps),
+        "lstm-chrono": ("lstm --chrono 784", lstm_steps),
+        "gru": ("lstm --model gru", lstm_steps),
     }
     shared = f"--data {shlex.quote(config.mnist)} --eval-every 100"
     if config.mnist_test:
