@@ -837,7 +837,7 @@ def test_what_learns_how_is_said_first(tmp_path, corpus, monkeypatch, capsys):
 
 
 def test_a_run_module_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, capsys):
-    flags = [*TINY, *corpus, "--run-dir", tmp_path, "--lr-floor", 1]
+    flags = [*TINY, *corpus, "--run-dir", tmp_path, "--lr-floor", 1, "--optimizer", "adamw"]
     assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
     settings = json.loads((tmp_path / "config.json").read_text())
     for name in ("optimizer", "schedule", "decay_share"):
