@@ -25,7 +25,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 # what is left out here is in `make test-compiled`: it is many minutes more of two processors
 ALL = "KRU_ALL_TARGETS" in os.environ
 TARGETS = [a for a in SHARED_LIMIT if a in ("sm_90", "gfx942") or ALL]
-MATCHED = {} if ALL else {"gfx942": ["--match", "16x16", "256x16", "3x11", "5x20"]}
+MATCHED = {} if ALL else {"gfx942": ("16x16", "256x16", "3x11", "5x20")}  # words of their names
 # too large for that device's shared or tensor memory: `why_not.streams` chooses those of `wide`
 STREAMED = {
     *((f"{kernel}-128x8-fp32", "sm_80") for kernel in ("forward", "backward")),
@@ -81,7 +81,7 @@ def compiled(tmp_path_factory):
     def rows(arch):
         file = directory / f"{arch}.json"
         command = ["schedule", "--brief"] if arch.startswith("sm") else ["compiled"]
-        command += ["--json", file, "--arch", arch, *MATCHED.get(arch, [])]
+        command += ["--json", file, "--arch", arch, "--match", *MATCHED.get(arch, ("",))]
         without_interpreter(directory, "-m", "bench", *command)
         return json.loads(file.read_text())
 
@@ -203,8 +203,8 @@ def test_shared_memory_is_foreseen(compiled):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_variant_compiles(arch, compiled):
     variants = {variant for variant, where in compiled if where == arch}
-    assert len(variants) > 50
-    assert arch in MATCHED or variants >= BUDGET["sm_90"].keys()
+    words = MATCHED.get(arch, ("",))
+    assert variants >= {v for v in BUDGET["sm_90"] if any(word in v for word in words)}
     for variant in variants:
         row = compiled[variant, arch]
         if (variant, arch) not in STREAMED:
