@@ -36,6 +36,9 @@ if not TARGET and not torch.cuda.is_available():
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     assert interpreted or "triton" not in sys.modules, "triton came before its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
+    from interpreter import hasten
+
+    hasten()
 
 
 @pytest.fixture
