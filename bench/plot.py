@@ -123,11 +123,12 @@ def curves(rows, new):
     comparisons = defaultdict(list)
     for row in ok(rows, "baselines", kind="tokens"):
         if row.get("curve") and not read_twenty(row):
-            same = (row[key] for key in ("preset", "data", "params", "flags", "steps"))
-            comparisons[tuple(same)].append(row)
-    longest: dict[str, list] = {}  # of each preset
-    for (preset, *_), found in comparisons.items():
-        longest[preset] = max(longest.get(preset, []), found, key=length_and_count)
+            key = row["params"], row["data"], row["steps"], "--dtype" in row["flags"]
+            comparisons[key].append(row)
+    longest: dict[int, list] = {}  # of each size
+    for (params, *_), found in comparisons.items():
+        if len({row["model"] for row in found}) > 1:
+            longest[params] = max(longest.get(params, []), found, key=length_and_count)
     if not longest:
         return None
     figure, axes = new(len(longest))
