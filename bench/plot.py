@@ -123,12 +123,11 @@ def curves(rows, new):
     comparisons = defaultdict(list)
     for row in ok(rows, "baselines", kind="tokens"):
         if row.get("curve") and not read_twenty(row):
-            key = row["params"], row["data"], row["steps"], "--dtype" in row["flags"]
-            comparisons[key].append(row)
-    longest: dict[int, list] = {}  # of each size
-    for (params, *_), found in comparisons.items():
-        if len({row["model"] for row in found}) > 1:
-            longest[params] = max(longest.get(params, []), found, key=length_and_count)
+            size = f"{row['params']:.1e}"
+            comparisons[size, row["data"], row["steps"], "--dtype" in row["flags"]].append(row)
+    longest: dict[str, list] = {}  # of each size
+    for (size, *_), found in comparisons.items():
+        longest[size] = max(longest.get(size, []), found, key=length_and_count)
     if not longest:
         return None
     figure, axes = new(len(longest))
@@ -146,7 +145,7 @@ def draw_curves(axis, found: list[dict]) -> None:
     for row in sorted(found, key=lambda row: row["val_bpb"]):
         attends = bool(row.get("model_config", {}).get("linear_attention"))
         own = models[row["model"], attends, row["optimizer"]]
-        if not own or row["lr"] == own[0]["lr"]:  # of rates the best
+        if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
     for number, ((model, attends, optimizer), own) in enumerate(models.items()):
         points = list(zip(*(row["curve"] for row in own)))  # of all seeds
