@@ -14,6 +14,8 @@ def hasten():
         from triton.runtime import interpreter
     except ImportError:
         return
+    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton's
+        return
     patch, core = interpreter._patch_lang, interpreter.tl.core
 
     @functools.cache
