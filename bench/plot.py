@@ -168,7 +168,7 @@ def draw_curves(axis, found: list[dict]) -> None:
 def scaling(rows, new):
     models = defaultdict(dict)  # rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
-        if read_twenty(row):  # of rates the best
+        if read_twenty(row) and not row.get("seed"):  # of seed 0 the best rate
             models[row["model"]].setdefault(row["params"], row)
     models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
     if not models:
