@@ -8,9 +8,9 @@
         --final-steps 1250 --seeds 3 --minutes 0 --run-dir runs/long
 
 Two comparisons, both through `train/lm.py`, in a residual frame of equally many blocks, with the
-preset's linear attention, and float32 (or what `--flags` say). Each model has its own width of
-state over that of the stream: the Kronecker models the preset's, the others the better one of those
-tried (`SHAPES`).
+preset's linear attention, 32 lanes of 128 tokens, and float32 (or what `--flags` say). Each model
+has its own width of state over that of the stream: the Kronecker models the preset's, the others
+the better one of those tried (`SHAPES`).
 
     tokens  every model reads the same number of tokens (`--steps`)
     wall    every model takes the steps that it makes in `--minutes`, from speeds measured before
@@ -49,6 +49,7 @@ from kru_triton.train.text.tokenizer import ByteTokenizer
 
 MODELS = ("kru", "krulstm", "lstm", "gru", "rnn", "mingru", "transformer")
 OPTIMIZERS = ("adamw", "muon")
+LANES = ("--batch-size", "32", "--segment-length", "128")  # those of the rows so far
 SHAPES = {  # what matters is the ratio: --match-params scales both
     "lstm": "--d-model 64 --hidden-size 64",
     "gru": "--d-model 64 --hidden-size 128",
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         print_table(harness.read_rows(args.out))
         return 0
 
-    shared = ["--preset", args.preset, "--dtype", "float32", *shlex.split(args.flags)]
+    shared = ["--preset", args.preset, "--dtype", "float32", *LANES, *shlex.split(args.flags)]
     count = args.params or num_parameters(shared)
     shared += ["--match-params", str(count)]
     settings = {
