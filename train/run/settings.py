@@ -32,7 +32,7 @@ from kru_triton.ops.arguments import Backend, Precision
 TRAINING = {
     #        batch_size  segment_length  optimizer      lr  recurrent_lr  warmup   steps
     "tiny":  (       64,             64,    "muon", 1.1e-2,        5e-4,     50,   2000),
-    "small": (       32,            128,    "muon",  7e-3,         5e-4,     50,   4000),
+    "small": (       64,             64,    "muon",  7e-3,         5e-4,     50,   4000),
     "base":  (       32,            256,    "muon",  3e-3,         5e-4,    100,  20000),
     "large": (       64,            512,    "muon",  1e-3,         3e-4,    500, 100000),
     "ptb":   (       32,            100,   "adamw",  1e-2,         2e-3,     50,   8000),
