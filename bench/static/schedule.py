@@ -268,11 +268,12 @@ def unready(body: list[Instruction]) -> list[str]:
     """Uses of a result of variable latency that no wait for its scoreboard comes before."""
     found, n = [], len(body)
     for a, i in enumerate(body):
-        left, waited = set(i.writes) if i.sets != NONE else set(), False
+        left = set(i.writes) if i.sets != NONE else set()
         for d in range(1, n + 1):
             j = body[(a + d) % n]
-            waited |= i.sets in j.waits
-            if left & j.reads and not waited:
+            if i.sets in j.waits:
+                break
+            if left & j.reads:
                 found.append(f"{a} {i.opcode} -> {(a + d) % n} {j.opcode}")
             left -= j.writes
             if not left:
