@@ -21,7 +21,7 @@ batch has one length (odd for modular). `--lengths cited --asked cited` trains a
                       group, and the product of all so far is asked for after every symbol; all of
                       `--train-length`
 
-The word problem of S5 from swaps has 11 symbols, hence 1,320 products to learn, where s5 has 14,400.
+With swaps alone S5 has 11 symbols, hence 1,320 products to learn, where s5 has 14,400.
 
 Models read from left to right, so one pass over `--test-length` symbols answers for every shorter
 sequence, too. `last_n` is the share of right answers after symbol n (the number before it, where n
@@ -127,12 +127,12 @@ class Permutations:
 
     def __init__(self, things: int, moved: int = 5):
         self.elements = torch.tensor(list(itertools.permutations(range(things))))
-        weights = things ** torch.arange(things)
+        places = torch.arange(things)
+        weights = things**places
         products = self.elements[:, self.elements] @ weights  # (first, second) as one number each
         index = torch.zeros(int(products.max()) + 1, dtype=torch.int64)
         index[self.elements @ weights] = torch.arange(len(self.elements))
         self.table = index[products]
-        places = torch.arange(things)
         self.symbols = ((self.elements != places).sum(1) <= moved).nonzero().flatten()
 
     def __call__(self, count: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
