@@ -88,6 +88,7 @@ def why_not(
     nonlinearity: str = "modrelu",
     precision: str = "fp32",
     lstm: bool = False,
+    gate: torch.Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot run these arguments, in one sentence; None if they can.
 
@@ -98,6 +99,7 @@ def why_not(
         others: every other tensor of the call (beta, h_0, ...) or None; their device is checked.
         nonlinearity, precision: as in `scan.scan_forward`.
         lstm: asked for the kernels of `lstm`, not for those of `scan`.
+        gate: as in `scan.scan_forward`.
     """
     version = triton_version()
     if version is None:
@@ -107,7 +109,7 @@ def why_not(
             f"triton {version[0]}.{version[1]} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}, the "
             "oldest with which these kernels are checked"
         )
-    devices = {t.device for t in (x_proj, a, b, *others) if t is not None}
+    devices = {t.device for t in (x_proj, a, b, gate, *others) if t is not None}
     if len(devices) > 1:
         return f"the arguments are on different devices ({', '.join(sorted(map(str, devices)))})"
     if x_proj.device.type == "cpu" and not interpreted():
@@ -143,6 +145,10 @@ def why_not(
         )
     if P * Q > MAX_UNITS:
         return f"{P}·{Q} units a head exceed the {MAX_UNITS} that a program's step can take"
+    if gate is not None and nonlinearity == "modtanh":
+        return 'no kernel has a gate with "modtanh"'
+    if gate is not None and is_wide(a, b, x_proj, nonlinearity, precision):
+        return f"no kernel has a gate with factors of {P} x {P} and {Q} x {Q}, which are streamed"
     tile = Tile.of(P, Q, x_proj.element_size())
     if tile.rows > MAX_ROWS:
         return f"{P}·{Q} units are too few: a program would have to pack {tile.rows} batch rows"

@@ -268,6 +268,22 @@ def adjoint(w: Tensor) -> Tensor:
     return torch.stack((w[0], -w[1])) if w.shape[0] == 2 else w.contiguous()
 
 
+def planar_product(g: Tensor, h: Tensor, parts: int) -> Tensor:
+    """g h, unit by unit, of planar `(…, parts·H·N)`."""
+    if parts == 1:
+        return g * h
+    (a, b), (c, d) = g.chunk(2, -1), h.chunk(2, -1)
+    return torch.cat((a * c - b * d, a * d + b * c), -1)
+
+
+def planar_conj(g: Tensor, parts: int) -> Tensor:
+    """The conjugate of planar `(…, parts·H·N)`."""
+    if parts == 1:
+        return g
+    real, imag = g.chunk(2, -1)
+    return torch.cat((real, -imag), -1)
+
+
 def _kron(a: Tensor, b: Tensor) -> Tensor:
     rows, columns = a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1]
     if a.ndim == 4 and a.shape[0] == 2:

@@ -1,9 +1,9 @@
 """The recurrences as they are defined: plain loops over time under autograd.
 
-    z_t = (W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t        h_t = σ(z_t)
+    z_t = (W_0 ⊗ … ⊗ W_{F-1}) (gate_t ⊙ h_{t-1}) + x_proj_t        h_t = σ(z_t)
 
-Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018. Everything fast is tested
-against this file, which is slow and stores every intermediate of every step. It is also what runs
+Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, where there is no gate.
+Everything fast is tested against this file, which is slow and stores every intermediate of every step. It is also what runs
 where nothing but plain operations can: under torch.func's transforms, in forward-mode
 differentiation and while torch.onnx exports.
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from kru_triton.kronecker import group_factors
+from kru_triton.kronecker import group_factors, planar_product
 from kru_triton.nonlinearity import NONLINEARITIES
 from kru_triton.ops.arguments import How, LSTMScan, Scan, check_choice
 from kru_triton.torch_backend.rows import last_state, past_end
@@ -53,11 +53,16 @@ def scan_forward(scan: Scan, how: How, states: list[Tensor] | None = None) -> tu
     left, right = left_block(a), right_block(b)
     beta = None if beta is None else beta.view(heads, p, 1, q)
     x, cut = _cut(x, scan.reset, scan.lengths)
+    gates = None
+    if scan.gate is not None:
+        gates = _cut(scan.gate.to(a.dtype), None, scan.lengths)[0].unbind(0)
     h = x.new_zeros(batch, x.shape[2]) if scan.h_0 is None else scan.h_0
     states = [] if states is None else states
     for t, u in enumerate(x.unbind(0)):  # slicing would make the backward quadratic in T
         if cut is not None:
             h = h.masked_fill(cut[t, :, None], 0)
+        if gates is not None:
+            h = planar_product(gates[t], h, parts)
         h, u = (v.reshape(batch, parts, heads, p, q).movedim(1, -2) for v in (h, u))
         z = h.flatten(-2) @ right  # X Bᵀ on rows (p) and columns (part, q)
         z = left @ z.view(batch, heads, p * parts, q)  # on rows (p, part) and columns (q)
@@ -111,6 +116,7 @@ def kru_scan_reference(
     nonlinearity: str = "modrelu",
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
+    gate: Tensor | None = None,
     return_states: bool = False,
 ):
     """The loop that defines `kru_triton.kru_scan`; same arguments, shapes and results.
@@ -123,7 +129,8 @@ def kru_scan_reference(
     if nonlinearity == "modrelu" and beta is None:
         beta = a.new_zeros(a.shape[1] * a.shape[2] * b.shape[2])
     reset = None if reset is None else reset.t()
-    scan = Scan(x_proj.transpose(0, 1), a, b, beta, h_0, reset, lengths)
+    gate = None if gate is None else gate.transpose(0, 1)
+    scan = Scan(x_proj.transpose(0, 1), a, b, beta, h_0, reset, lengths, gate=gate)
     states: list[Tensor] = []
     h, h_n = scan_forward(scan, How(nonlinearity), states)
     h = h.transpose(0, 1)

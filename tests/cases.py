@@ -45,6 +45,7 @@ class Case:
     layout: str = "contiguous"  # see `with_layout`
     scale: float = 1.0  # of the input
     zeros: bool = False  # exact ones in the input
+    gate: bool = False
     beta: float = 0.3  # bound of both signs, or of the sign of a negative one; 0: none is passed
     noise: float = 0.02  # added to unitary factors, as training does
     dtype: torch.dtype | None = None  # of the input, where it is not that of all arguments
@@ -121,6 +122,21 @@ WITH_LENGTHS = [
     Case(square(4, 3), B=5, cotangents="h", lengths=UNSORTED),
     Case(square(4, 3), B=5, cotangents="h_n", lengths=UNSORTED),
     Case(square(4, 3), "modtanh", B=5, layout="time_first", reset=True, lengths=UNSORTED),
+]
+GATED = [
+    *(Case(square(4, 3), act, gate=True) for act in NONLINEARITIES),
+    *(Case(square(2, 3), act, field="real", H=2, gate=True) for act in NONLINEARITIES),
+    *(
+        Case(square(2, 3), act, B=5, H=2, reset=True, lengths=UNSORTED, gate=True)
+        for act in NONLINEARITIES
+    ),
+    Case(square(5), B=5, starts="", lengths=UNSORTED, gate=True),
+    Case(square(4, 3), layout="sliced", cotangents="h_n", gate=True),
+    *(
+        Case(square(4, 3), act, "embedding_scan", B=5, reset=True, gate=True)
+        for act in ("modrelu", "modtanh")
+    ),
+    *(Case(square(4, 3), act, "step", gate=True) for act in ("modrelu", "tanh")),
 ]
 STEPS = [Case(square(4, 3), act, "step") for act in NONLINEARITIES]
 LINEAR_SCANS = [
@@ -292,7 +308,7 @@ def each_op(*sizes, ops=("scan", "embedding_scan", "linear_scan", "lstm_scan"), 
 
 
 EXACT_CASES = [
-    *(*SCANS, *WITH_LENGTHS, *EMBEDDING_SCANS, *STEPS, *LINEAR_SCANS, *LSTM_SCANS),
+    *(*SCANS, *WITH_LENGTHS, *GATED, *EMBEDDING_SCANS, *STEPS, *LINEAR_SCANS, *LSTM_SCANS),
     *(case for B, T in ((3, 0), (0, 4), (0, 0)) for case in each_op(3, 2, B=B, T=T)),
     *each_op(3, 2, B=3, T=0, reset=True, lengths=(0, 0, 0)),
 ]
@@ -327,8 +343,10 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
     reset = torch.rand(B, T, generator=generator) < 0.2
     reset[:1, :1] = reset[-1:, -1:] = True
     shapes = {"h": (B, T, features), "h_n": (B, features), "c_n": (B, features)}
+    gate = normal(B, T, features, scale=0.7).to(x_dtype) if case.gate else None
     if case.op == "step":
         x, shapes = x[:, 0], {"h": shapes["h_n"]}
+        gate = None if gate is None else gate[:, 0]
     cotangents = {k: normal(*shape) for k, shape in shapes.items() if k in case.cotangents.split()}
     if gates == 1:
         cotangents.pop("c_n", None)
@@ -336,6 +354,8 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
     if lengths is not None and case.op != "step":
         beyond = torch.arange(T) >= lengths[:, None]
         x.masked_fill_(beyond[..., None], math.nan)
+        if gate is not None:
+            gate.masked_fill_(beyond[..., None], math.nan)
         reset |= beyond
         if "h" in cotangents:
             cotangents["h"].masked_fill_(beyond[..., None], 7.0)
@@ -350,6 +370,7 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
         "nonlinearity": case.act,
         "reset": reset if case.reset else None,
         "lengths": lengths,
+        "gate": None if gate is None else with_layout(gate, case.layout),
     }
     if case.act != "modrelu" or not case.beta:
         drawn["beta"] = None

@@ -82,16 +82,20 @@ def scan(
     nonlinearity,
     reset=None,
     lengths=None,
+    gate=None,
     product=dense,
 ):
     parts, multiply = factors[0].shape[0], product(factors)
     taken, x_proj = steps_of(x_proj, lengths)
     beta = 0.0 if beta is None else beta
+    gate = None if gate is None else from_planar(steps_of(gate, lengths)[1], parts)
     state = torch.zeros_like(x_proj[:, :1].sum(1)) if h_0 is None else h_0
     outputs = []
     for t in range(x_proj.shape[1]):
         before = state if reset is None else torch.where(reset[:, t, None], 0.0, state)
-        z = multiply(from_planar(before, parts)) + from_planar(x_proj[:, t], parts)
+        before = from_planar(before, parts)
+        before = before if gate is None else gate[:, t] * before
+        z = multiply(before) + from_planar(x_proj[:, t], parts)
         h = to_planar(activate(z, nonlinearity, beta), parts)
         state = torch.where(taken[:, t], h, state)
         outputs.append(torch.where(taken[:, t], h, 0.0))
@@ -102,8 +106,9 @@ def embedding_scan(tokens, table, *args, **kwargs):
     return scan(table[tokens], *args, **kwargs)
 
 
-def step(x_proj, *args, **kwargs):
-    return scan(x_proj[:, None], *args, **kwargs)[1]
+def step(x_proj, *args, gate=None, **kwargs):
+    gate = None if gate is None else gate[:, None]
+    return scan(x_proj[:, None], *args, gate=gate, **kwargs)[1]
 
 
 def linear_scan(x_proj, factors, h_0=None, *, reset=None, lengths=None):

@@ -34,6 +34,7 @@ class Scan(NamedTuple):
     reset: Tensor | None = None  # (T, B) bool
     lengths: Tensor | None = None  # (B,) int64, from 0 to T
     tokens: Tensor | None = None  # (T, B) int64
+    gate: Tensor | None = None  # (T, B, F), any strides of T and B
 
 
 class LSTMScan(NamedTuple):
@@ -72,10 +73,12 @@ def scan_arguments(
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
     tokens: Tensor | None = None,
+    gate: Tensor | None = None,
     time_first: bool = False,
 ) -> Scan:
     """The bag of the arguments of `kru_scan`, or with tokens of `kru_embedding_scan`, whose table
-    comes as `x`. With `time_first`, x is `(T, B, F)` and tokens `(T, B)`; reset is `(B, T)` always.
+    comes as `x`. With `time_first`, x and gate are `(T, B, F)` and tokens `(T, B)`; reset is
+    `(B, T)` always.
 
     Raises:
         ValueError, TypeError: as `kru_scan`.
@@ -96,6 +99,11 @@ def scan_arguments(
     if h_0 is not None:
         check_same("h_0", h_0, x, name)
         check_shape("h_0", h_0, (batch, parts * heads * units), "(B, parts·H·N)")
+    if gate is not None:
+        check_same("gate", gate, x, name)
+        shape = (time, batch) if time_first else (batch, time)
+        meaning = f"({'T, B' if time_first else 'B, T'}, parts·H·N)"
+        check_shape("gate", gate, (*shape, parts * heads * units), meaning)
     if reset is not None:
         check_shape("reset", reset, (batch, time), "(B, T)")
         _check_kind("reset", reset, "a bool", x, name)
@@ -113,7 +121,8 @@ def scan_arguments(
     if not time_first:
         x = x.transpose(0, 1) if tokens is None else x
         tokens = None if tokens is None else tokens.t()
-    return Scan(x, a, b, beta, h_0, reset, lengths, tokens)
+        gate = None if gate is None else gate.transpose(0, 1)
+    return Scan(x, a, b, beta, h_0, reset, lengths, tokens, gate)
 
 
 def lstm_arguments(

@@ -179,7 +179,7 @@ def _backward(
     time, batch, features = h.shape
     block = _block(time, block)
     if block >= time or not batch:
-        dx, da, db, _, dh_0 = scan_op.backward(dh, dh_n, h, scan, how)
+        dx, da, db, _, dh_0, _ = scan_op.backward(dh, dh_n, h, scan, how)
         return dx, da, db, dh_0
     dh = _rows(_with_last(dh, dh_n, h, scan.lengths), block)
     cuts = None if scan.reset is None else _rows(scan.reset, block)
@@ -196,7 +196,7 @@ def _backward(
     starts = torch.cat((first[None], h[block - 1 : time - 1 : block].to(scan.a.dtype)))
     d_ends, starts = (x.transpose(0, 1).flatten(0, 1) for x in (d_ends, starts))  # (B·m, F)
     blocks = Scan(None, scan.a, scan.b, h_0=starts, reset=cuts)
-    dx, da, db, _, d_starts = scan_op.backward(dh, d_ends, _rows(h, block), blocks, how)
+    dx, da, db, _, d_starts, _ = scan_op.backward(dh, d_ends, _rows(h, block), blocks, how)
     dh_0 = d_starts.view(batch, -1, features)[:, 0].contiguous()
     return _joined(dx, batch, time), da, db, handed_on(dh_0, dh_n, scan.lengths, time)
 

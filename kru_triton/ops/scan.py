@@ -1,8 +1,9 @@
 """`kru_scan` and `kru_embedding_scan`, the recurrence as one operation.
 
-    z_t = (W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t        h_t = σ(z_t)
+    z_t = (W_0 ⊗ … ⊗ W_{F-1}) (gate_t ⊙ h_{t-1}) + x_proj_t        h_t = σ(z_t)
 
-Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, section 3. The factors are
+Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, section 3, where there is
+no gate: with one, the recurrent matrix depends on the input. The factors are
 regrouped into two matrices A and B by small Kronecker products under autograd; one `torch.library`
 op then runs the whole sequence, and a second one its adjoint. Its input is a sequence, or a table
 of which each step reads the row of its token. Where nothing but plain operations can run (see
@@ -24,6 +25,7 @@ from kru_triton.ops.arguments import (
     How,
     Scan,
     check_places,
+    check_shape,
     check_tensor,
     scan_arguments,
     steps_and_rows,
@@ -57,13 +59,14 @@ def kru_scan(
     nonlinearity: str = "modrelu",
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
+    gate: Tensor | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the Kronecker recurrence over a whole sequence.
 
-    `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + x_proj_t)`, per batch row and head (Jose et al., 2018).
-    Complex data is planar: all real parts, then all imaginary parts, unit index `head·N + n`.
+    `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) (gate_t ⊙ h_{t-1}) + x_proj_t)`, per batch row and head; without a
+    gate as in Jose et al., 2018. Complex data is planar: all real parts, then all imaginary parts, unit index `head·N + n`.
     Differentiable in every float argument, through both results: once in reverse mode, and under
     torch.func's transforms and in forward mode any number of times, as a plain loop over time.
 
@@ -77,7 +80,10 @@ def kru_scan(
         nonlinearity: "modrelu", "modtanh", "tanh", "relu" (both on Re and Im apart) or "identity".
         reset: `(B, T)` bool; where True, h_{t-1} of that row is replaced by 0 before step t.
         lengths: `(B,)` int64 from 0 to T, the steps of each row; T for all if None. Beyond its
-            length a row's h is 0, x_proj and reset are not looked at, and no gradient arises.
+            length a row's h is 0, x_proj, reset and gate are not looked at, and no gradient arises.
+        gate: `(B, T, parts·H·N)`, a number for every unit (complex: real parts, then imaginary
+            parts) by which its h_{t-1} is multiplied before step t; of |gate_t| = 1 it turns the
+            state, of 0 it forgets it. In the dtype of `x_proj` or of the factors.
         backend: "auto", "triton" or "torch".
         precision: of the products inside the Triton kernels. "bf16" rounds factors and states to
             bfloat16; "bf16x2" takes each factor as a sum of two bfloat16 numbers, in two products,
@@ -101,7 +107,7 @@ def kru_scan(
         (torch.Size([2, 5, 12]), torch.Size([2, 12]))
     """
     how = How(nonlinearity, backend, precision)
-    scan = scan_arguments(x_proj, factors, beta, h_0, how, reset=reset, lengths=lengths)
+    scan = scan_arguments(x_proj, factors, beta, h_0, how, reset=reset, lengths=lengths, gate=gate)
     h, h_n = run_scan(scan, how)
     return h.transpose(0, 1), h_n
 
@@ -116,6 +122,7 @@ def kru_embedding_scan(
     nonlinearity: str = "modrelu",
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
+    gate: Tensor | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -129,7 +136,7 @@ def kru_embedding_scan(
     Args:
         tokens: `(B, T)` int64, rows of the table.
         table: `(V, parts·H·N)`, float64, float32, bfloat16 or float16, as `x_proj` of `kru_scan`.
-        factors, beta, h_0, nonlinearity, reset, lengths, backend, precision: as in `kru_scan`.
+        factors, beta, h_0, nonlinearity, reset, lengths, gate, backend, precision: as in `kru_scan`.
             Beyond a row's length its tokens must still be in the table (0 is).
 
     Returns:
@@ -149,7 +156,7 @@ def kru_embedding_scan(
     check_tensor("tokens", tokens)
     how = How(nonlinearity, backend, precision)
     scan = scan_arguments(
-        table, factors, beta, h_0, how, reset=reset, lengths=lengths, tokens=tokens
+        table, factors, beta, h_0, how, reset=reset, lengths=lengths, tokens=tokens, gate=gate
     )
     h, h_n = run_scan(scan, how)
     return h.transpose(0, 1), h_n
@@ -162,10 +169,12 @@ def kru_step(
     h_0: Tensor | None = None,
     *,
     nonlinearity: str = "modrelu",
+    gate: Tensor | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> Tensor:
-    """One step of `kru_scan`: `x_proj (B, parts·H·N)`, state `h_0` alike, returns the next state.
+    """One step of `kru_scan`: `x_proj (B, parts·H·N)`, state `h_0` and gate alike, returns the next
+    state.
 
     Args, errors and gradients are those of `kru_scan`.
 
@@ -176,12 +185,16 @@ def kru_step(
     """
     if x_proj.dim() != 2:
         raise ValueError(f"x_proj: one step takes (B, parts·H·N), got shape {tuple(x_proj.shape)}")
+    if gate is not None:
+        check_shape("gate", gate, tuple(x_proj.shape), "that of x_proj")
+        gate = gate.unsqueeze(1)
     _, h = kru_scan(
         x_proj.unsqueeze(1),
         factors,
         beta,
         h_0,
         nonlinearity=nonlinearity,
+        gate=gate,
         backend=backend,
         precision=precision,
     )
@@ -197,6 +210,7 @@ def why_not_triton(
     nonlinearity: str = "modrelu",
     reset: Tensor | None = None,
     lengths: Tensor | None = None,
+    gate: Tensor | None = None,
     precision: str = "auto",
 ) -> str | None:
     """Why the fused kernels cannot run these arguments, in one sentence; None if they can.
@@ -210,7 +224,7 @@ def why_not_triton(
         False
     """
     how = How(nonlinearity, precision=precision)
-    scan = scan_arguments(x_proj, factors, beta, h_0, how, reset=reset, lengths=lengths)
+    scan = scan_arguments(x_proj, factors, beta, h_0, how, reset=reset, lengths=lengths, gate=gate)
     return why_not_op() or _why_not(scan.x, scan, how)
 
 
@@ -238,8 +252,8 @@ def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
 
 def backward(
     dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, a, b, beta (zeros without one) and h_0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, a, b, beta (zeros without one), h_0 and gate (nothing without one)."""
     table = scan.x
     if how.nonlinearity != "modtanh":  # the others are inverted from h
         scan = scan._replace(x=None)
@@ -247,14 +261,14 @@ def backward(
         from kru_triton.kernels import scan as kernels
 
         with way_out():
-            dx, *others = kernels.backward(dh, dh_n, h, scan, for_kernels(how, h))
+            dx, *others, d_gate = kernels.backward(dh, dh_n, h, scan, for_kernels(how, h))
     else:
-        dx, *others = torch_backend.backward(dh, dh_n, h, scan, how)
+        dx, *others, d_gate = torch_backend.backward(dh, dh_n, h, scan, how)
     if scan.tokens is not None:  # sums in a fixed order, which index_add does not
         dx = torch.ops.aten.embedding_dense_backward(
             dx.to(scan.a.dtype), scan.tokens, table.shape[0], -1, False
         ).to(table.dtype)
-    return dx, *others
+    return dx, *others, h.new_empty(0) if d_gate is None else d_gate
 
 
 def _on_triton(x: Tensor, scan: Scan, how: How) -> bool:
@@ -267,7 +281,7 @@ def _on_triton(x: Tensor, scan: Scan, how: How) -> bool:
 def _why_not(x: Tensor, scan: Scan, how: How) -> str | None:
     nonlinearity, _, precision = for_kernels(how, x)
     tensors = (x, scan.a, scan.b, scan.beta, scan.h_0, scan.reset, scan.lengths)
-    return why_not_kernels(*tensors, nonlinearity=nonlinearity, precision=precision)
+    return why_not_kernels(*tensors, nonlinearity=nonlinearity, precision=precision, gate=scan.gate)
 
 
 @torch.library.custom_op(
@@ -290,7 +304,7 @@ def _(*flat):
     "kru_triton::recurrence_backward",
     mutates_args=(),
     schema=f"(Tensor? dh, Tensor? dh_n, Tensor h, {adjoint_schema(Scan)}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _scan_backward(dh, dh_n, h, *flat):
     refuse_forward_mode("kru_scan", dh, dh_n)
@@ -303,7 +317,8 @@ def _(dh, dh_n, h, *flat):
     units = scan.a.shape[1] * scan.a.shape[2] * scan.b.shape[2]
     like_x = h if scan.tokens is None else scan.x
     gradients = (empty_like(x) for x in (like_x, scan.a, scan.b))
-    return *gradients, scan.a.new_empty(units), scan.a.new_empty(h.shape[1:])
+    d_gate = h.new_empty(0) if scan.gate is None else empty_like(scan.gate)
+    return *gradients, scan.a.new_empty(units), scan.a.new_empty(h.shape[1:]), d_gate
 
 
 def _setup_context(ctx, inputs, output):
@@ -320,11 +335,12 @@ def _backward(ctx, dh, dh_n):
         return *(None,) * len(Scan._fields), *unused
     refuse_forward_mode("kru_scan", dh, dh_n)
     h, *saved = ctx.saved_tensors
-    dx, da, db, d_beta, dh_0 = _scan_backward(dh, dh_n, h, *saved, *ctx.how)
+    dx, da, db, d_beta, dh_0, d_gate = _scan_backward(dh, dh_n, h, *saved, *ctx.how)
     scan = Scan(*saved)
     d_beta = None if scan.beta is None else d_beta
     dh_0 = None if scan.h_0 is None else dh_0
-    return *Scan(dx, da, db, d_beta, dh_0), *unused
+    d_gate = None if scan.gate is None else d_gate
+    return *Scan(dx, da, db, d_beta, dh_0, gate=d_gate), *unused
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)

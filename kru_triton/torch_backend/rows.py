@@ -51,12 +51,12 @@ def by_length(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def in_order(scan: Scan, order: Tensor) -> Scan:
     """The rows of `scan` in another order."""
-    x, a, b, beta, h_0, reset, lengths, tokens = scan
+    x, a, b, beta, h_0, reset, lengths, tokens, gate = scan
     if x is not None and tokens is None:
         x = x[:, order]
-    reset, tokens = (None if v is None else v[:, order] for v in (reset, tokens))
+    reset, tokens, gate = (None if v is None else v[:, order] for v in (reset, tokens, gate))
     h_0, lengths = (None if v is None else v[order] for v in (h_0, lengths))
-    return Scan(x, a, b, beta, h_0, reset, lengths, tokens)
+    return Scan(x, a, b, beta, h_0, reset, lengths, tokens, gate)
 
 
 def intervals(batch: int, time: int, lengths: Tensor | None) -> list[tuple[int, int, int]]:
@@ -75,5 +75,7 @@ def interval(scan: Scan, start: int, end: int, rows: int) -> Scan:
     """The part of `scan` that the steps from `start` to `end` of its leading rows read."""
     place = slice(start, end), slice(rows)
     x = scan.x if scan.x is None or scan.tokens is not None else scan.x[place]
-    reset, tokens = (None if v is None else v[place] for v in (scan.reset, scan.tokens))
-    return scan._replace(x=x, reset=reset, tokens=tokens)
+    reset, tokens, gate = (
+        None if v is None else v[place] for v in (scan.reset, scan.tokens, scan.gate)
+    )
+    return scan._replace(x=x, reset=reset, tokens=tokens, gate=gate)

@@ -3,6 +3,8 @@
     forward    z_t = A X_{t-1} Bᵀ + u_t,  h_t = σ(z_t)
     adjoint    g_t = dh_t + Aᴴ G_{t+1} conj(B),  G_t = σ'(z_t)ᵀ g_t = du_t
     weights    dA = Σ G_t (X_{t-1} Bᵀ)ᴴ,  dB = Σ (Aᴴ G_t)-contracted with X_{t-1}
+    gates      X_{t-1} = gate_t ⊙ h_{t-1};  with Y_t = Aᴴ G_t conj(B),
+               g_{t-1} = dh_{t-1} + conj(gate_t) ⊙ Y_t,  dgate_t = Y_t ⊙ conj(h_{t-1})
 
 Only h is saved. Gradients follow PyTorch's convention (dL/dRe + i·dL/dIm).
 
@@ -192,16 +194,25 @@ def _forward(
         middle_rows, middle_block = step.rows(middle)[0], step.blocks(middle)[0]
     activate = _activation(step, state, nonlinearity, scan.beta)
     cut, cuts = step.cut(scan.reset)
+    gates = None
+    if scan.gate is not None:
+        gates, gated = step.buffer(step.chunk), step.buffer(1)
     last = 0
     for start, end in step.chunks():
         if start:
             state[0].copy_(state[last])
         last = end - start
         step.load(state[1 : last + 1], inputs(start, end))
+        if gates is not None:
+            step.load(gates[:last], scan.gate[start:end])
         for i in range(last):
             previous = rows[i]
+            if gates is not None:
+                multiply(gates[i], state[i], gated[0])
+                previous = step.rows(gated)[0]
             if cuts[start + i]:  # not in place: slot i is still to be copied out
-                previous = state[i].masked_fill(cut[start + i], 0).view_as(rows[i])
+                whole = state[i] if gates is None else gated[0]
+                previous = whole.masked_fill(cut[start + i], 0).view_as(rows[i])
             if step.has_left:
                 torch.bmm(previous, step.right, out=middle_rows)
                 blocks[i + 1].baddbmm_(step.left, middle_block)
@@ -265,6 +276,25 @@ def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | No
     return modrelu
 
 
+def multiply(gate: Tensor, x: Tensor, out: Tensor) -> None:
+    """Write gate ⊙ x, of slots."""
+    (real, *imag), (first, *second) = _parts(gate), _parts(x)
+    torch.mul(real, first, out=_parts(out)[0])
+    if imag:
+        _parts(out)[0].addcmul_(imag[0], second[0], value=-1)
+        torch.mul(real, second[0], out=_parts(out)[1])
+        _parts(out)[1].addcmul_(imag[0], first)
+
+
+def add_conj_product(out: Tensor, gate: Tensor, x: Tensor) -> None:
+    """Add conj(gate) ⊙ x, of slots."""
+    (real, *imag), (first, *second) = _parts(gate), _parts(x)
+    _parts(out)[0].addcmul_(real, first)
+    if imag:
+        _parts(out)[0].addcmul_(imag[0], second[0])
+        _parts(out)[1].addcmul_(real, second[0]).addcmul_(imag[0], first, value=-1)
+
+
 def _parts(x: Tensor) -> list[Tensor]:
     """The views `(…, P, 1, Q)` of real and imaginary part: a product of one of them with a real
     factor is three times as fast on a CPU as that of both, which broadcasts in the middle."""
@@ -277,23 +307,30 @@ def backward(
     h: Tensor,  # (T, B, F)
     scan: Scan,  # x, and tokens, for modtanh only
     how: How,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of a step's input as `(T, B, F)`, and of a, b, beta (zeros without one) and h_0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of a step's input as `(T, B, F)`, of a, b, beta (zeros without one) and h_0, and of
+    the gate."""
     a, b, lengths, h_0 = scan.a, scan.b, scan.lengths, scan.h_0
     merged = _merged(a, b)
     if merged[0].shape != a.shape:
         scan = scan._replace(a=merged[0], b=merged[1])
-        dx, _, d, d_beta, dh_0 = backward(dh, dh_n, h, scan, how)
-        return dx, *_merged_grad(d, a, b), d_beta, dh_0
+        dx, _, d, d_beta, dh_0, d_gate = backward(dh, dh_n, h, scan, how)
+        return dx, *_merged_grad(d, a, b), d_beta, dh_0, d_gate
     time, batch, features = h.shape
     if lengths is not None and not descending(lengths):
         order, back = by_length(lengths)
         dh = None if dh is None else dh[:, order]
         dh_n = None if dh_n is None else dh_n[order]
-        dx, da, db, d_beta, dh_0 = backward(dh, dh_n, h[:, order], in_order(scan, order), how)
-        return dx[:, back], da, db, d_beta, dh_0[back]
+        dx, da, db, d_beta, dh_0, d_gate = backward(
+            dh, dh_n, h[:, order], in_order(scan, order), how
+        )
+        d_gate = None if d_gate is None else d_gate[:, back]
+        return dx[:, back], da, db, d_beta, dh_0[back], d_gate
     allocate = torch.empty if lengths is None else torch.zeros
     dx = allocate(h.shape, dtype=h.dtype, device=h.device)
+    d_gate = None
+    if scan.gate is not None:
+        d_gate = allocate(h.shape, dtype=scan.gate.dtype, device=h.device)
     dh_0 = a.new_zeros(batch, features) if dh_n is None else dh_n.to(a.dtype, copy=True)
     first = a.new_zeros(batch, features) if h_0 is None else h_0
     da, db = torch.zeros_like(a), torch.zeros_like(b)
@@ -303,14 +340,16 @@ def backward(
         part = interval(scan, start, end, rows)._replace(h_0=before)
         at = slice(start, end), slice(rows)
         d_out = None if dh is None else dh[at]
-        added = _backward(dx[at], dh_0[:rows], d_out, h[at], part, how.nonlinearity)
+        d_part = None if d_gate is None else d_gate[at]
+        added = _backward(dx[at], d_part, dh_0[:rows], d_out, h[at], part, how.nonlinearity)
         for total, more in zip((da, db, d_beta), added):
             total += more
-    return dx, da, db, d_beta, dh_0
+    return dx, da, db, d_beta, dh_0, d_gate
 
 
 def _backward(
     dx: Tensor,  # (T, B, F), written
+    d_gate: Tensor | None,  # (T, B, F), written
     d_state: Tensor,  # (B, F), gradient of the last state; that of h_0 is written over it
     dh: Tensor | None,  # (T, B, F)
     h: Tensor,  # (T, B, F)
@@ -331,6 +370,9 @@ def _backward(
         left_t, grad_blocks = step.left.transpose(-1, -2), step.blocks(grad)
         inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
     cut, cuts = step.cut(scan.reset)
+    if d_gate is not None:
+        gates, gated, back = (step.buffer(step.chunk) for _ in range(3))
+        back_rows = step.rows(back)
     carry = step.buffer(1)
     step.load(carry, d_state[None])
     for start, end in reversed(step.chunks()):
@@ -346,24 +388,36 @@ def _backward(
         before = states[:n]
         if any(cuts[start:end]):
             before = before.masked_fill(cut[start:end], 0)
+        past = before
+        if d_gate is not None:
+            step.load(gates[:n], scan.gate[start:end])
+            before = gated[:n]
+            multiply(gates[:n], past, before)
         adjoint.prepare(before, None if inputs is None else inputs(start, end))
         for i in range(n - 1, -1, -1):
             adjoint.step(i)
             if step.has_left:
-                back = inner_rows[i]
+                left_back = inner_rows[i]
                 torch.bmm(left_t, grad_blocks[i + 1], out=inner_blocks[i])
                 if cuts[start + i]:
                     inner[i].masked_fill_(cut[start + i], 0)
             else:
-                back = grad_rows[i + 1]
+                left_back = grad_rows[i + 1]
                 if cuts[start + i]:
-                    back = grad[i + 1].masked_fill(cut[start + i], 0).view_as(back)
-            grad_rows[i].baddbmm_(back, right_t)
+                    left_back = grad[i + 1].masked_fill(cut[start + i], 0).view_as(left_back)
+            if d_gate is None:
+                grad_rows[i].baddbmm_(left_back, right_t)
+            else:
+                torch.bmm(left_back, right_t, out=back_rows[i])
+                add_conj_product(grad[i], gates[i], back[i])
         carry[0].copy_(grad[0])
         adjoint.finish(n)
         g = grad[1 : n + 1]
         weights.add(before, g, inner[:n] if step.has_left else g)
         step.planar(dx[start:end]).copy_(grad[1 : n + 1])
+        if d_gate is not None:
+            add_conj_product(gates[:n].zero_(), past, back[:n])
+            step.planar(d_gate[start:end]).copy_(gates[:n])
     step.planar(d_state[None]).copy_(carry)
     return weights.a(), weights.b(), adjoint.d_beta.view(-1)
 
