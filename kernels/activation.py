@@ -11,7 +11,7 @@ register, and with it the copies of a row (`tile.offsets`).
 import triton
 import triton.language as tl
 
-from .tile import INTERPRET, reciprocal, rsqrt, scale, tanh
+from .tile import INTERPRET, reciprocal, rounded_product, rsqrt, scale, tanh
 
 
 @triton.jit
@@ -27,21 +27,6 @@ def norm2(z):
 def positive(x):
     """relu, of which a NaN comes out as NaN."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def rounded_product(x, y, NVIDIA: tl.constexpr):
-    """x y, rounded even where it is subtracted from next.
-
-    `operand` takes h apart into hi + lo. Fused into lo = x y - hi, the product would keep bits that
-    the h in memory does not have, and a run that goes on from there would differ from one that was
-    never cut."""
-    if NVIDIA:
-        return tl.inline_asm_elementwise(
-            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return x * y
 
 
 @triton.jit

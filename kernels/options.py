@@ -9,6 +9,7 @@ from collections.abc import Collection
 from .geometry import Tile, Wide
 from .why_not import triton_version
 
+GIVEN = ("h_0", "reset", "lengths", "tokens", "gate")  # what a call of a scan may have
 FENCES_COPIES = (3, 7, 1)  # the first triton with a fence between cp.async and wgmma
 
 # Choices that never change a result beyond rounding, and that only a device can settle: keyword
@@ -67,7 +68,7 @@ def compile_options(
     a device may want others, which `tuning` puts in their place (names in TUNABLE).
 
     Args:
-        given: which of h_0, reset, lengths and tokens the call has.
+        given: which of GIVEN the call has.
         arch: as `launch.architecture` says.
     """
     values = tile.size * parts
@@ -135,7 +136,7 @@ def compile_options(
         and not backward
         and values == 2048
         and (tile.P, tile.Q) == (32, 32)
-        and not {"h_0", "reset", "tokens"}.intersection(given)
+        and not {"h_0", "reset", "tokens", "gate"}.intersection(given)
     ):  # what has no selection and no rows of its own to follow has registers for more
         if arch == 90 and nonlinearity == "modrelu":
             constants |= {"ANCHORED": True, "BETA_IN_LOOP": True}

@@ -7,6 +7,10 @@ and backwards, with g_t = ∂L/∂Re h_t + i ∂L/∂Im h_t and G_t the same for
 
     G_t = σ'(z_t)ᵀ g_t,   g_{t-1} = dh_{t-1} + Aᴴ G_t conj(B),   dx_t = G_t.
 
+With a gate, X_{t-1} is gate_t ⊙ h_{t-1}; backwards, with Y_t = Aᴴ G_t conj(B),
+
+    g_{t-1} = dh_{t-1} + conj(gate_t) ⊙ Y_t,   dgate_t = Y_t ⊙ conj(h_{t-1}).
+
 Each program runs all steps of one group of batch rows of one head (see `tile`). Memory plan:
 
     in registers for the whole sequence   the state (backward: its gradient), as mma fragments; the
@@ -41,6 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kru_triton.kronecker import planar_conj, planar_product
 from kru_triton.ops.arguments import How, Scan, steps_and_rows
 from kru_triton.torch_backend.rows import handed_on, last_state, past_end
 
@@ -58,8 +63,9 @@ from .launch import (
     on_nvidia,
     packed,
 )
-from .options import compile_options
+from .options import GIVEN, compile_options
 from .tile import (
+    add,
     choose,
     coordinates,
     first_product,
@@ -67,6 +73,8 @@ from .tile import (
     kron,
     load,
     load_factor,
+    multiply,
+    multiply_conj,
     no_value,
     offsets,
     operand,
@@ -187,6 +195,7 @@ def scan_forward_kernel(
     p_keep,  # (T, groups) words of row bits or None
     p_alive,  # (T, groups) words of row bits or None
     p_steps,  # (groups,) or None
+    p_gate,  # (T, B, PARTS·H·N) or None
     B,
     T,
     x_stride_t,
@@ -269,10 +278,18 @@ def scan_forward_kernel(
         p_keep += i_g
     if p_alive is not None:
         p_alive += i_g
+    if p_gate is not None:
+        o_g = offsets(last, F // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
+        p_turn = words_of(p_gate + (i_b * F + i_h * N), WORD)
+        g_stride_t = B.to(tl.int64) * (F // WORD)
     # what goes from step to step: with ROWS_AHEAD Z of the first product, else X
     if p_h_0 is not None:
         h_0 = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
-        x = operand(to_tile(h_0, PE, QE, V, False), SPLIT, NVIDIA)
+        h_0 = to_tile(h_0, PE, QE, V, False)
+        if p_gate is not None:
+            turn = to_tile(load(p_turn, o_g, x_mask, IW, PARTS, VW), PE, QE, V, NVIDIA)
+            h_0 = multiply(turn, h_0, NVIDIA)
+        x = operand(h_0, SPLIT, NVIDIA)
         if p_keep is not None:
             x = select_operand(x, tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1), NVIDIA)
     else:
@@ -302,6 +319,9 @@ def scan_forward_kernel(
         if p_alive is not None:
             alive = tl.load(p_alive)
             p_alive += groups
+        if p_gate is not None:  # likewise
+            p_turn += tl.where(t + 1 < steps, g_stride_t, 0)
+            turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
         if not ROWS_AHEAD:
             more = t + 1 < steps
             row, p_u, p_token, token = read_row(
@@ -351,6 +371,8 @@ def scan_forward_kernel(
             h = select(h, tile_bits(alive, PE, QE, PP, QP, S1))
         store(p_out, o_h, mask, h, IM, PE, QE, V, V)
         p_out += h_stride_t
+        if p_gate is not None:
+            h = multiply(to_tile(turn, PE, QE, V, NVIDIA), h, NVIDIA)
         x = operand(h, SPLIT, NVIDIA)
         if PREFETCH:
             prefetch(lines(p_line, N // WORD, IW, PARTS))
@@ -379,6 +401,8 @@ def scan_backward_kernel(
     p_keep,  # (T, groups) words of row bits or None
     p_alive,  # (T, groups) words of row bits or None
     p_steps,  # (groups,) or None
+    p_gate,  # (T, B, PARTS·H·N) or None
+    p_d_gate,  # (T + 1, B, PARTS·H·N) or None; of the first step nothing is written
     B,
     T,
     d_stride_t,
@@ -481,6 +505,10 @@ def scan_backward_kernel(
         else:
             o_x = offsets(last, x_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
             p_u += i_b * x_stride_b + last_t * x_stride_t
+    if p_gate is not None:
+        p_turn = words_of(p_gate + start, WORD) + last_t * s_stride_t
+        p_d_turn = p_d_gate + (start + (last_t + 1) * h_stride_t)
+        turn = no_value(load(p_turn, o_s, w_mask, IW, PARTS, VW))  # behind the last step
     if PREFETCH:
         ahead = tl.minimum(last_t, PREFETCH)
         p_line = words_of(p_h + start, WORD) + (last_t - ahead) * s_stride_t
@@ -536,8 +564,18 @@ def scan_backward_kernel(
                     VW,
                     TOKENS,
                 )
-        g = second_product(a_adjoint, x, to_tile(d, PE, QE, V, NVIDIA), PE, QE)
         v = to_tile(h, PE, QE, V, NVIDIA)
+        if p_gate is not None:
+            y = second_product(a_adjoint, x, zeros(PE, QE, PARTS), PE, QE)
+            d_turn = multiply_conj(v, y, NVIDIA)
+            store(p_d_turn, o_h, mask, d_turn, IM, PE, QE, V, V)
+            p_d_turn -= h_stride_t
+            y = multiply_conj(to_tile(turn, PE, QE, V, NVIDIA), y, NVIDIA)
+            g = add(y, to_tile(d, PE, QE, V, NVIDIA))
+            turn = load(p_turn, o_s, w_mask, IW, PARTS, VW)
+            p_turn -= s_stride_t
+        else:
+            g = second_product(a_adjoint, x, to_tile(d, PE, QE, V, NVIDIA), PE, QE)
         if FROM_Z:
             if p_h_0 is not None:
                 h_0 = to_tile(load(p_h_0 + start, o_h, mask, IM, PARTS, V), PE, QE, V, False)
@@ -619,13 +657,18 @@ def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
 
 def backward(
     dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """As `torch_backend.scan.backward`."""
-    dx, dh_0 = scan_backward(dh, dh_n, h, scan, how)
-    da, db, d_beta = weight_grad(dx, h, scan, how)
+    dx, dh_0, d_gate = scan_backward(dh, dh_n, h, scan, how)
+    if scan.gate is None:
+        da, db, d_beta = weight_grad(dx, h, scan, how)
+    else:  # a single step of T·B rows
+        before = planar_product(gate_of(scan, h.dtype), states_before(h, scan), scan.a.shape[0])
+        step = Scan(dx, scan.a, scan.b, h_0=before.flatten(0, 1))
+        da, db, d_beta = weight_grad(dx.flatten(0, 1)[None], h.flatten(0, 1)[None], step, how)
     d_beta = scan.a.new_zeros(h.shape[2] // scan.a.shape[0]) if d_beta is None else d_beta
     dh_0 = scan.a.new_zeros(h.shape[1:]) if dh_0 is None else dh_0
-    return dx, da, db, d_beta, handed_on(dh_0, dh_n, scan.lengths, h.shape[0])
+    return dx, da, db, d_beta, handed_on(dh_0, dh_n, scan.lengths, h.shape[0]), d_gate
 
 
 def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
@@ -658,7 +701,7 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
         how.precision,
         how.nonlinearity,
         nvidia=on_nvidia(),
-        given=[name for name, value in scan._asdict().items() if value is not None],
+        given=[name for name in GIVEN if getattr(scan, name) is not None],
         arch=architecture(),
         **tuning,
     )
@@ -673,6 +716,7 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
+            p_gate=gate_of(scan, x.dtype),
             B=B,
             T=T,
             **input_arguments(x, tokens, tile),
@@ -680,6 +724,17 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
             **options,
         )
     return h
+
+
+def gate_of(scan: Scan, dtype: torch.dtype) -> Tensor | None:
+    """The gate as the kernels read it: contiguous, in the dtype of the states, zero beyond a row's
+    length, where anything may be and would reach the rows that share its tile."""
+    if scan.gate is None:
+        return None
+    gate = scan.gate.to(dtype)
+    if scan.lengths is not None:
+        gate = gate.masked_fill(past_end(len(gate), scan.lengths)[..., None], 0)
+    return packed(gate)
 
 
 def states_before(h: Tensor, scan: Scan) -> Tensor:
@@ -700,7 +755,7 @@ def pre_activations(h: Tensor, scan: Scan, how: How) -> Tensor:
 
 
 def gradient_before(g: Tensor, scan: Scan) -> Tensor:
-    """keep_0 · Aᴴ G_0 conj(B), (B, parts·H·N), from G_0 of the first step."""
+    """keep_0 · Aᴴ G_0 conj(B), (B, parts·H·N), from G_0 of the first step; with a gate Y_0."""
     parts, heads, P, _ = scan.a.shape
     a, b = joined(scan.a), joined(scan.b)
     g = a.mH @ matrices(g[None], parts, heads, P, b.shape[-1])[0] @ b.conj()
@@ -710,8 +765,8 @@ def gradient_before(g: Tensor, scan: Scan) -> Tensor:
 
 def scan_backward(
     dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How, **tuning
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `scan_forward` in x and h_0.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of `scan_forward` in x, h_0 and gate.
 
     Args:
         dh: (T, B, parts·H·N) gradient of all states, any strides of T and B, or None.
@@ -723,6 +778,7 @@ def scan_backward(
     Returns:
         dx: (T, B, parts·H·N) contiguous, in h's dtype; zero beyond a row's length.
         dh_0: (B, parts·H·N) float32, or None where h_0 is None.
+        d_gate: (T, B, parts·H·N), in h's dtype, or None where gate is None.
     """
     T, B, F = h.shape
     a, b, h_0, lengths = scan.a, scan.b, scan.h_0, scan.lengths
@@ -731,10 +787,12 @@ def scan_backward(
     allocate = h.new_zeros if lengths is not None else h.new_empty
     dx = allocate((T, B, F))
     dh_0 = h_0.new_zeros(h_0.shape) if h_0 is not None else None
+    gate = gate_of(scan, h.dtype)
+    d_gate = None if gate is None else allocate((T + 1, B, F))
     if h.numel() == 0:
-        return dx, dh_0
+        return dx, dh_0, None if d_gate is None else d_gate[1:]
     if dh is None and dh_n is None:
-        return dx.zero_(), dh_0
+        return dx.zero_(), dh_0, None if d_gate is None else d_gate[1:].zero_()
     streamed = is_wide(a, b, h, how.nonlinearity, how.precision)
     rows = Wide.of(P, b.shape[-1]).rows if streamed else tile.rows
     keep, alive, steps = group_flags(scan, T, rows)
@@ -755,7 +813,7 @@ def scan_backward(
         states = pre_activations(h, scan, how) if recompute else h
         flags = (keep, alive, steps)
         wide_backward(dx, dh_0, dh, dh_n, states, flags, scan, how, **tuning)
-        return dx, dh_0
+        return dx, dh_0, None
     constants, options = compile_options(
         tile,
         heads,
@@ -770,7 +828,8 @@ def scan_backward(
     source = {"p_x": None, "p_tokens": None, "x_stride_t": 0, "x_stride_b": 0}
     if recompute:
         source = input_arguments(scan.x, scan.tokens, tile)
-    in_kernel = constants["ANCHORED"]  # else its product would fill the registers of the loop
+    # else its product would fill the registers of the loop
+    in_kernel = constants["ANCHORED"] and gate is None
     with device_guard(h):
         scan_backward_kernel[(triton.cdiv(B, tile.rows), heads)](
             p_dh=dh,
@@ -787,6 +846,8 @@ def scan_backward(
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
+            p_gate=gate,
+            p_d_gate=d_gate,
             B=B,
             T=T,
             d_stride_t=dh.stride(0) // tile.aligned if dh is not None else 0,
@@ -796,6 +857,13 @@ def scan_backward(
             **constants,
             **options,
         )
-    if dh_0 is not None and not in_kernel:
-        dh_0.copy_(gradient_before(dx[0], scan))
-    return dx, dh_0
+    if gate is None:
+        if dh_0 is not None and not in_kernel:
+            dh_0.copy_(gradient_before(dx[0], scan))
+        return dx, dh_0, None
+    d_gate[0].zero_()
+    if h_0 is not None:
+        y = gradient_before(dx[0], scan)
+        dh_0.copy_(planar_product(planar_conj(gate[0], parts), y, parts))
+        d_gate[0].copy_(planar_product(y, planar_conj(states_before(h, scan)[0], parts), parts))
+    return dx, dh_0, d_gate[:T]

@@ -265,6 +265,41 @@ def no_value(x):
 
 
 @triton.jit
+def rounded_product(x, y, NVIDIA: tl.constexpr):
+    """x y, rounded even where it is subtracted from next.
+
+    `operand` takes h apart into hi + lo. Fused into lo = x y - hi, the product would keep bits that
+    the h in memory does not have, and a run that goes on from there would differ from one that was
+    never cut."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x * y
+
+
+@triton.jit
+def multiply(g, x, NVIDIA: tl.constexpr):
+    """g x, element by element."""
+    if len(x) == 2:
+        re = tl.fma(g[0], x[0], -g[1] * x[1])
+        return re, tl.fma(g[0], x[1], g[1] * x[0])
+    else:
+        return (rounded_product(g[0], x[0], NVIDIA),)
+
+
+@triton.jit
+def multiply_conj(g, x, NVIDIA: tl.constexpr):
+    """conj(g) x, element by element."""
+    if len(x) == 2:
+        re = tl.fma(g[0], x[0], g[1] * x[1])
+        return re, tl.fma(g[0], x[1], -g[1] * x[0])
+    else:
+        return (rounded_product(g[0], x[0], NVIDIA),)
+
+
+@triton.jit
 def add(x, y):
     if len(x) == 2:
         return x[0] + y[0], x[1] + y[1]

@@ -3,9 +3,9 @@
     z_t = (W_0 ⊗ … ⊗ W_{F-1}) (gate_t ⊙ h_{t-1}) + x_proj_t        h_t = σ(z_t)
 
 Source: Jose, Cissé and Fleuret, "Kronecker Recurrent Units", ICML 2018, where there is no gate.
-Everything fast is tested against this file, which is slow and stores every intermediate of every step. It is also what runs
-where nothing but plain operations can: under torch.func's transforms, in forward-mode
-differentiation and while torch.onnx exports.
+Everything fast is tested against this file, which is slow and stores every intermediate of every
+step. It is also what runs where nothing but plain operations can: under torch.func's transforms, in
+forward-mode differentiation and while torch.onnx exports.
 
 A complex number is two real ones, its parts, and a matrix that multiplies it [[Re, −Im], [Im, Re]].
 

@@ -112,7 +112,11 @@ def bag(case, arguments):
         del states["beta"]
         return LSTMScan(x, *factors, **states, reset=reset, lengths=arguments["lengths"]), how
     del states["c_0"]
-    return Scan(x, *factors, **states, reset=reset, lengths=arguments["lengths"]), how
+    gate = arguments["gate"]
+    if gate is not None:
+        gate = guarded_copy(with_layout(gate, case.layout)).transpose(0, 1)
+    lengths = arguments["lengths"]
+    return Scan(x, *factors, **states, reset=reset, lengths=lengths, gate=gate), how
 
 
 def launched(case, given, how, cotangents):
@@ -128,12 +132,13 @@ def launched(case, given, how, cotangents):
         results = {"h": h, "h_n": h_n, "c_n": c_n, "d c_0": dc_0}
     else:
         h, h_n = scan.forward(given, how)
-        dx, da, db, dbeta, dh_0 = scan.backward(*d[:2], h, given, how)
-        results = {"h": h, "h_n": h_n, "d beta": dbeta}
+        dx, da, db, dbeta, dh_0, d_gate = scan.backward(*d[:2], h, given, how)
+        results = {"h": h, "h_n": h_n, "d beta": dbeta, "d gate": d_gate}
     results |= {"d x_proj": dx, "d factors[0]": da, "d factors[1]": db, "d h_0": dh_0}
-    absent = {f"d {k}" for k in ("beta", "h_0", "c_0") if getattr(given, k, None) is None}
+    absent = {f"d {k}" for k in ("beta", "h_0", "c_0", "gate") if getattr(given, k, None) is None}
     results = {k: v.cpu() for k, v in results.items() if k not in absent}
-    return results | {k: results[k].transpose(0, 1) for k in ("h", "d x_proj")}
+    by_time = [k for k in ("h", "d x_proj", "d gate") if k in results]
+    return results | {k: results[k].transpose(0, 1) for k in by_time}
 
 
 def on_device(case, cotangents):
@@ -232,7 +237,7 @@ def test_gradient_near_the_jump_of_modrelu_is_bounded():
     given = arguments_of_scan(case, x=x, beta=beta.to(DEVICE))
     h = scan.scan_forward(*given)
     g = torch.ones_like(h)
-    dx, _ = scan.scan_backward(g, None, h, *given)
+    dx, *_ = scan.scan_backward(g, None, h, *given)
     assert dx.isfinite().all()
     assert dx.abs().max() <= 2.0**9
 
@@ -249,7 +254,7 @@ def test_gradient_near_the_jump_of_modrelu_is_that_of_the_state():
     x, dh = (oracle.to_planar(v, 2)[None].float().to(DEVICE) for v in (z, g))
     case = for_kernels(16, 16, B=4, T=1, starts="", slack=10)
     given = arguments_of_scan(case, x=x, beta=torch.full((256,), beta, device=DEVICE))
-    dx, _ = scan.scan_backward(dh, None, scan.scan_forward(*given), *given)
+    dx, *_ = scan.scan_backward(dh, None, scan.scan_forward(*given), *given)
     for got, true, m in zip(dx[0].cpu(), want, modulus):
         assert relative_error(got, true) < 2.0**-22 * (m + beta) / m
 
@@ -309,7 +314,7 @@ def test_tokens_are_the_rows_they_stand_for(case, layout):
     h = scan.scan_forward(given, how)
     assert torch.equal(h, scan.scan_forward(gathered, how))
     g = torch.randn(h.shape, generator=random).to(DEVICE, case.dtype)
-    dx, _ = scan.scan_backward(g, None, h, given, how)
+    dx, *_ = scan.scan_backward(g, None, h, given, how)
     assert torch.equal(dx, scan.scan_backward(g, None, h, gathered, how)[0])
 
 
@@ -324,7 +329,7 @@ def test_a_token_outside_the_table_is_refused():
 def test_without_cotangents_the_gradient_is_zero():
     given = arguments_of_scan(for_kernels(16, 16, T=2))
     h = scan.scan_forward(*given)
-    dx, dh_0 = scan.scan_backward(None, None, h, *given)
+    dx, dh_0, _ = scan.scan_backward(None, None, h, *given)
     assert not dx.any()
     assert not dh_0.any()
 
@@ -409,7 +414,7 @@ def test_long_sequences(act, precision):
     del x, u, first, second
 
     dh = normal(T, B, 2 * P * Q)
-    dx, dh_0 = scan.scan_backward(dh, None, h, given, how)
+    dx, dh_0, _ = scan.scan_backward(dh, None, h, given, how)
     assert torch.equal(dx, scan.scan_backward(dh, None, h, given, how)[0])
     floor = 2.0**-8 if precision == "bf16" else 2.0**-20
     carried = torch.zeros_like(state)
@@ -530,7 +535,7 @@ def test_tuning_changes_no_result(tuning):
 
     def results(scans, sums):
         h = scan.scan_forward(given, how, **scans)
-        dx, dh_0 = scan.scan_backward(h, None, h, given, how, **scans)
+        dx, dh_0, _ = scan.scan_backward(h, None, h, given, how, **scans)
         return h, dx, dh_0, *weight_grad.weight_grad(dx, h, given, how, **sums)
 
     # without ANCHORED, dh_0 is a float32 product behind the kernel, not one of bfloat16 pairs

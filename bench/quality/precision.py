@@ -40,7 +40,7 @@ def errors(precision: str, nonlinearity: str, steps: list[int], device: str) -> 
     how = How(nonlinearity, precision=precision)
     given = Scan(x, *factors, beta, h_0)
     h = kernels.scan_forward(given, how)
-    dx, _ = kernels.scan_backward(None, cotangent, h, given, how)
+    dx, *_ = kernels.scan_backward(None, cotangent, h, given, how)
     exact = Scan(*(None if y is None else y.double() for y in given))
     true_h, _ = torch_backend.forward(exact, how)
     true_dx = torch_backend.backward(None, cotangent.double(), true_h, exact, how)[0]

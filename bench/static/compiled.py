@@ -41,6 +41,7 @@ from bench import harness
 from bench.gpu.launches import Problem, launch_all
 from kru_triton.kernels import geometry, launch, lstm, scan, weight_grad, wide
 from kru_triton.kernels.options import (
+    GIVEN,
     compile_options,
     lstm_options,
     weight_grad_options,
@@ -66,7 +67,6 @@ KERNELS = {
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MACHINE = ("sm_80", "sm_90")  # what tests/machine executes
-FLAGS = ("h_0", "reset", "lengths", "tokens")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Variant:
     dtype: str = "bf16"  # of memory
     nonlinearity: str = "modrelu"
     field: str = "complex"
-    flags: tuple[str, ...] = ()  # of FLAGS
+    flags: tuple[str, ...] = ()  # of GIVEN
     part: str = "all"  # of the weight gradient: all, da, db or dbeta
     tuning: tuple[tuple[str, int | None], ...] = ()  # choices in place of the default ones
     products: str = ""  # their precision, where it is not that of memory
@@ -108,7 +108,7 @@ class Variant:
         """Type of every pointer argument, None for those that the launcher would not pass."""
         adjoint, again = self.kernel == "backward", self.nonlinearity == "modtanh"
         fragments = self.kernel == "weight_grad" and self.options("sm_90")[0]["FRAGMENTS"]
-        flag = {f: f in self.flags for f in FLAGS}
+        flag = {f: f in self.flags for f in GIVEN}
         given = {
             "p_tokens": flag["tokens"] and (again or not adjoint),
             "p_beta": self.nonlinearity == "modrelu",
@@ -116,15 +116,18 @@ class Variant:
             "p_c_0": flag["h_0"],
             "p_keep": flag["reset"],
             "p_steps": flag["lengths"],
+            **dict.fromkeys(("p_gate", "p_d_gate"), flag["gate"]),
             **dict.fromkeys(("p_alive", "p_ends"), flag["lengths"] and self.tile.rows > 1),
             **{f"p_d{part}": self.part in ("all", f"d{part}") for part in ("a", "b", "beta")},
         }
         if adjoint:
             given |= dict.fromkeys(("p_x", "p_a", "p_b"), again)
-            given["p_dh_0"] = flag["h_0"] and self.options("sm_90")[0]["ANCHORED"]
+            in_kernel = self.options("sm_90")[0]["ANCHORED"] and not flag["gate"]
+            given["p_dh_0"] = flag["h_0"] and in_kernel
         elif self.kernel == "wide_backward":
             given["p_dh_0"] = flag["h_0"]
-        kinds = dict.fromkeys(("p_x", "p_h", "p_dx", "p_dh", "p_dh_n", "p_dc_n"), self.dtype)
+        names = ("p_x", "p_h", "p_dx", "p_dh", "p_dh_n", "p_dc_n", "p_gate", "p_d_gate")
+        kinds = dict.fromkeys(names, self.dtype)
         kinds |= dict.fromkeys(("p_tokens", "p_keep", "p_alive", "p_ends", "p_steps"), "i32")
         kinds |= dict.fromkeys(("p_k", "p_z"), "bf16")
         kinds["p_h_0"] = self.dtype if fragments else "fp32"
@@ -192,11 +195,14 @@ def variants() -> list[Variant]:
             table.append(Variant(f"wide_{kernel}", P, Q))
         for P, Q in [(256, 16), (1, 512), (128, 32), (64, 64)]:
             table.append(Variant(f"wide_{kernel}", P, Q, "fp32"))
-        table.append(Variant(f"wide_{kernel}", 8, 256, nonlinearity="modtanh", flags=FLAGS[:3]))
-        for flags in [("h_0",), ("reset",), ("lengths",), FLAGS[:3]]:
+        table.append(Variant(f"wide_{kernel}", 8, 256, nonlinearity="modtanh", flags=GIVEN[:3]))
+        for flags in [("h_0",), ("reset",), ("lengths",), GIVEN[:3]]:
             table.append(Variant(kernel, 16, 16, flags=flags))
-        table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
-        table.append(Variant(kernel, 32, 32, flags=FLAGS[:3]))
+        table.append(Variant(kernel, 8, 8, flags=GIVEN[:3]))
+        table.append(Variant(kernel, 32, 32, flags=GIVEN[:3]))
+        for P, Q in [(8, 8), (16, 16), (32, 32)]:
+            table.append(Variant(kernel, P, Q, flags=("gate",)))
+        table.append(Variant(kernel, 16, 16, "fp32", flags=("gate",)))
     for P, Q in [(8, 8), (16, 16), (32, 32)]:
         table.append(Variant("forward", P, Q, flags=("tokens",)))
     table.append(Variant("backward", 16, 16, nonlinearity="modtanh", flags=("tokens",)))
@@ -205,9 +211,9 @@ def variants() -> list[Variant]:
             table.append(Variant(kernel, P, Q))
         table.append(Variant(kernel, 16, 16, "fp32"))
         table.append(Variant(kernel, 32, 32, "fp32"))
-        table.append(Variant(kernel, 8, 8, flags=FLAGS[:3]))
+        table.append(Variant(kernel, 8, 8, flags=GIVEN[:3]))
         table.append(Variant(kernel, 3, 11))
-        table.append(Variant(kernel, 5, 20, "fp32", flags=FLAGS[:3]))
+        table.append(Variant(kernel, 5, 20, "fp32", flags=GIVEN[:3]))
     for way in ("forward", "backward"):
         for P, Q in [(16, 16), (32, 32), (64, 64)]:
             table.append(Variant(way, P, Q, products="bf16x2"))

@@ -66,7 +66,8 @@ def kru_scan(
     """Run the Kronecker recurrence over a whole sequence.
 
     `h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) (gate_t ⊙ h_{t-1}) + x_proj_t)`, per batch row and head; without a
-    gate as in Jose et al., 2018. Complex data is planar: all real parts, then all imaginary parts, unit index `head·N + n`.
+    gate as in Jose et al., 2018. Complex data is planar: all real parts, then all imaginary parts,
+    unit index `head·N + n`.
     Differentiable in every float argument, through both results: once in reverse mode, and under
     torch.func's transforms and in forward mode any number of times, as a plain loop over time.
 
@@ -136,8 +137,8 @@ def kru_embedding_scan(
     Args:
         tokens: `(B, T)` int64, rows of the table.
         table: `(V, parts·H·N)`, float64, float32, bfloat16 or float16, as `x_proj` of `kru_scan`.
-        factors, beta, h_0, nonlinearity, reset, lengths, gate, backend, precision: as in `kru_scan`.
-            Beyond a row's length its tokens must still be in the table (0 is).
+        factors, beta, h_0, nonlinearity, reset, lengths, gate, backend, precision: as in
+            `kru_scan`. Beyond a row's length its tokens must still be in the table (0 is).
 
     Returns:
         `h (B, T, parts·H·N)` in the dtype of the table and `h_n (B, parts·H·N)`, as `kru_scan`.
