@@ -68,7 +68,7 @@ def compile_options(
     a device may want others, which `tuning` puts in their place (names in TUNABLE).
 
     Args:
-        given: which of GIVEN the call has.
+        given: which of GIVEN the call has; of an adjoint, gate alone matters.
         arch: as `launch.architecture` says.
     """
     values = tile.size * parts
@@ -107,6 +107,8 @@ def compile_options(
     }
     if nvidia and values > 4096 and (pairs or max(tile.PP, tile.QP) == 128):
         options["num_warps"] = 8  # of AMD's, a thread would have half the registers, and spill
+    if nvidia and (backward or split) and "gate" in given and values == 2048:
+        options["num_warps"] = 4  # one would spill
     if nvidia and options["num_warps"] == 1:
         # without it ptxas would stop at 128 or 168 and spill
         options["maxnreg"] = 255

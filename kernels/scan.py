@@ -287,8 +287,8 @@ def scan_forward_kernel(
         h_0 = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
         h_0 = to_tile(h_0, PE, QE, V, False)
         if p_gate is not None:
-            turn = to_tile(load(p_turn, o_g, x_mask, IW, PARTS, VW), PE, QE, V, NVIDIA)
-            h_0 = multiply(turn, h_0, NVIDIA)
+            first = to_tile(load(p_turn, o_g, x_mask, IW, PARTS, VW), PE, QE, V, NVIDIA)
+            h_0 = multiply(first, h_0, NVIDIA)
         x = operand(h_0, SPLIT, NVIDIA)
         if p_keep is not None:
             x = select_operand(x, tile_bits(tl.load(p_keep), PE, QE, PP, QP, S1), NVIDIA)
@@ -568,8 +568,6 @@ def scan_backward_kernel(
         if p_gate is not None:
             y = second_product(a_adjoint, x, zeros(PE, QE, PARTS), PE, QE)
             d_turn = multiply_conj(v, y, NVIDIA)
-            store(p_d_turn, o_h, mask, d_turn, IM, PE, QE, V, V)
-            p_d_turn -= h_stride_t
             y = multiply_conj(to_tile(turn, PE, QE, V, NVIDIA), y, NVIDIA)
             g = add(y, to_tile(d, PE, QE, V, NVIDIA))
             turn = load(p_turn, o_s, w_mask, IW, PARTS, VW)
@@ -624,6 +622,9 @@ def scan_backward_kernel(
         g = vjp(g, w, ACT)
         if p_alive is not None:
             g = select(g, tile_bits(alive, PE, QE, PP, QP, S1))
+        if p_gate is not None:
+            store(p_d_turn, o_h, mask, d_turn, IM, PE, QE, V, V)
+            p_d_turn -= h_stride_t
         store(p_out, o_h, mask, g, IM, PE, QE, V, V)
         p_out -= h_stride_t
         x = operand(g, SPLIT, NVIDIA)
@@ -822,6 +823,7 @@ def scan_backward(
         how.nonlinearity,
         nvidia=on_nvidia(),
         backward=True,
+        given=[] if gate is None else ["gate"],
         arch=architecture(),
         **tuning,
     )

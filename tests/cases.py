@@ -269,7 +269,7 @@ KERNELS = [
     for_kernels(8, 8, B=5, H=2, reset=True, lengths=True, gate=True, **BF16),
     for_kernels(3, 11, "relu", B=5, T=3, reset=True, lengths=True, gate=True),
     for_kernels(32, 32, T=3, B=2, gate=True, layout="odd"),
-    for_kernels(128, 2, T=2, B=3, gate=True),
+    for_kernels(64, 2, T=2, B=3, gate=True),
     # far from and close to zero
     *(for_kernels(16, 16, act, scale=50.0, T=3) for act in NONLINEARITIES),
     *(for_kernels(16, 16, act, scale=50.0, T=3, **BF16) for act in ("modrelu", "modtanh", "tanh")),

@@ -123,6 +123,7 @@ def launched(case, given, how, cotangents):
     """Results and gradients by name, as `gradients` has them."""
     words = {} if case.op == "lstm_scan" else {"nonlinearity": case.act}
     words |= {"precision": how.precision, "lstm": case.op == "lstm_scan"}
+    words["gate"] = getattr(given, "gate", None)
     assert why_not.why_not(given.x, given.a, given.b, **words) is None
     d = [cotangents.get(k) for k in ("h", "h_n", "c_n")]
     if case.op == "lstm_scan":

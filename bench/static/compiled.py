@@ -161,7 +161,7 @@ class Variant:
         else:
             how |= {"backward": self.kernel == "backward", "arch": target.arch}
             # the adjoint has no use of its own for them
-            how["given"] = self.flags if not how["backward"] else ()
+            how["given"] = [f for f in self.flags if f == "gate" or not how["backward"]]
             constants, options = compile_options(self.tile, **how)
         if "backward" in self.kernel:
             constants["FLOOR"] = launch.floor_of(DTYPE[self.dtype])
@@ -202,7 +202,8 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 32, 32, flags=GIVEN[:3]))
         for P, Q in [(8, 8), (16, 16), (32, 32)]:
             table.append(Variant(kernel, P, Q, flags=("gate",)))
-        table.append(Variant(kernel, 16, 16, "fp32", flags=("gate",)))
+        for P in (16, 32):
+            table.append(Variant(kernel, P, P, "fp32", flags=("gate",)))
     for P, Q in [(8, 8), (16, 16), (32, 32)]:
         table.append(Variant("forward", P, Q, flags=("tokens",)))
     table.append(Variant("backward", 16, 16, nonlinearity="modtanh", flags=("tokens",)))
