@@ -198,7 +198,7 @@ def gradient_norm_by_lag(
             f"x: must have shape {layout}, got {tuple(x.shape)}; x.unsqueeze adds a batch"
         )
     with torch.no_grad():
-        x_proj = kru.input_projection(x, layer=0, direction=0)
+        x_proj, gate = (f(x, layer=0, direction=0) for f in (kru.input_projection, kru.input_gate))
         factors = [w.detach() for w in kru.recurrent_factors(layer=0, direction=0)]
     B, T, F = x_proj.shape
     F = F // kru.gates if isinstance(kru, KRULSTM) else F
@@ -226,6 +226,7 @@ def gradient_norm_by_lag(
                 None if beta is None else beta.detach(),
                 start[0],
                 nonlinearity=kru.nonlinearity,
+                gate=gate,
                 return_states=True,
             )
             cells = []

@@ -115,6 +115,11 @@ OPTIONS = {
     "without `beta`": Option({"beta": 0.0}, of="beta"),
     "without an initial state": Option({"starts": ""}),
     "without `c_0`": Option({"starts": "h_0"}, of="c_0"),
+    "`gate`": Option({"gate": True}, of="gate"),
+    '`gate`, `nonlinearity="modtanh"`': Option({"gate": True, "act": "modtanh"}, of="gate"),
+    "`gate`, `reset` and `lengths`": Option(
+        {"gate": True, "reset": True, "lengths": ROWS, "B": 5}, of="gate"
+    ),
     "`reset`": Option({"reset": True, "B": 5}, of="reset"),
     "`lengths`": Option({"lengths": ROWS, "B": 5}, of="lengths"),
     "`reset` and `lengths`": Option({"reset": True, "lengths": ROWS, "B": 5}, of="lengths"),

@@ -115,6 +115,7 @@ def test_the_table_in_kernels_readme_is_what_the_command_prints():
         for act in NONLINEARITIES
     ),
     Case(square(3), B=1, T=2, reset=True),
+    *(Case(square(2, 3), act, B=2, T=3, reset=True, gate=True) for act in ("modrelu", "modtanh")),
     Case(((2, 3), (3, 2)), "modtanh", B=1, T=2, H=2, reset=True),
     Case(square(2, 2), "identity", "linear_scan", B=2, T=4, reset=True),
     Case(square(2, 3), op="lstm_scan", B=2, T=3),
@@ -136,7 +137,7 @@ def test_gradcheck(case):
 
 
 @cases(
-    Case(square(4, 3), B=5, reset=True, lengths=UNSORTED),
+    Case(square(4, 3), B=5, reset=True, lengths=UNSORTED, gate=True),
     Case(square(4, 3), "modtanh", "embedding_scan", B=5, reset=True, lengths=UNSORTED),
     Case(square(4, 3), "identity", "linear_scan", B=5, reset=True, lengths=UNSORTED),
     Case(square(4, 3), op="lstm_scan", H=2, B=5, reset=True, lengths=UNSORTED),
@@ -374,6 +375,7 @@ OPCHECKS = [
     ("torch", Case(square(1, 4), "tanh", field="real", B=2, T=3, cotangents="h")),
     ("torch", Case(square(2, 3), "identity", "linear_scan", B=2, T=9, cotangents="h_n")),
     ("torch", Case(square(2, 3), op="lstm_scan", B=2, T=3, starts="", cotangents="c_n")),
+    *((backend, Case(square(8, 8), gate=True, **OPTIONAL)) for backend in ("torch", "triton")),
     *(
         ("triton", Case(square(8, 8), act, op, **OPTIONAL))
         for act, op in (
@@ -444,6 +446,7 @@ ROW = 24 * 8  # bytes of a row of one step in float64, 4 x 3 complex units
         *((Case(square(4, 3), act), ROW) for act in NONLINEARITIES if act != "modtanh"),
         (Case(square(4, 3), "modtanh"), 2 * ROW),  # x_proj where σ cannot be inverted
         *((Case(square(4, 3), act, "embedding_scan"), ROW + 8) for act in NONLINEARITIES),
+        (Case(square(4, 3), gate=True), 2 * ROW),
         (Case(square(4, 3), "identity", "linear_scan"), ROW),
         (Case(square(4, 3), op="lstm_scan"), (4 + 1 + 1) * ROW // 2),  # x_proj, h and c
     ],

@@ -19,6 +19,8 @@ STEPS = {
     "tanh-heads": {"nonlinearity": "tanh", "num_heads": 3},
     "relu-one-factor": {"nonlinearity": "relu", "factors": (24,), "num_heads": 1},
     "identity-real": {"nonlinearity": "identity", "field": "real"},
+    "rotation": {"gate": "rotation"},
+    "modtanh-gate-real": {"gate": "modtanh", "field": "real", "nonlinearity": "tanh"},
     "modrelu-real-heads": {"nonlinearity": "modrelu", "field": "real", "num_heads": 4},
 }
 
@@ -37,7 +39,10 @@ def test_a_prepared_step_equals_the_layer(name, batch):
         step = Step(kru)
         h = torch.zeros_like(h_n[0])
         for t in range(4):
-            (h,) = step(kru.input_projection(x[t : t + 1])[:, 0], h)
+            gate = kru.input_gate(x[t : t + 1])
+            (h,) = step(
+                kru.input_projection(x[t : t + 1])[:, 0], h, None if gate is None else gate[:, 0]
+            )
             assert (h - expected[t]).abs().max() < 1e-13
 
 

@@ -49,9 +49,11 @@ def slow(kru, x, h_0=None, reset=None):
                 factors.append(parameters[name])
                 f += 1
             u = x @ parameters[f"weight_ih{suffix}"].T + parameters.get(f"bias{suffix}", 0.0)
+            gate = slow_gate(kru, x, suffix, parameters)
             cut = torch.zeros(batch, time, dtype=torch.bool) if reset is None else reset
             if direction:  # backwards, the state that comes from t + 1 into t is cut if t + 1 is
                 u = u[range(time - 1, -1, -1)]
+                gate = None if gate is None else gate[range(time - 1, -1, -1)]
                 cut = torch.stack(
                     [cut[:, t + 1] if t + 1 < time else cut[:, 0] & False for t in range(time)], 1
                 )[:, range(time - 1, -1, -1)]
@@ -63,12 +65,24 @@ def slow(kru, x, h_0=None, reset=None):
                 start,
                 nonlinearity=kru.nonlinearity,
                 reset=cut,
+                gate=None if gate is None else gate.transpose(0, 1),
             )
             y = y.transpose(0, 1)
             outputs.append(y[range(time - 1, -1, -1)] if direction else y)
             h_n.append(last)
         x = torch.cat(outputs, -1)
     return x, torch.stack(h_n)
+
+
+def slow_gate(kru, x, suffix, parameters):
+    """By what a state is multiplied, planar."""
+    if kru.gate is None:
+        return None
+    z = x @ parameters[f"weight_gate{suffix}"].T + parameters[f"bias_gate{suffix}"]
+    if kru.gate == "rotation":
+        return oracle.to_planar(torch.exp(1j * z), 2)
+    z = oracle.from_planar(z, kru.parts)
+    return oracle.to_planar(oracle.activate(z, "modtanh"), kru.parts)
 
 
 def gradients(kru, outputs, *leaves):
@@ -85,6 +99,9 @@ MODULES = {
     "one factor": dict(factors=(12,)),
     "rectangular": dict(factors=((2, 3), (3, 2), (2, 2))),
     "no bias": dict(bias=False, factors=(2, 2, 3)),
+    "rotation": dict(gate="rotation", num_layers=2, bidirectional=True),
+    "modtanh gate": dict(gate="modtanh", num_heads=2, nonlinearity="identity"),
+    "real gate": dict(gate="modtanh", field="real", nonlinearity="tanh"),
     **{act: dict(nonlinearity=act, num_layers=2) for act in NONLINEARITIES},
 }
 
@@ -219,6 +236,7 @@ TOKEN_MODULES = {
     "plain": dict(factors=(3, 4)),
     "layers": dict(num_layers=2, num_heads=2, nonlinearity="modtanh"),
     "bidirectional": dict(num_layers=2, bidirectional=True, bias=False),
+    "gate": dict(gate="rotation", bidirectional=True),
     "recompute": dict(num_layers=2, recompute=4),
     "recompute bidirectional": dict(bidirectional=True, recompute=4),
 }
@@ -629,6 +647,12 @@ BUILD_ERRORS = {
     "factors empty": (ValueError, "factors: expected at least one shape", dict(factors=())),
     "field": (ValueError, "field: must be one of 'complex', 'real'", dict(field="quaternion")),
     "nonlinearity": (ValueError, "nonlinearity: must be one of", dict(nonlinearity="sigmoid")),
+    "gate": (ValueError, "gate: must be one of 'rotation', 'modtanh'", dict(gate="sigmoid")),
+    "gate real": (
+        ValueError,
+        'gate: "rotation" turns complex numbers',
+        dict(gate="rotation", field="real"),
+    ),
     "backend": (ValueError, "backend: must be one of", dict(backend="cuda")),
     "precision": (ValueError, "precision: must be one of", dict(precision="fp8")),
     "dtype": (TypeError, "dtype: must be a real float dtype", dict(dtype=torch.complex64)),

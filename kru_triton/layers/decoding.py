@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kru_triton.kronecker import group_factors
+from kru_triton.kronecker import group_factors, planar_product
 from kru_triton.nonlinearity import tiny
 from kru_triton.ops.arguments import state_dtype
 from kru_triton.torch_backend.scan import left_block, right_block
@@ -28,7 +28,8 @@ Result = TypeVar("Result")
 
 
 class Step:
-    """A step of one layer, with the weights that it has now: `(h,) = step(x_proj, h)`.
+    """A step of one layer, with the weights that it has now: `(h,) = step(x_proj, h)`, or with a
+    gate `step(x_proj, h, kru.input_gate(x)[:, 0])`.
 
     Args:
         kru: holds the weights. Later changes of them are not seen, and none of their memory is
@@ -55,11 +56,14 @@ class Step:
         self.dtype, self.nonlinearity = dtype, kru.nonlinearity
         self.beta = None if beta is None else beta.to(dtype, copy=True)
 
-    def __call__(self, x_proj: Tensor, h: Tensor) -> tuple[Tensor]:
-        """The next state `(B, F)` from `x_proj (B, F)` and the last one; not differentiable."""
+    def __call__(self, x_proj: Tensor, h: Tensor, gate: Tensor | None = None) -> tuple[Tensor]:
+        """The next state `(B, F)` from `x_proj (B, F)`, the last one and what it is multiplied by;
+        not differentiable."""
         parts, heads, p, q = self.sizes
-        batch = h.shape[0]
-        x = h.to(self.dtype).view(batch, parts, heads, p, q).permute(2, 0, 3, 1, 4)
+        batch, h = h.shape[0], h.to(self.dtype)
+        if gate is not None:
+            h = planar_product(gate.to(self.dtype), h, parts)
+        x = h.view(batch, parts, heads, p, q).permute(2, 0, 3, 1, 4)
         x = torch.bmm(x.reshape(heads, batch * p, parts * q), self.right)
         x = torch.matmul(self.left[:, None], x.view(heads, batch, p * parts, q))
         x = x.view(heads, batch, p, parts, q).permute(1, 3, 0, 2, 4)

@@ -2,6 +2,9 @@
 
     h_t = σ((W_0 ⊗ … ⊗ W_{F-1}) h_{t-1} + U x_t + b)        (Jose, Cissé and Fleuret, ICML 2018)
 
+With a gate, g(x_t) ⊙ h_{t-1} takes the place of h_{t-1}: the recurrent matrix is then
+(W_0 ⊗ … ⊗ W_{F-1}) diag(g(x_t)), one for every input.
+
 B batch, T time, D input_size, H heads, N units per head, hidden_size = H·N, F = parts·hidden_size
 features of a state (parts = 2: real parts, then imaginary parts; 1 in the real field), L layers,
 R directions, V rows of an embedding.
@@ -45,6 +48,10 @@ class KRU(RecurrentLayers):
         num_heads: independent diagonal blocks of the recurrent matrix.
         field: "complex" or "real" (real state, orthogonal factors).
         nonlinearity: "modrelu", "modtanh", "tanh", "relu" or "identity".
+        gate: None, "rotation" or "modtanh". The state is multiplied, unit by unit, by a number that
+            depends on the input, before the recurrent matrix: by exp(i (G x_t + c)), which keeps a
+            unitary recurrence unitary (complex field), or by tanh(|z|) z/|z| of z = G x_t + c,
+            which may forget as well. Not with time_parallel.
         bias: learn b.
         batch_first: input and output are `(B, T, …)` instead of `(T, B, …)`.
         dropout: probability on the output of every layer but the last.
@@ -77,6 +84,7 @@ class KRU(RecurrentLayers):
         num_heads: int = 1,
         field: str = "complex",
         nonlinearity: str = "modrelu",
+        gate: str | None = None,
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
@@ -102,6 +110,7 @@ class KRU(RecurrentLayers):
             num_heads=num_heads,
             field=field,
             nonlinearity=nonlinearity,
+            gate=gate,
             bias=bias,
             backend=backend,
             precision=precision,
@@ -113,6 +122,11 @@ class KRU(RecurrentLayers):
                 "time_parallel: only a recurrence without nonlinearity can run in parallel over "
                 f"time, got {nonlinearity!r}; set nonlinearity='identity'"
             )
+        if time_parallel and gate is not None:
+            raise ValueError(
+                "time_parallel: a recurrence in parallel over time has one matrix for all steps, got "
+                f"gate={gate!r}; set gate=None"
+            )
         self.time_parallel = time_parallel
 
     def _scan(
@@ -122,16 +136,17 @@ class KRU(RecurrentLayers):
         h_0: Tensor | None,
         reset: Tensor | None = None,
         lengths: Tensor | None = None,
-        table: Tensor | None = None,
+        tables: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """h `(T, B, F)` and h_n of `x (T, B, ·)`, or with a table `(V, F)` of tokens `(T, B)`."""
+        """h `(T, B, F)` and h_n of `x (T, B, ·)`, or of tokens `(T, B)` with tables `(V, F)` of
+        their inputs and gates."""
         tokens = None
-        if table is None:
-            x = self._project(x, suffix)
-        elif self.time_parallel:
-            x = nnf.embedding(x, table)
+        if tables is None:
+            x, gate = self._project(x, suffix), self._gate(x, suffix)
         else:
-            x, tokens = table, x
+            table, gates = tables
+            gate = None if gates is None else nnf.embedding(x, gates)
+            x, tokens = (nnf.embedding(x, table), None) if self.time_parallel else (table, x)
         scan = scan_arguments(
             x,
             self._factors(suffix),
@@ -141,6 +156,7 @@ class KRU(RecurrentLayers):
             reset=reset,
             lengths=lengths,
             tokens=tokens,
+            gate=gate,
             time_first=True,
         )
         return (run_linear_scan if self.time_parallel else run_scan)(scan, self.how)
@@ -178,6 +194,7 @@ class KRUCell(Recurrence):
         num_heads: int = 1,
         field: str = "complex",
         nonlinearity: str = "modrelu",
+        gate: str | None = None,
         bias: bool = True,
         backend: str = "auto",
         precision: str = "auto",
@@ -191,6 +208,7 @@ class KRUCell(Recurrence):
             num_heads=num_heads,
             field=field,
             nonlinearity=nonlinearity,
+            gate=gate,
             bias=bias,
             backend=backend,
             precision=precision,

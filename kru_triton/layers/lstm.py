@@ -174,9 +174,9 @@ class KRULSTM(RecurrentLayers):
             )
         return torch.cat((h_0, c_0), -1)
 
-    def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, table=None):
+    def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, tables=None):
         """h `(T, B, F)` and h_n and c_n side by side; arguments as for any recurrence."""
-        x_proj = self._project(x, suffix) if table is None else nnf.embedding(x, table)
+        x_proj = self._project(x, suffix) if tables is None else nnf.embedding(x, tables[0])
         h_0, c_0 = (None, None) if h_0 is None else h_0.chunk(2, -1)
         given = {"reset": reset, "lengths": lengths, "time_first": True}
         scan = lstm_arguments(x_proj, self._factors(suffix), h_0, c_0, self.how, **given)

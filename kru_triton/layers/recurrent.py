@@ -24,9 +24,11 @@ from kru_triton.nonlinearity import NONLINEARITIES
 from kru_triton.ops.arguments import BACKENDS, PRECISIONS, How, check_choice, check_shape
 from kru_triton.ops.dispatch import why_not_op
 from kru_triton.ops.scan import why_not_triton
+from kru_triton.reference import apply_nonlinearity
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
+GATES = ("rotation", "modtanh")
 
 
 class Recurrence(nn.Module):
@@ -43,6 +45,7 @@ class Recurrence(nn.Module):
         num_heads: int,
         field: str,
         nonlinearity: str,
+        gate: str | None = None,
         bias: bool,
         backend: str,
         precision: str,
@@ -53,6 +56,11 @@ class Recurrence(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.field = check_choice("field", field, FIELDS)
         self.nonlinearity = check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
+        self.gate = None if gate is None else check_choice("gate", gate, GATES)
+        if gate == "rotation" and field == "real":
+            raise ValueError(
+                'gate: "rotation" turns complex numbers, and field is "real"; set "modtanh"'
+            )
         self.backend = check_choice("backend", backend, BACKENDS)
         self.precision = check_choice("precision", precision, PRECISIONS)
         self.has_bias = bias
@@ -75,6 +83,10 @@ class Recurrence(nn.Module):
             setattr(self, f"bias{suffix}", parameter(features))
         if self.nonlinearity == "modrelu":
             setattr(self, f"beta{suffix}", parameter(self.hidden_size))
+        if self.gate is not None:
+            angles = self.hidden_size if self.gate == "rotation" else self.output_size
+            setattr(self, f"weight_gate{suffix}", parameter(angles, input_size))
+            setattr(self, f"bias_gate{suffix}", parameter(angles))
         for f, (p, q) in enumerate(self.factor_shapes):
             setattr(self, f"factor{f}{suffix}", parameter(self.parts, heads, p, q))
 
@@ -87,19 +99,33 @@ class Recurrence(nn.Module):
         return [getattr(self, f"factor{f}{suffix}") for f in range(len(self.factor_shapes))]
 
     def reset_parameters(self) -> None:
-        """Haar unitary factors, beta and bias 0, input weights N(0, 1/D)."""
+        """Haar unitary factors, beta and bias 0, input weights N(0, 1/D); a gate's bias such that a
+        state turns by 0, or keeps 0.96 of itself, where there is no input."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("factor"):
                 unitary_(parameter)
-            elif name.startswith("weight_ih"):
+            elif name.startswith("weight"):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
             else:
                 nn.init.zeros_(parameter)
+                if name.startswith("bias_gate") and self.gate == "modtanh":
+                    nn.init.constant_(parameter[: self.hidden_size], 2.0)
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
         return nnf.linear(
             x, getattr(self, f"weight_ih{suffix}"), getattr(self, f"bias{suffix}", None)
         )
+
+    def _gate(self, x: Tensor, suffix: str) -> Tensor | None:
+        """By what the state is multiplied before the recurrent matrix, `(…, F)` of x `(…, D)`."""
+        if self.gate is None:
+            return None
+        weight, bias = (getattr(self, f"{kind}_gate{suffix}") for kind in ("weight", "bias"))
+        g = nnf.linear(x, weight, bias)
+        if self.gate == "rotation":
+            return torch.cat((g.cos(), g.sin()), -1)
+        g = g.unflatten(-1, (self.parts, -1))
+        return apply_nonlinearity(g, "modtanh").flatten(-2)
 
     def why_not_triton(self) -> str | None:
         """Why no kernel runs these layers where their weights are, in one sentence; None: one does.
@@ -118,8 +144,9 @@ class Recurrence(nn.Module):
         return self._why_not(x_proj, [torch.empty(*shape, **like) for shape in shapes])
 
     def _why_not(self, x_proj: Tensor, factors: list[Tensor]) -> str | None:
+        gate = None if self.gate is None else torch.empty_like(x_proj)
         return why_not_triton(
-            x_proj, factors, nonlinearity=self.nonlinearity, precision=self.precision
+            x_proj, factors, nonlinearity=self.nonlinearity, precision=self.precision, gate=gate
         )
 
     @property
@@ -133,9 +160,10 @@ class Recurrence(nn.Module):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{p}x{q}" for p, q in self.factor_shapes)
+        gate = "" if self.gate is None else f", gate={self.gate!r}"
         return (
             f"{self.input_size}, {self.hidden_size}, factors=({shapes}), num_heads={self.num_heads}"
-            f", field={self.field!r}, nonlinearity={self.nonlinearity!r}"
+            f", field={self.field!r}, nonlinearity={self.nonlinearity!r}{gate}"
         )
 
 
@@ -271,7 +299,8 @@ class RecurrentLayers(Recurrence):
         """`x (T, B, ·)` through all layers; `lengths (B,)` of rows that end earlier."""
         tables = [None] * self.num_directions
         if embedding is not None:
-            tables = [self._project(embedding, suffix_of(0, d)) for d in range(self.num_directions)]
+            suffixes = [suffix_of(0, d) for d in range(self.num_directions)]
+            tables = [(self._project(embedding, s), self._gate(embedding, s)) for s in suffixes]
         run = functools.partial(self._layers, tables, h_n_only)
         # a reverse direction has to end before the next layer begins: each is cut by itself
         steps = 0 if self.bidirectional else self.recompute
@@ -289,8 +318,8 @@ class RecurrentLayers(Recurrence):
             drop = h_n_only and layer == self.num_layers - 1
             outputs = []
             for direction in range(self.num_directions):
-                table = None if layer else tables[direction]
-                run = functools.partial(self._direction, suffix_of(layer, direction), table, drop)
+                given = None if layer else tables[direction]
+                run = functools.partial(self._direction, suffix_of(layer, direction), given, drop)
                 inputs, cut = x, reset
                 if direction:
                     inputs = _reversed(x, flip)
@@ -303,8 +332,8 @@ class RecurrentLayers(Recurrence):
                 x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return None if h_n_only else x, torch.stack(last_states)
 
-    def _direction(self, suffix: str, table, drop: bool, x: Tensor, h_0, reset, lengths):
-        y, h_n = self._scan(x, suffix, h_0, reset, lengths, table)
+    def _direction(self, suffix: str, tables, drop: bool, x: Tensor, h_0, reset, lengths):
+        y, h_n = self._scan(x, suffix, h_0, reset, lengths, tables)
         return None if drop else y, h_n
 
     @property
@@ -323,11 +352,12 @@ class RecurrentLayers(Recurrence):
         kinds = ["weight_ih", *(f"factor{f}" for f in range(len(self.factor_shapes)))]
         kinds += ["bias"] if self.has_bias else []
         kinds += ["beta"] if self.nonlinearity == "modrelu" else []
+        kinds += ["weight_gate", "bias_gate"] if self.gate is not None else []
         return [[kind + suffix for kind in kinds] for suffix in self._suffixes]
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
-        """Per layer and direction: input weight, factors, bias and β, of those that there are."""
+        """Per layer and direction: input weight, factors, bias, β and gate, of those there are."""
         return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     def get_expected_hidden_size(
@@ -392,8 +422,9 @@ class RecurrentLayers(Recurrence):
             for name, weight in step.weights.items():
                 if self._parameters.get(name) is not weight:
                     return None
-            x_proj = self._project(x, suffix_of(layer, 0))
-            after.append(step(x_proj, *[state[layer] for state in states]))
+            x_proj, gate = self._project(x, suffix_of(layer, 0)), self._gate(x, suffix_of(layer, 0))
+            gate = () if gate is None else (gate,)
+            after.append(step(x_proj, *[state[layer] for state in states], *gate))
             x = after[-1][0].to(x_proj.dtype)
         after = [x[0].unsqueeze(0) if len(x) == 1 else torch.stack(x) for x in zip(*after)]
         return x.unsqueeze(time), after
@@ -402,6 +433,11 @@ class RecurrentLayers(Recurrence):
         """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
         x_proj = self._project(x, suffix_of(layer, direction))
         return x_proj if self.batch_first else x_proj.transpose(0, 1)
+
+    def input_gate(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor | None:
+        """The gate of one layer and direction, as `input_projection`; None without one."""
+        gate = self._gate(x, suffix_of(layer, direction))
+        return gate if gate is None or self.batch_first else gate.transpose(0, 1)
 
     def recurrent_factors(self, layer: int | None = None, direction: int = 0):
         """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
