@@ -198,7 +198,8 @@ def gradient_norm_by_lag(
             f"x: must have shape {layout}, got {tuple(x.shape)}; x.unsqueeze adds a batch"
         )
     with torch.no_grad():
-        x_proj, gate = (f(x, layer=0, direction=0) for f in (kru.input_projection, kru.input_gate))
+        x_proj = kru.input_projection(x, layer=0, direction=0)
+        gate = kru.gate_projection(x, layer=0, direction=0)
         factors = [w.detach() for w in kru.recurrent_factors(layer=0, direction=0)]
     B, T, F = x_proj.shape
     F = F // kru.gates if isinstance(kru, KRULSTM) else F

@@ -19,8 +19,8 @@ STEPS = {
     "tanh-heads": {"nonlinearity": "tanh", "num_heads": 3},
     "relu-one-factor": {"nonlinearity": "relu", "factors": (24,), "num_heads": 1},
     "identity-real": {"nonlinearity": "identity", "field": "real"},
-    "rotation": {"gate": "rotation"},
-    "modtanh-gate-real": {"gate": "modtanh", "field": "real", "nonlinearity": "tanh"},
+    "rotation": {"state_gate": "rotation"},
+    "modtanh-gate-real": {"state_gate": "modtanh", "field": "real", "nonlinearity": "tanh"},
     "modrelu-real-heads": {"nonlinearity": "modrelu", "field": "real", "num_heads": 4},
 }
 
@@ -39,7 +39,7 @@ def test_a_prepared_step_equals_the_layer(name, batch):
         step = Step(kru)
         h = torch.zeros_like(h_n[0])
         for t in range(4):
-            gate = kru.input_gate(x[t : t + 1])
+            gate = kru.gate_projection(x[t : t + 1])
             (h,) = step(
                 kru.input_projection(x[t : t + 1])[:, 0], h, None if gate is None else gate[:, 0]
             )

@@ -157,7 +157,7 @@ class OneLayer(nn.Module):
     def input_projection(self, x, layer=0, direction=0):
         return x @ self.U
 
-    def input_gate(self, x, layer=0, direction=0):
+    def gate_projection(self, x, layer=0, direction=0):
         return None
 
     def recurrent_factors(self, layer=0, direction=0):

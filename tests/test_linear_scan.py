@@ -121,5 +121,7 @@ def test_a_language_model_in_parallel_over_time_is_the_same_model():
 def test_only_a_linear_recurrence_runs_in_parallel_over_time():
     with pytest.raises(ValueError, match=r"time_parallel: only .* got 'modrelu'"):
         KRU(4, 4, time_parallel=True)
+    with pytest.raises(ValueError, match=r"time_parallel: only .* got 'rotation'"):
+        KRU(4, 4, nonlinearity="identity", state_gate="rotation", time_parallel=True)
     with pytest.raises(TypeError, match="time_parallel: must be a bool, got int"):
         KRU(4, 4, nonlinearity="identity", time_parallel=1)

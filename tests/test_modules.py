@@ -76,10 +76,10 @@ def slow(kru, x, h_0=None, reset=None):
 
 def slow_gate(kru, x, suffix, parameters):
     """By what a state is multiplied, planar."""
-    if kru.gate is None:
+    if kru.state_gate == "none":
         return None
     z = x @ parameters[f"weight_gate{suffix}"].T + parameters[f"bias_gate{suffix}"]
-    if kru.gate == "rotation":
+    if kru.state_gate == "rotation":
         return oracle.to_planar(torch.exp(1j * z), 2)
     z = oracle.from_planar(z, kru.parts)
     return oracle.to_planar(oracle.activate(z, "modtanh"), kru.parts)
@@ -99,9 +99,9 @@ MODULES = {
     "one factor": dict(factors=(12,)),
     "rectangular": dict(factors=((2, 3), (3, 2), (2, 2))),
     "no bias": dict(bias=False, factors=(2, 2, 3)),
-    "rotation": dict(gate="rotation", num_layers=2, bidirectional=True),
-    "modtanh gate": dict(gate="modtanh", num_heads=2, nonlinearity="identity"),
-    "real gate": dict(gate="modtanh", field="real", nonlinearity="tanh"),
+    "rotation": dict(state_gate="rotation", num_layers=2, bidirectional=True),
+    "modtanh gate": dict(state_gate="modtanh", num_heads=2, nonlinearity="identity"),
+    "real gate": dict(state_gate="modtanh", field="real", nonlinearity="tanh"),
     **{act: dict(nonlinearity=act, num_layers=2) for act in NONLINEARITIES},
 }
 
@@ -236,7 +236,7 @@ TOKEN_MODULES = {
     "plain": dict(factors=(3, 4)),
     "layers": dict(num_layers=2, num_heads=2, nonlinearity="modtanh"),
     "bidirectional": dict(num_layers=2, bidirectional=True, bias=False),
-    "gate": dict(gate="rotation", bidirectional=True),
+    "gate": dict(state_gate="rotation", bidirectional=True),
     "recompute": dict(num_layers=2, recompute=4),
     "recompute bidirectional": dict(bidirectional=True, recompute=4),
 }
@@ -647,11 +647,15 @@ BUILD_ERRORS = {
     "factors empty": (ValueError, "factors: expected at least one shape", dict(factors=())),
     "field": (ValueError, "field: must be one of 'complex', 'real'", dict(field="quaternion")),
     "nonlinearity": (ValueError, "nonlinearity: must be one of", dict(nonlinearity="sigmoid")),
-    "gate": (ValueError, "gate: must be one of 'rotation', 'modtanh'", dict(gate="sigmoid")),
+    "gate": (
+        ValueError,
+        "state_gate: must be one of 'none', 'rotation'",
+        dict(state_gate="sigmoid"),
+    ),
     "gate real": (
         ValueError,
-        'gate: "rotation" turns complex numbers',
-        dict(gate="rotation", field="real"),
+        'state_gate: "rotation" turns complex numbers',
+        dict(state_gate="rotation", field="real"),
     ),
     "backend": (ValueError, "backend: must be one of", dict(backend="cuda")),
     "precision": (ValueError, "precision: must be one of", dict(precision="fp8")),

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 class Step:
     """A step of one layer, with the weights that it has now: `(h,) = step(x_proj, h)`, or with a
-    gate `step(x_proj, h, kru.input_gate(x)[:, 0])`.
+    gate `step(x_proj, h, kru.gate_projection(x)[:, 0])`.
 
     Args:
         kru: holds the weights. Later changes of them are not seen, and none of their memory is

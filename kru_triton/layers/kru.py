@@ -48,10 +48,10 @@ class KRU(RecurrentLayers):
         num_heads: independent diagonal blocks of the recurrent matrix.
         field: "complex" or "real" (real state, orthogonal factors).
         nonlinearity: "modrelu", "modtanh", "tanh", "relu" or "identity".
-        gate: None, "rotation" or "modtanh". The state is multiplied, unit by unit, by a number that
-            depends on the input, before the recurrent matrix: by exp(i (G x_t + c)), which keeps a
-            unitary recurrence unitary (complex field), or by tanh(|z|) z/|z| of z = G x_t + c,
-            which may forget as well. Not with time_parallel.
+        state_gate: "none", "rotation" or "modtanh". The state is multiplied, unit by unit, by a
+            number that depends on the input, before the recurrent matrix: by exp(i (G x_t + c)),
+            which keeps a unitary recurrence unitary (complex field), or by tanh(|z|) z/|z| of
+            z = G x_t + c, which may forget as well. Not with time_parallel.
         bias: learn b.
         batch_first: input and output are `(B, T, …)` instead of `(T, B, …)`.
         dropout: probability on the output of every layer but the last.
@@ -84,7 +84,7 @@ class KRU(RecurrentLayers):
         num_heads: int = 1,
         field: str = "complex",
         nonlinearity: str = "modrelu",
-        gate: str | None = None,
+        state_gate: str = "none",
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
@@ -110,7 +110,7 @@ class KRU(RecurrentLayers):
             num_heads=num_heads,
             field=field,
             nonlinearity=nonlinearity,
-            gate=gate,
+            state_gate=state_gate,
             bias=bias,
             backend=backend,
             precision=precision,
@@ -122,10 +122,10 @@ class KRU(RecurrentLayers):
                 "time_parallel: only a recurrence without nonlinearity can run in parallel over "
                 f"time, got {nonlinearity!r}; set nonlinearity='identity'"
             )
-        if time_parallel and gate is not None:
+        if time_parallel and state_gate != "none":
             raise ValueError(
-                "time_parallel: a recurrence in parallel over time has one matrix for all steps, got "
-                f"gate={gate!r}; set gate=None"
+                "time_parallel: only a recurrence with one matrix for all steps can run so, got "
+                f"{state_gate!r}; set state_gate='none'"
             )
         self.time_parallel = time_parallel
 
@@ -194,7 +194,7 @@ class KRUCell(Recurrence):
         num_heads: int = 1,
         field: str = "complex",
         nonlinearity: str = "modrelu",
-        gate: str | None = None,
+        state_gate: str = "none",
         bias: bool = True,
         backend: str = "auto",
         precision: str = "auto",
@@ -208,7 +208,7 @@ class KRUCell(Recurrence):
             num_heads=num_heads,
             field=field,
             nonlinearity=nonlinearity,
-            gate=gate,
+            state_gate=state_gate,
             bias=bias,
             backend=backend,
             precision=precision,

@@ -28,7 +28,7 @@ from kru_triton.reference import apply_nonlinearity
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
-GATES = ("rotation", "modtanh")
+GATES = ("none", "rotation", "modtanh")
 
 
 class Recurrence(nn.Module):
@@ -45,7 +45,7 @@ class Recurrence(nn.Module):
         num_heads: int,
         field: str,
         nonlinearity: str,
-        gate: str | None = None,
+        state_gate: str = "none",
         bias: bool,
         backend: str,
         precision: str,
@@ -56,10 +56,10 @@ class Recurrence(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.field = check_choice("field", field, FIELDS)
         self.nonlinearity = check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
-        self.gate = None if gate is None else check_choice("gate", gate, GATES)
-        if gate == "rotation" and field == "real":
+        self.state_gate = check_choice("state_gate", state_gate, GATES)
+        if state_gate == "rotation" and field == "real":
             raise ValueError(
-                'gate: "rotation" turns complex numbers, and field is "real"; set "modtanh"'
+                'state_gate: "rotation" turns complex numbers, and field is "real"; set "modtanh"'
             )
         self.backend = check_choice("backend", backend, BACKENDS)
         self.precision = check_choice("precision", precision, PRECISIONS)
@@ -83,8 +83,8 @@ class Recurrence(nn.Module):
             setattr(self, f"bias{suffix}", parameter(features))
         if self.nonlinearity == "modrelu":
             setattr(self, f"beta{suffix}", parameter(self.hidden_size))
-        if self.gate is not None:
-            angles = self.hidden_size if self.gate == "rotation" else self.output_size
+        if self.state_gate != "none":
+            angles = self.hidden_size if self.state_gate == "rotation" else self.output_size
             setattr(self, f"weight_gate{suffix}", parameter(angles, input_size))
             setattr(self, f"bias_gate{suffix}", parameter(angles))
         for f, (p, q) in enumerate(self.factor_shapes):
@@ -108,7 +108,7 @@ class Recurrence(nn.Module):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
             else:
                 nn.init.zeros_(parameter)
-                if name.startswith("bias_gate") and self.gate == "modtanh":
+                if name.startswith("bias_gate") and self.state_gate == "modtanh":
                     nn.init.constant_(parameter[: self.hidden_size], 2.0)
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
@@ -118,11 +118,11 @@ class Recurrence(nn.Module):
 
     def _gate(self, x: Tensor, suffix: str) -> Tensor | None:
         """By what the state is multiplied before the recurrent matrix, `(…, F)` of x `(…, D)`."""
-        if self.gate is None:
+        if self.state_gate == "none":
             return None
         weight, bias = (getattr(self, f"{kind}_gate{suffix}") for kind in ("weight", "bias"))
         g = nnf.linear(x, weight, bias)
-        if self.gate == "rotation":
+        if self.state_gate == "rotation":
             return torch.cat((g.cos(), g.sin()), -1)
         g = g.unflatten(-1, (self.parts, -1))
         return apply_nonlinearity(g, "modtanh").flatten(-2)
@@ -144,7 +144,7 @@ class Recurrence(nn.Module):
         return self._why_not(x_proj, [torch.empty(*shape, **like) for shape in shapes])
 
     def _why_not(self, x_proj: Tensor, factors: list[Tensor]) -> str | None:
-        gate = None if self.gate is None else torch.empty_like(x_proj)
+        gate = None if self.state_gate == "none" else torch.empty_like(x_proj)
         return why_not_triton(
             x_proj, factors, nonlinearity=self.nonlinearity, precision=self.precision, gate=gate
         )
@@ -160,7 +160,7 @@ class Recurrence(nn.Module):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{p}x{q}" for p, q in self.factor_shapes)
-        gate = "" if self.gate is None else f", gate={self.gate!r}"
+        gate = "" if self.state_gate == "none" else f", state_gate={self.state_gate!r}"
         return (
             f"{self.input_size}, {self.hidden_size}, factors=({shapes}), num_heads={self.num_heads}"
             f", field={self.field!r}, nonlinearity={self.nonlinearity!r}{gate}"
@@ -352,7 +352,7 @@ class RecurrentLayers(Recurrence):
         kinds = ["weight_ih", *(f"factor{f}" for f in range(len(self.factor_shapes)))]
         kinds += ["bias"] if self.has_bias else []
         kinds += ["beta"] if self.nonlinearity == "modrelu" else []
-        kinds += ["weight_gate", "bias_gate"] if self.gate is not None else []
+        kinds += ["weight_gate", "bias_gate"] if self.state_gate != "none" else []
         return [[kind + suffix for kind in kinds] for suffix in self._suffixes]
 
     @property
@@ -434,7 +434,7 @@ class RecurrentLayers(Recurrence):
         x_proj = self._project(x, suffix_of(layer, direction))
         return x_proj if self.batch_first else x_proj.transpose(0, 1)
 
-    def input_gate(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor | None:
+    def gate_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The gate of one layer and direction, as `input_projection`; None without one."""
         gate = self._gate(x, suffix_of(layer, direction))
         return gate if gate is None or self.batch_first else gate.transpose(0, 1)

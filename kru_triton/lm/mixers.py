@@ -80,6 +80,7 @@ class KRUMixer(Mixer):
             num_heads=config.num_heads,
             field=config.field,
             nonlinearity=config.nonlinearity,
+            state_gate=config.state_gate,
             time_parallel=config.time_parallel,
             backend=config.backend,
             precision=config.precision,

@@ -101,6 +101,9 @@ class Config:
     """The recurrent matrix starts as this times a unitary one."""
     time_parallel: bool = False
     """With --nonlinearity identity: run blocks of time side by side (for a GPU and few lanes)."""
+    state_gate: Literal["none", "rotation", "modtanh"] = "none"
+    """Multiply the state of kru by a gate of the input, before the recurrent matrix: by numbers of
+    modulus 1, or of up to 1."""
     gated: bool = True
     """Multiply the recurrence's output by a gate of the input."""
     input_gated: bool = True
@@ -215,6 +218,7 @@ BEFORE = {
     "optimizer": "adamw",
     "schedule": "cosine",
     "linear_attention": [],
+    "state_gate": "none",
     "chrono": 0,
     "asked": "cited",
 }

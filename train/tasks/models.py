@@ -75,6 +75,7 @@ def build_recurrence(config: TaskConfig, input_size: int) -> nn.Module:
         layers = KRULSTM(*sizes, **kronecker)
     elif config.model == "kru":
         options = {"field": config.field, "nonlinearity": config.nonlinearity}
+        options["state_gate"] = config.state_gate
         layers = KRU(*sizes, **options, **kronecker)
         for layer, spread in enumerate(spreads):
             for w in layers.recurrent_factors(layer) if spread < 1 else ():
