@@ -25,7 +25,10 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 # what is left out here is in `make test-compiled`: it is many minutes more of two processors
 ALL = "KRU_ALL_TARGETS" in os.environ
 TARGETS = [a for a in SHARED_LIMIT if a in ("sm_90", "gfx942") or ALL]
-MATCHED = {} if ALL else {"gfx942": ("16x16", "256x16", "3x11", "5x20")}  # words of their names
+WORDS = {  # of the names of those that are compiled there
+    "sm_90": "-8x -16x16 -16x32 -32x32 -3x11 -5x20 -24x24 -128x8-bf16 -256x16-bf16".split(),
+    "gfx942": "16x16 256x16 3x11 5x20".split(),
+}
 # too large for that device's shared or tensor memory: `why_not.streams` chooses those of `wide`
 STREAMED = {
     *((f"{kernel}-128x8-fp32", "sm_80") for kernel in ("forward", "backward")),
@@ -49,6 +52,8 @@ CEILINGS = {
     "backward-16x16-bf16": 400,
     "backward-16x32-bf16": 720,
     "backward-32x32-bf16": 1600,
+    "forward-16x16-bf16-gate": 480,
+    "backward-16x16-bf16-gate": 560,
     "forward-16x16-fp32": 600,
     "forward-32x32-fp32": 3200,
     "lstm_forward-16x16-bf16": 520,
@@ -73,6 +78,15 @@ def without_interpreter(directory, *command):
     return done.stdout
 
 
+def words_of(arch):
+    return [""] if ALL else WORDS[arch]
+
+
+def looked_at(variants):
+    """Those that are compiled for sm_90."""
+    return [v for v in variants if any(word in v for word in words_of("sm_90"))]
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Variants for every target, minutes of two processors: rows by variant and target."""
@@ -81,7 +95,7 @@ def compiled(tmp_path_factory):
     def rows(arch):
         file = directory / f"{arch}.json"
         command = ["schedule", "--brief"] if arch.startswith("sm") else ["compiled"]
-        command += ["--json", file, "--arch", arch, "--match", *MATCHED.get(arch, ("",))]
+        command += ["--json", file, "--arch", arch, "--match", *words_of(arch)]
         without_interpreter(directory, "-m", "bench", *command)
         return json.loads(file.read_text())
 
@@ -106,12 +120,12 @@ def worse(row, budget):
 
 
 @budgeted
-@pytest.mark.parametrize("variant", BUDGET["sm_90"])
+@pytest.mark.parametrize("variant", looked_at(BUDGET["sm_90"]))
 def test_within_budget(variant, hopper):
     assert worse(hopper[variant], BUDGET["sm_90"][variant]) == {}
 
 
-@pytest.mark.parametrize("variant", BUDGET["versions"].get(triton.__version__, {}))
+@pytest.mark.parametrize("variant", looked_at(BUDGET["versions"].get(triton.__version__, {})))
 def test_within_budget_of_this_triton(variant, hopper):
     assert worse(hopper[variant], BUDGET["versions"][triton.__version__][variant]) == {}
 
@@ -203,9 +217,8 @@ def test_shared_memory_is_foreseen(compiled):
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_variant_compiles(arch, compiled):
     variants = {variant for variant, where in compiled if where == arch}
-    words = MATCHED.get(arch, ("",))
     assert len(variants) > 50
-    assert variants >= {v for v in BUDGET["sm_90"] if any(word in v for word in words)}
+    assert variants >= {v for v in BUDGET["sm_90"] if any(word in v for word in words_of(arch))}
     for variant in variants:
         row = compiled[variant, arch]
         if (variant, arch) not in STREAMED:
