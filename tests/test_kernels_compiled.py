@@ -26,8 +26,8 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 ALL = "KRU_ALL_TARGETS" in os.environ
 TARGETS = [a for a in SHARED_LIMIT if a in ("sm_90", "gfx942") or ALL]
 WORDS = {  # of the names of those that are compiled there
-    "sm_90": "-8x -16x16 -16x32 -32x32 -3x11 -5x20 -24x24 -128x8-bf16 -256x16-bf16".split(),
-    "gfx942": "16x16 256x16 3x11 5x20".split(),
+    "sm_90": "-8x -16x16 -16x32 -32x32 -3x11 -5x20 -24x24 -128x8-bf16 -256x16-bf16",
+    "gfx942": "16x16 256x16 3x11 5x20",
 }
 # too large for that device's shared or tensor memory: `why_not.streams` chooses those of `wide`
 STREAMED = {
@@ -79,7 +79,7 @@ def without_interpreter(directory, *command):
 
 
 def words_of(arch):
-    return [""] if ALL else WORDS[arch]
+    return [""] if ALL else WORDS[arch].split()
 
 
 def looked_at(variants):
