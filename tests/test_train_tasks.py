@@ -1194,7 +1194,7 @@ def test_tables_that_cannot_be_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(
         UserError,
         match="one of copy, adding, mnist, ptb, music, frozen, gradients, parity, modular, s3, s5, "
-        "all, draw",
+        "s5-swaps, all, draw",
     ):
         reproduce.reproduce(config)
     with pytest.raises(UserError, match="run a table first"):

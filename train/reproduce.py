@@ -44,7 +44,7 @@ from kru_triton.train.run.settings import UserError
 
 TRAIN = Path(__file__).parent
 RESULTS = TRAIN.parent / "bench" / "results"
-STATE_TRACKING = ("parity", "modular", "s3", "s5")
+STATE_TRACKING = ("parity", "modular", "s3", "s5", "s5-swaps")
 TABLES = ("copy", "adding", "mnist", "ptb", "music", "frozen", "gradients", *STATE_TRACKING)
 CURVE_POINTS = 200
 MOST = 1000  # seeds, numbered from 0, and jobs
@@ -57,9 +57,9 @@ stopping = threading.Event()
 class Config:
     table: tyro.conf.Positional[str]
     """copy, adding, mnist, ptb, music; frozen: language models whose factors learn or do not;
-    gradients: norm against lag, with and without the unitary penalty; parity, modular, s3, s5:
-    state tracking on lengths never trained on; all; or draw: table and figures from the rows
-    alone."""
+    gradients: norm against lag, with and without the unitary penalty; parity, modular, s3, s5,
+    s5-swaps: state tracking on lengths never trained on; all; or draw: table and figures from the
+    rows alone."""
     scale: Literal["cpu", "gpu"] = "cpu"
     """Lengths, sizes and budgets for hours on a CPU, or those of the paper's set-up."""
     seeds: int = 3
@@ -262,7 +262,13 @@ def state_cells(task: str, config: Config) -> list[Cell]:
     steps = 8000 if config.scale == "cpu" else 100000
     nonlinearities = ("modrelu", "modtanh", "tanh", "relu", "identity")
     models = {f"kru-{name}": f"--nonlinearity {name}" for name in nonlinearities}
-    models |= {"kru-frozen": "--frozen-factors", "krulstm": "--model krulstm"}
+    models |= {
+        "kru-rotation": "--state-gate rotation",
+        "kru-modtanh-gate": "--state-gate modtanh",
+        "kru-identity-rotation": "--nonlinearity identity --state-gate rotation",
+        "kru-frozen": "--frozen-factors",
+        "krulstm": "--model krulstm",
+    }
     models |= {name: f"--model {name} --lr 3e-3" for name in ("rnn", "lstm", "gru", "mingru")}
     models |= {"transformer": "--model transformer --lr 1e-3 --num-heads 4"}
     return [
@@ -522,7 +528,8 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
 
 def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
     """Mean over seeds and their range; one colour a model, dashed with two layers."""
-    colors, palette = {}, [*(f"C{number}" for number in range(10)), "black", "gold"]
+    named = ("black", "gold", "navy", "lime", "tan")
+    colors, palette = {}, [*(f"C{number}" for number in range(10)), *named]
     for name, own in cells.items():
         model, _, layers = name.partition(" ")[0].rpartition("-")
         color = colors.setdefault(model, palette[len(colors) % len(palette)])
