@@ -266,7 +266,9 @@ class LanguageModel(nn.Module):
 
     def _is_embedding(self, name: str) -> bool:
         """Whether the matrix of this name has a row or a column for each token."""
-        ends = ("weight_ih_l0", "projection.weight") if self.config.frame == "plain" else ()
+        ends: tuple[str, ...] = ()
+        if self.config.frame == "plain":
+            ends = ("weight_ih_l0", "weight_gate_l0", "projection.weight")
         return name == "embedding.weight" or name.endswith(ends)
 
     def backend_report(self) -> str:
