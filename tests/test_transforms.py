@@ -113,6 +113,9 @@ def functions():
         "KRU time_parallel": of_module(
             KRU(3, 4, nonlinearity="identity", time_parallel=True, **double), randn(4, 2, 3)
         ),
+        "KRU state_gate": of_module(
+            KRU(3, 4, state_gate="modtanh", **double), randn(4, 2, 3), reset=RESET
+        ),
         "KRUCell": of_module(KRUCell(3, 4, **double), randn(2, 3), randn(2, 8)),
         "KRULSTM": of_module(
             KRULSTM(3, 4, 2, recompute=2, **double),
@@ -526,7 +529,7 @@ class Both(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.kru = KRU(3, 4, recompute=2)
+        self.kru = KRU(3, 4, state_gate="rotation", recompute=2)
         self.lstm = KRULSTM(8, 4, batch_first=True)
 
     def forward(self, x, h_0, reset):

@@ -232,6 +232,7 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
 def with_choices(row: dict) -> dict:
     """A row from before there was a choice says what it used, too."""
     before = {"linear_attention": [], "input_gated": False, "token_shift": False}
+    before["state_gate"] = "none"
     return {"optimizer": "adamw", **row, "model_config": {**before, **row["model_config"]}}
 
 
