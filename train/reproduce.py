@@ -264,7 +264,8 @@ def state_cells(task: str, config: Config) -> list[Cell]:
     models = {f"kru-{name}": f"--nonlinearity {name}" for name in nonlinearities}
     models |= {
         "kru-rotation": "--state-gate rotation",
-        "kru-modtanh-gate": "--state-gate modtanh",
+        "kru-gate": "--state-gate modtanh",
+        "kru-tanh-gate": "--state-gate modtanh --nonlinearity tanh",
         "kru-identity-rotation": "--nonlinearity identity --state-gate rotation",
         "kru-frozen": "--frozen-factors",
         "krulstm": "--model krulstm",
@@ -528,7 +529,7 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
 
 def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
     """Mean over seeds and their range; one colour a model, dashed with two layers."""
-    named = ("black", "gold", "navy", "lime", "tan")
+    named = ("black", "gold", "navy", "lime", "tan", "teal")
     colors, palette = {}, [*(f"C{number}" for number in range(10)), *named]
     for name, own in cells.items():
         model, _, layers = name.partition(" ")[0].rpartition("-")
