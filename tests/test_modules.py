@@ -125,6 +125,20 @@ def test_equals_the_slow_loop(kwargs, with_h_0, with_reset):
     assert_same(gradients(kru, actual, *leaves), gradients(kru, expected, *leaves), 1e-10)
 
 
+def test_a_rotation_keeps_a_parity_and_the_norm():
+    """Which no recurrence that is linear in its state does with one matrix for all inputs."""
+    kru = KRU(1, 1, factors=(1,), state_gate="rotation", nonlinearity="identity", bias=False)
+    kru = kru.double()
+    with torch.no_grad():
+        for name, p in kru.named_parameters():
+            p.fill_(torch.pi if name.startswith("weight_gate") else 0.0)
+        kru.factor0_l0[0] = 1.0
+    bits = torch.randint(2, (5000, 3, 1), generator=torch.Generator().manual_seed(0))
+    h, _ = kru(bits.double(), torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 3, 2))
+    assert torch.equal(h[..., 0].round(), 1.0 - 2 * (bits[..., 0].cumsum(0) % 2))
+    assert (h.square().sum(-1) - 1).abs().max() < 1e-10
+
+
 # The calling convention of torch.nn.RNN
 
 
