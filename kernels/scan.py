@@ -19,7 +19,8 @@ Each program runs all steps of one group of batch rows of one head (see `tile`).
                                           2048 units on several warps share a program and exchange
                                           operands through shared memory
     streamed                              x_t in and h_t out; backward h_t, dh_t in and G_t out, the
-                                          row of some steps ahead on its way to L2
+                                          row of some steps ahead on its way to L2; and the gate in,
+                                          backward its gradient out
     from step to step                     with AHEAD not X but Z = (X Bᵀ)ᵀ, packed, and the next
                                           rows as they were read: a turn of the loop is the second
                                           product, activation, store and first product
@@ -282,6 +283,8 @@ def scan_forward_kernel(
         o_g = offsets(last, F // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
         p_turn = words_of(p_gate + (i_b * F + i_h * N), WORD)
         g_stride_t = B.to(tl.int64) * (F // WORD)
+        if PREFETCH:
+            p_turn_line = p_turn + tl.minimum(PREFETCH, steps - 1).to(tl.int64) * g_stride_t
     # what goes from step to step: with ROWS_AHEAD Z of the first product, else X
     if p_h_0 is not None:
         h_0 = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
@@ -377,6 +380,9 @@ def scan_forward_kernel(
         if PREFETCH:
             prefetch(lines(p_line, N // WORD, IW, PARTS))
             p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
+            if p_gate is not None:
+                prefetch(lines(p_turn_line, N // WORD, IW, PARTS))
+                p_turn_line += tl.where(t + 1 + PREFETCH < steps, g_stride_t, 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
         if ROWS_AHEAD:
@@ -514,6 +520,8 @@ def scan_backward_kernel(
         p_line = words_of(p_h + start, WORD) + (last_t - ahead) * s_stride_t
         if p_dh is not None:
             p_d_line = p_d - ahead * d_stride_t
+        if p_gate is not None:
+            p_turn_line = p_turn - ahead * s_stride_t
     if AHEAD:
         h = load(p_state, o_s, w_mask, IW, PARTS, VW)
         if FROM_Z:
@@ -635,6 +643,9 @@ def scan_backward_kernel(
             if p_dh is not None:
                 prefetch(lines(p_d_line, N // WORD, IW, PARTS))
                 p_d_line += tl.where(beyond, -d_stride_t, 0)
+            if p_gate is not None:
+                prefetch(lines(p_turn_line, N // WORD, IW, PARTS))
+                p_turn_line += tl.where(beyond, -s_stride_t, 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
         if p_dh is None:

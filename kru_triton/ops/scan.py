@@ -269,7 +269,8 @@ def backward(
         dx = torch.ops.aten.embedding_dense_backward(
             dx.to(scan.a.dtype), scan.tokens, table.shape[0], -1, False
         ).to(table.dtype)
-    return dx, *others, h.new_empty(0) if d_gate is None else d_gate
+    d_gate = h.new_empty(0) if d_gate is None else d_gate.to(scan.gate.dtype)
+    return dx, *others, d_gate
 
 
 def _on_triton(x: Tensor, scan: Scan, how: How) -> bool:
