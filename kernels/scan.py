@@ -230,6 +230,8 @@ def scan_forward_kernel(
     # a product of h_0 before the loop would have unanchored constants moved into registers
     ROWS_AHEAD: tl.constexpr = AHEAD if (p_h_0 is None) or ANCHORED else 0
     TOKENS: tl.constexpr = p_tokens is not None
+    # a step of a small tile is shorter than the way to L2
+    GATE_AHEAD: tl.constexpr = (p_gate is not None) and (PE * QE * PARTS <= 512)
     # what is streamed in is read as words of two bfloat16, and stays so until its step: bfloat16
     # values that live across steps are taken apart by LLVM
     WORD: tl.constexpr = (
@@ -315,6 +317,9 @@ def scan_forward_kernel(
         row, p_u, p_token, token = read_row(
             p_u, p_token, token, more, x_stride_t, x_stride_b, B, o_x, x_mask, IW, PARTS, VW, TOKENS
         )
+    if GATE_AHEAD:
+        p_turn += tl.where(steps > 1, g_stride_t, 0)
+        turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
     for t in tl.range(0, steps):
         if p_keep is not None:  # of the step that this state goes into
             p_keep += tl.where(t + 1 < steps, groups, 0)
@@ -322,7 +327,11 @@ def scan_forward_kernel(
         if p_alive is not None:
             alive = tl.load(p_alive)
             p_alive += groups
-        if p_gate is not None:  # likewise
+        if GATE_AHEAD:
+            gate = to_tile(turn, PE, QE, V, NVIDIA)
+            p_turn += tl.where(t + 2 < steps, g_stride_t, 0)
+            turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
+        elif p_gate is not None:  # likewise
             p_turn += tl.where(t + 1 < steps, g_stride_t, 0)
             turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
         if not ROWS_AHEAD:
@@ -375,7 +384,9 @@ def scan_forward_kernel(
         store(p_out, o_h, mask, h, IM, PE, QE, V, V)
         p_out += h_stride_t
         if p_gate is not None:
-            h = multiply(to_tile(turn, PE, QE, V, NVIDIA), h, NVIDIA)
+            if not GATE_AHEAD:
+                gate = to_tile(turn, PE, QE, V, NVIDIA)
+            h = multiply(gate, h, NVIDIA)
         x = operand(h, SPLIT, NVIDIA)
         if PREFETCH:
             prefetch(lines(p_line, N // WORD, IW, PARTS))
