@@ -118,7 +118,8 @@ def compile_options(
     bf16_on_nvidia = nvidia and precision == "bf16"
     if bf16_on_nvidia and not backward and values == 8192 and arch >= 90:
         constants["BETA_IN_LOOP"] = False
-    if bf16_on_nvidia and not backward and one and tile.V == 2 and arch != 90:
+    narrow = one and tile.V == 2 and arch != 90 and "gate" not in given
+    if bf16_on_nvidia and not backward and narrow:
         # with more registers its loads sink to their uses
         options["maxnreg"] = 128 if given or arch >= 100 else 100
     if bf16_on_nvidia and backward and values == 4096 and tile.PP == 128 and arch < 90:
