@@ -41,7 +41,8 @@ class LanguageModelConfig:
 
 # "identity", and linear attention in one block of three, predicted text best from 0.1 to 4 million
 # parameters; base and large go on from there. An identity is linear in the state, with a fixed
-# matrix: no such model keeps a parity at every length (train/tasks/state_tracking.py).
+# matrix: no such model keeps a parity at every length (train/tasks/state_tracking.py). With a
+# state_gate it can; what it would be worth to text was not found.
 PRESETS = {
     "tiny": LanguageModelConfig(
         d_model=96,
