@@ -1,6 +1,7 @@
 """What every op of `torch.library` here shares: schema, autocast, and what it refuses.
 
-An op's function takes the flat arguments of its schema, which is that of the bags of `arguments`.
+An op's function takes the flat arguments of its schema, which is that of the bags of `arguments`;
+a gate comes last, which programs exported before there was one do not give.
 """
 
 import torch
@@ -15,9 +16,9 @@ _KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
 
 
 def schema(kind: type) -> str:
-    """The arguments of an op: a bag of that kind and a `How`, one behind the other."""
+    """The arguments of an op: a bag of that kind without a gate, and a `How` behind it."""
     named = (*kind.__annotations__.items(), *How.__annotations__.items())
-    return ", ".join(f"{_KINDS[annotation]} {name}" for name, annotation in named)
+    return ", ".join(f"{_KINDS[kind]} {name}" for name, kind in named if name != "gate")
 
 
 def adjoint_schema(kind: type) -> str:
@@ -27,7 +28,7 @@ def adjoint_schema(kind: type) -> str:
 
 def bags(kind: type[Scan] | type[LSTMScan], flat: tuple) -> tuple:
     """The bag and the `How` that flat arguments begin with, and those behind them."""
-    end = len(kind._fields)
+    end = len([name for name in kind._fields if name != "gate"])
     behind = end + len(How._fields)
     return kind(*flat[:end]), How(*flat[end:behind]), *flat[behind:]
 

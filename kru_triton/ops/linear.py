@@ -94,7 +94,7 @@ def run_linear_scan(scan: Scan, how: How, block: int = 0) -> tuple[Tensor, Tenso
     if takes_loop("kru_linear_scan", scan.x, how.backend):
         check_lengths(scan.lengths, scan.x.shape[0])
         return run_loop(reference.scan_forward, scan, how)
-    return _linear_scan(*scan, *how, block)
+    return _linear_scan(*scan[:-1], *how, block)
 
 
 def _block(time: int, block: int) -> int:
@@ -250,19 +250,19 @@ def _(dh, dh_n, h, *flat):
 
 def _setup_context(ctx, inputs, output):
     scan, ctx.how, ctx.block = bags(Scan, inputs)
-    ctx.save_for_backward(output[0], *scan._replace(x=None))
+    ctx.save_for_backward(output[0], *scan._replace(x=None)[:-1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dh, dh_n):
     unused = (None,) * (len(How._fields) + 1)
     if dh is None and dh_n is None:
-        return *(None,) * len(Scan._fields), *unused
+        return *(None,) * len(Scan._fields[:-1]), *unused
     refuse_forward_mode("kru_linear_scan", dh, dh_n)
     h, *saved = ctx.saved_tensors
     dx, da, db, dh_0 = _linear_scan_backward(dh, dh_n, h, *saved, *ctx.how, ctx.block)
     dh_0 = None if Scan(*saved).h_0 is None else dh_0
-    return *Scan(dx, da, db, h_0=dh_0), *unused
+    return *Scan(dx, da, db, h_0=dh_0)[:-1], *unused
 
 
 _linear_scan.register_autograd(_autograd, setup_context=_setup_context)

@@ -234,7 +234,7 @@ def run_scan(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
     if takes_loop("kru_scan", scan.x, how.backend):
         check_places(scan)
         return run_loop(reference.scan_forward, scan, how)
-    return _scan(*scan, *how)
+    return _scan(*scan[:-1], *how, scan.gate)
 
 
 def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
@@ -286,17 +286,24 @@ def _why_not(x: Tensor, scan: Scan, how: How) -> str | None:
     return why_not_kernels(*tensors, nonlinearity=nonlinearity, precision=precision, gate=scan.gate)
 
 
+def _bags(flat: tuple) -> tuple[Scan, How]:
+    scan, how, *gate = bags(Scan, flat)
+    return scan._replace(gate=gate[0] if gate else None), how
+
+
 @torch.library.custom_op(
-    "kru_triton::recurrence", mutates_args=(), schema=f"({schema(Scan)}) -> (Tensor, Tensor)"
+    "kru_triton::recurrence",
+    mutates_args=(),
+    schema=f"({schema(Scan)}, Tensor? gate=None) -> (Tensor, Tensor)",
 )
 def _scan(*flat):
     refuse_forward_mode("kru_scan")
-    return forward(*bags(Scan, flat))
+    return forward(*_bags(flat))
 
 
 @_scan.register_fake
 def _(*flat):
-    scan, _ = bags(Scan, flat)
+    scan, _ = _bags(flat)
     time, batch = steps_and_rows(scan)
     features = scan.x.shape[-1]
     return scan.x.new_empty(time, batch, features), scan.a.new_empty(batch, features)
@@ -305,17 +312,17 @@ def _(*flat):
 @torch.library.custom_op(
     "kru_triton::recurrence_backward",
     mutates_args=(),
-    schema=f"(Tensor? dh, Tensor? dh_n, Tensor h, {adjoint_schema(Scan)}) -> "
+    schema=f"(Tensor? dh, Tensor? dh_n, Tensor h, {adjoint_schema(Scan)}, Tensor? gate=None) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _scan_backward(dh, dh_n, h, *flat):
     refuse_forward_mode("kru_scan", dh, dh_n)
-    return backward(dh, dh_n, h, *bags(Scan, flat))
+    return backward(dh, dh_n, h, *_bags(flat))
 
 
 @_scan_backward.register_fake
 def _(dh, dh_n, h, *flat):
-    scan, _ = bags(Scan, flat)
+    scan, _ = _bags(flat)
     units = scan.a.shape[1] * scan.a.shape[2] * scan.b.shape[2]
     like_x = h if scan.tokens is None else scan.x
     gradients = (empty_like(x) for x in (like_x, scan.a, scan.b))
@@ -324,7 +331,7 @@ def _(dh, dh_n, h, *flat):
 
 
 def _setup_context(ctx, inputs, output):
-    scan, ctx.how = bags(Scan, inputs)
+    scan, ctx.how = _bags(inputs)
     if ctx.how.nonlinearity != "modtanh" and scan.tokens is None:
         scan = scan._replace(x=None)
     ctx.save_for_backward(output[0], *scan)
@@ -337,12 +344,13 @@ def _backward(ctx, dh, dh_n):
         return *(None,) * len(Scan._fields), *unused
     refuse_forward_mode("kru_scan", dh, dh_n)
     h, *saved = ctx.saved_tensors
-    dx, da, db, d_beta, dh_0, d_gate = _scan_backward(dh, dh_n, h, *saved, *ctx.how)
     scan = Scan(*saved)
+    arguments = (*scan[:-1], *ctx.how, scan.gate)
+    dx, da, db, d_beta, dh_0, d_gate = _scan_backward(dh, dh_n, h, *arguments)
     d_beta = None if scan.beta is None else d_beta
     dh_0 = None if scan.h_0 is None else dh_0
     d_gate = None if scan.gate is None else d_gate
-    return *Scan(dx, da, db, d_beta, dh_0, gate=d_gate), *unused
+    return *Scan(dx, da, db, d_beta, dh_0)[:-1], *unused, d_gate
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
