@@ -583,8 +583,8 @@ def scan_backward_kernel(
                     VW,
                     TOKENS,
                 )
-        v = to_tile(h, PE, QE, V, NVIDIA)
         if p_gate is not None:
+            v = to_tile(h, PE, QE, V, NVIDIA)
             y = second_product(a_adjoint, x, zeros(PE, QE, PARTS), PE, QE)
             d_turn = multiply_conj(v, y, NVIDIA)
             y = multiply_conj(to_tile(turn, PE, QE, V, NVIDIA), y, NVIDIA)
@@ -593,6 +593,7 @@ def scan_backward_kernel(
             p_turn -= s_stride_t
         else:
             g = second_product(a_adjoint, x, to_tile(d, PE, QE, V, NVIDIA), PE, QE)
+            v = to_tile(h, PE, QE, V, NVIDIA)
         if FROM_Z:
             if p_h_0 is not None:
                 h_0 = to_tile(load(p_h_0 + start, o_h, mask, IM, PARTS, V), PE, QE, V, False)
