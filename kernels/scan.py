@@ -675,7 +675,7 @@ def scan_backward_kernel(
 
 def forward(scan: Scan, how: How) -> tuple[Tensor, Tensor]:
     """As `torch_backend.scan.forward`, of arguments that `why_not` lets pass."""
-    h = scan_forward(scan, how)
+    h = scan_forward(with_gate(scan, scan.x.dtype), how)
     return h, last_state(h, scan.a.dtype, scan.h_0, scan.lengths)
 
 
@@ -683,11 +683,12 @@ def backward(
     dh: Tensor | None, dh_n: Tensor | None, h: Tensor, scan: Scan, how: How
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """As `torch_backend.scan.backward`."""
+    scan = with_gate(scan, h.dtype)
     dx, dh_0, d_gate = scan_backward(dh, dh_n, h, scan, how)
     if scan.gate is None:
         da, db, d_beta = weight_grad(dx, h, scan, how)
     else:  # a single step of T·B rows
-        before = planar_product(gate_of(scan, h.dtype), states_before(h, scan), scan.a.shape[0])
+        before = planar_product(scan.gate, states_before(h, scan), scan.a.shape[0])
         step = Scan(dx, scan.a, scan.b, h_0=before.flatten(0, 1))
         da, db, d_beta = weight_grad(dx.flatten(0, 1)[None], h.flatten(0, 1)[None], step, how)
     d_beta = scan.a.new_zeros(h.shape[2] // scan.a.shape[0]) if d_beta is None else d_beta
@@ -699,7 +700,8 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
     """States of the recurrence for all steps.
 
     Args:
-        scan: x float32 or bfloat16, a, b, beta and h_0 float32; lengths at least 1.
+        scan: x float32 or bfloat16, a, b, beta and h_0 float32, the gate as `with_gate` has it;
+            lengths at least 1.
         how: precision is "fp32" (products of bfloat16 pairs, three per product) or "bf16".
         tuning: choices in place of the default ones, by their names in `options.TUNABLE`.
 
@@ -740,7 +742,7 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
             p_keep=keep,
             p_alive=alive,
             p_steps=steps,
-            p_gate=gate_of(scan, x.dtype),
+            p_gate=scan.gate,
             B=B,
             T=T,
             **input_arguments(x, tokens, tile),
@@ -750,15 +752,15 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
     return h
 
 
-def gate_of(scan: Scan, dtype: torch.dtype) -> Tensor | None:
+def with_gate(scan: Scan, dtype: torch.dtype) -> Scan:
     """The gate as the kernels read it: contiguous, in the dtype of the states, zero beyond a row's
     length, where anything may be and would reach the rows that share its tile."""
     if scan.gate is None:
-        return None
+        return scan
     gate = scan.gate.to(dtype)
     if scan.lengths is not None:
         gate = gate.masked_fill(past_end(len(gate), scan.lengths)[..., None], 0)
-    return packed(gate)
+    return scan._replace(gate=packed(gate))
 
 
 def states_before(h: Tensor, scan: Scan) -> Tensor:
@@ -811,7 +813,7 @@ def scan_backward(
     allocate = h.new_zeros if lengths is not None else h.new_empty
     dx = allocate((T, B, F))
     dh_0 = h_0.new_zeros(h_0.shape) if h_0 is not None else None
-    gate = gate_of(scan, h.dtype)
+    gate = scan.gate
     d_gate = None if gate is None else allocate((T + 1, B, F))
     if h.numel() == 0:
         return dx, dh_0, None if d_gate is None else d_gate[1:]

@@ -231,8 +231,8 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
 
 def with_choices(row: dict) -> dict:
     """A row from before there was a choice says what it used, too."""
-    before = {"linear_attention": [], "input_gated": False, "token_shift": False}
-    before["state_gate"] = "none"
+    before = {"linear_attention": [], "state_gate": "none"}
+    before |= {"input_gated": False, "token_shift": False}
     return {"optimizer": "adamw", **row, "model_config": {**before, **row["model_config"]}}
 
 
