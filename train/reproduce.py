@@ -258,7 +258,9 @@ def gradient_cells(config: Config) -> list[Cell]:
 
 
 def state_cells(task: str, config: Config) -> list[Cell]:
-    """Every model of equal width, one layer and two."""
+    """Every model of equal width, one layer and two; the best KRU and the LSTM of twice the width
+    and three times the steps, too.
+    """
     steps = 8000 if config.scale == "cpu" else 100000
     nonlinearities = ("modrelu", "modtanh", "tanh", "relu", "identity")
     models = {f"kru-{name}": f"--nonlinearity {name}" for name in nonlinearities}
@@ -272,15 +274,16 @@ def state_cells(task: str, config: Config) -> list[Cell]:
     }
     models |= {name: f"--model {name} --lr 3e-3" for name in ("rnn", "lstm", "gru", "mingru")}
     models |= {"transformer": "--model transformer --lr 1e-3 --num-heads 4"}
-    return [
-        cell(
-            task,
-            f"{model}-{layers}",
-            "tasks/state_tracking.py",
-            f"--task {task} --steps {steps} --num-layers {layers} {flags}",
-        )
+    wide = f"--num-layers 1 --hidden-size 128 --factors 8 16 --steps {3 * steps}"
+    settings = {
+        f"{model}-{layers}": f"--steps {steps} --num-layers {layers} {flags}"
         for layers in (1, 2)
         for model, flags in models.items()
+    }
+    settings |= {f"{model}-wide": f"{wide} {models[model]}" for model in ("kru-tanh-gate", "lstm")}
+    return [
+        cell(task, name, "tasks/state_tracking.py", f"--task {task} {flags}")
+        for name, flags in settings.items()
     ]
 
 
@@ -528,7 +531,9 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
 
 
 def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
-    """Mean over seeds and their range; one colour a model, dashed with two layers."""
+    """Mean over seeds and their range; one colour a model, dashed with two layers, dash-dotted of
+    twice the width.
+    """
     named = ("black", "gold", "navy", "lime", "tan", "teal")
     colors, palette = {}, [*(f"C{number}" for number in range(10)), *named]
     for name, own in cells.items():
@@ -545,7 +550,7 @@ def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
         }
         lengths = sorted(by_length)
         values = [by_length[length] for length in lengths]
-        style = {"color": color, "linestyle": "-" if layers == "1" else "--"}
+        style = {"color": color, "linestyle": {"1": "-", "2": "--"}.get(layers, "-.")}
         axes.plot(lengths, list(map(statistics.mean, values)), label=name, **style)
         axes.fill_between(
             lengths, list(map(min, values)), list(map(max, values)), color=color, alpha=0.1
