@@ -57,6 +57,14 @@ HELD_OUT = 512  # sequences for validation, and as many for the test
 # Factors must leave what they start as, and soon: a unitary matrix forgets nothing
 PRESETS = {
     "balanced": {"hidden_size": 64, "num_layers": 2, "factors": (8, 8)},
+    "gated": {  # a recurrent matrix for every symbol
+        "hidden_size": 128,
+        "factors": (8, 16),
+        "nonlinearity": "tanh",
+        "state_gate": "modtanh",
+        "batch_size": 256,
+        "steps": 16000,
+    },
     "tiny": {"hidden_size": 16, "factors": (4, 4), "train_length": 6, "test_length": 20},
 }
 
