@@ -258,7 +258,7 @@ def gradient_cells(config: Config) -> list[Cell]:
 
 
 def state_cells(task: str, config: Config) -> list[Cell]:
-    """Every model of equal width, one layer and two; KRU with a gate and the LSTM of twice the
+    """Every model of equal width, one layer and two; KRU with a gate and the LSTMs of twice the
     width, with eight times the sequences, too.
     """
     steps = 8000 if config.scale == "cpu" else 100000
@@ -280,7 +280,10 @@ def state_cells(task: str, config: Config) -> list[Cell]:
         for model, flags in models.items()
     }
     wide = f"--preset gated --steps {2 * steps}"
-    settings |= {"kru-wide": wide, "lstm-wide": f"{wide} {models['lstm']}"}
+    settings |= {
+        f"{model}-wide": f"{wide} {models.get(model, '')}".strip()
+        for model in ("kru", "krulstm", "lstm")
+    }
     return [
         cell(task, name, "tasks/state_tracking.py", f"--task {task} {flags}")
         for name, flags in settings.items()
