@@ -144,10 +144,10 @@ def draw_curves(axis, found: list[dict]) -> None:
     models = defaultdict(list)
     for row in sorted(found, key=lambda row: row["val_bpb"]):
         attends = bool(row.get("model_config", {}).get("linear_attention"))
-        own = models[row["model"], attends, row["optimizer"]]
+        own = models[row["model"], attends, row["optimizer"], row.get("lanes", "32x128")]
         if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
-    for number, ((model, attends, optimizer), own) in enumerate(models.items()):
+    for number, ((model, attends, optimizer, lanes), own) in enumerate(models.items()):
         points = list(zip(*(row["curve"] for row in own)))  # of all seeds
         groups = [points[i : i + 4] for i in range(0, len(points), 4)]
         tokens = [group[-1][0][0] / 1e6 for group in groups]
@@ -156,6 +156,7 @@ def draw_curves(axis, found: list[dict]) -> None:
             for group in groups
         ]
         what = f"{model} + linear attention" if attends else model
+        what += f", {lanes}" if lanes != "32x128" else ""
         name = f"{what}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
         width = 2.2 if model == "kru" else 1
         axis.plot(tokens[1:], bits[1:], color=f"C{number}", label=name, linewidth=width)
@@ -166,11 +167,15 @@ def draw_curves(axis, found: list[dict]) -> None:
 
 
 def scaling(rows, new):
-    models = defaultdict(dict)  # rows by size
+    models = defaultdict(dict)  # of each model in the same lanes, rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
         if read_twenty(row) and not row.get("seed"):  # of seed 0 the best rate
-            models[row["model"]].setdefault(row["params"], row)
-    models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
+            models[row["model"], row.get("lanes", "32x128")].setdefault(row["params"], row)
+    models = {
+        model if lanes == "32x128" else f"{model}, {lanes}": list(own.values())
+        for (model, lanes), own in models.items()
+        if len(own) > 2
+    }
     if not models:
         return None
     figure, (axis,) = new(1)

@@ -385,6 +385,22 @@ def test_every_figure_is_drawn_from_rows_alone(tmp_path):
         plot.main(["--results", str(tmp_path / "nothing")])
 
 
+def test_rows_in_other_lanes_are_not_of_the_same_scaling(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    path = tmp_path / "x.jsonl"
+    synthetic(path)
+    rows = harness.read_rows(path)
+    better = {**rows[-1], "name": "in other lanes", "lanes": "64x64", "val_bpb": 0.1}
+
+    def new(panels):
+        return pyplot.figure(), [pyplot.axes()]
+
+    _, used = plot.scaling([*rows, better], new)
+    assert [row["params"] for row in used] == [4000, 2000, 1000]  # the best one first
+    assert better not in used
+    pyplot.close("all")
+
+
 def test_a_power_law_is_found_with_its_error():
     size = np.array([1e5, 2e5, 4e5, 8e5])
     scale, exponent, error, residual = plot.power_law(size, 3 * size**-0.07)

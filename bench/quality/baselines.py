@@ -201,7 +201,9 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
         same = all(row[name] == value for name, value in key.items())
         if same and row["model_config"] == sizes:
             return row
+    lanes = f"{config.batch_size}x{config.segment_length}"
     setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
+    setting += f"-{lanes}" if lanes != "{1}x{3}".format(*LANES) else ""
     folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
     summary = train("lm.py", [*flags, "--data", args.data], folder)
     told = shlex.join(["python", "train/lm.py", *flags, "--data", without_folder(args.data)])
@@ -211,6 +213,7 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
         "status": "ok" if summary else "failed",
         **({} if summary else {"reason": "the loss diverged"}),
         **key,
+        "lanes": lanes,
         "diverged": summary is None,  # worse than all that did not
         "val_bpb": summary["val/bpb"] if summary else 99.0,
         "tokens": steps * config.batch_size * config.segment_length,
