@@ -144,7 +144,7 @@ def draw_curves(axis, found: list[dict]) -> None:
     models = defaultdict(list)
     for row in sorted(found, key=lambda row: row["val_bpb"]):
         attends = bool(row.get("model_config", {}).get("linear_attention"))
-        own = models[row["model"], attends, row["optimizer"], row.get("lanes", "32x128")]
+        own = models[row["model"], attends, row["optimizer"], other_lanes(row)]
         if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
     for number, ((model, attends, optimizer, lanes), own) in enumerate(models.items()):
@@ -156,8 +156,7 @@ def draw_curves(axis, found: list[dict]) -> None:
             for group in groups
         ]
         what = f"{model} + linear attention" if attends else model
-        what += f", {lanes}" if lanes != "32x128" else ""
-        name = f"{what}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
+        name = f"{what}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
         width = 2.2 if model == "kru" else 1
         axis.plot(tokens[1:], bits[1:], color=f"C{number}", label=name, linewidth=width)
         ends = [row["val_bpb"] for row in own]
@@ -167,15 +166,11 @@ def draw_curves(axis, found: list[dict]) -> None:
 
 
 def scaling(rows, new):
-    models = defaultdict(dict)  # of each model in the same lanes, rows by size
+    models = defaultdict(dict)  # rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
         if read_twenty(row) and not row.get("seed"):  # of seed 0 the best rate
-            models[row["model"], row.get("lanes", "32x128")].setdefault(row["params"], row)
-    models = {
-        model if lanes == "32x128" else f"{model}, {lanes}": list(own.values())
-        for (model, lanes), own in models.items()
-        if len(own) > 2
-    }
+            models[row["model"] + other_lanes(row)].setdefault(row["params"], row)
+    models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
     if not models:
         return None
     figure, (axis,) = new(1)
@@ -187,6 +182,12 @@ def scaling(rows, new):
         axis.plot(sizes, scale * sizes**exponent, color=f"C{number}", label=label)
     finish(axis, "parameters N, each read 20 tokens", "bits per byte of held-out text")
     return figure, [row for own in models.values() for row in own]
+
+
+def other_lanes(row: dict) -> str:
+    """For a label: the lanes of a step, where they are not those of most rows."""
+    lanes = row.get("lanes", "32x128")
+    return "" if lanes == "32x128" else f", {lanes}"
 
 
 def read_twenty(row: dict) -> bool:
