@@ -46,7 +46,8 @@ def rows_in(folder):
 
 def make_gpu(out, *flags, **environment):
     command = ["make", "--no-print-directory", "gpu", "DEVICE=cpu", f"PYTHON={sys.executable}"]
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    left_out = ("TRITON_INTERPRET", "MAKEFLAGS")  # the latter holds the ARGS of `make test`
+    inherited = {k: v for k, v in os.environ.items() if k not in left_out}
     return subprocess.run(
         [*command, f"OUT={out}", *flags],
         cwd=ROOT,
