@@ -281,8 +281,12 @@ def state_cells(task: str, config: Config) -> list[Cell]:
     }
     wide = f"--preset gated --steps {2 * steps}"
     settings |= {
-        f"{model}-wide": f"{wide} {models.get(model, '')}".strip()
+        f"{model}-wide": f"{wide} --factors 8 16 {models.get(model, '')}".strip()
         for model in ("kru", "krulstm", "lstm")
+    }
+    settings |= {
+        f"kru-wide-{name}": f"{wide} --factors {name.replace('x', ' ')}"
+        for name in ("4x32", "2x64", "128")
     }
     return [
         cell(task, name, "tasks/state_tracking.py", f"--task {task} {flags}")
