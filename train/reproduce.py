@@ -538,13 +538,16 @@ def draw_gradients(axes, cells: dict[str, list[dict]]) -> None:
 
 
 def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
-    """Mean over seeds and their range; one colour a model, dashed with two layers, dash-dotted of
-    twice the width.
+    """Mean over seeds and their range; one colour a model, dashed with two layers, one each and
+    dash-dotted for what is of twice the width.
     """
+    styles = {"1": "-", "2": "--"}
     named = ("black", "gold", "navy", "lime", "tan", "teal")
     colors, palette = {}, [*(f"C{number}" for number in range(10)), *named]
     for name, own in cells.items():
-        model, _, layers = name.partition(" ")[0].rpartition("-")
+        setting = name.partition(" ")[0]
+        model, _, layers = setting.rpartition("-")
+        model = model if layers in styles else setting
         color = colors.setdefault(model, palette[len(colors) % len(palette)])
         done = [row["summary"] for row in own if row["status"] == "done"]
         if not done:
@@ -557,7 +560,7 @@ def draw_lengths(axes, cells: dict[str, list[dict]]) -> None:
         }
         lengths = sorted(by_length)
         values = [by_length[length] for length in lengths]
-        style = {"color": color, "linestyle": {"1": "-", "2": "--"}.get(layers, "-.")}
+        style = {"color": color, "linestyle": styles.get(layers, "-.")}
         axes.plot(lengths, list(map(statistics.mean, values)), label=name, **style)
         axes.fill_between(
             lengths, list(map(min, values)), list(map(max, values)), color=color, alpha=0.1
