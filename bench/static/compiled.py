@@ -204,6 +204,8 @@ def variants() -> list[Variant]:
             table.append(Variant(kernel, P, Q, flags=("gate",)))
         for P in (16, 32):
             table.append(Variant(kernel, P, P, "fp32", flags=("gate",)))
+        for dtype in ("bf16", "fp32"):  # of the preset that tracks states
+            table.append(Variant(kernel, 2, 64, dtype, nonlinearity="tanh", flags=("gate",)))
     for P, Q in [(8, 8), (16, 16), (32, 32)]:
         table.append(Variant("forward", P, Q, flags=("tokens",)))
     table.append(Variant("backward", 16, 16, nonlinearity="modtanh", flags=("tokens",)))
