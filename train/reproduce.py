@@ -258,8 +258,8 @@ def gradient_cells(config: Config) -> list[Cell]:
 
 
 def state_cells(task: str, config: Config) -> list[Cell]:
-    """Every model of equal width, one layer and two; KRU with a gate and the LSTMs of twice the
-    width, with eight times the sequences, too.
+    """Every model of equal width, one layer and two; KRU with a gate (of several factors) and the
+    LSTMs of twice the width, with eight times the sequences, too.
     """
     steps = 8000 if config.scale == "cpu" else 100000
     nonlinearities = ("modrelu", "modtanh", "tanh", "relu", "identity")

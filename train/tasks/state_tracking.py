@@ -59,7 +59,7 @@ PRESETS = {
     "balanced": {"hidden_size": 64, "num_layers": 2, "factors": (8, 8)},
     "gated": {  # a recurrent matrix for every symbol
         "hidden_size": 128,
-        "factors": (2, 64),  # of 128, 8 x 16 and 4 x 32, too, the one that is right the longest
+        "factors": (2, 64),  # right for longer than 4 and 32, 8 and 16, or 128 alone
         "nonlinearity": "tanh",
         "state_gate": "modtanh",
         "batch_size": 256,
