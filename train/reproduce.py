@@ -358,7 +358,7 @@ def curve(rows: list[dict]) -> dict:
     found = {
         "unit": key.removeprefix("train/loss_"),
         "step": [row["step"] for row in thin],
-        "loss": [row[key] for row in thin],
+        "loss": [float(f"{row[key]:.5g}") for row in thin],  # float32, drawn as curves
     }
     for share in (0.1, 0.01):
         below = [row["step"] for row in rows if row.get("train/fraction", share) < share]
