@@ -58,6 +58,7 @@ def compile_options(
     nvidia: bool,
     backward: bool = False,
     given: Collection[str] = (),
+    gate_parts: int | None = None,
     arch: int = 90,
     **tuning,
 ) -> tuple[dict, dict]:
@@ -69,6 +70,7 @@ def compile_options(
 
     Args:
         given: which of GIVEN the call has; of an adjoint, gate alone matters.
+        gate_parts: parts of the gate, 1 where it is real; None: those of a state.
         arch: as `launch.architecture` says.
     """
     values = tile.size * parts
@@ -90,6 +92,7 @@ def compile_options(
         "V": tile.V,
         "ALIGNED": tile.aligned,
         "PARTS": parts,
+        "GATE_PARTS": gate_parts or parts,
         **split_operands(precision),
         "ACT": nonlinearity,
         "NVIDIA": nvidia,

@@ -81,6 +81,7 @@ from .tile import (
     operand,
     plane_to_tile,
     pointers,
+    real_of_multiply_conj,
     second_product,
     select,
     select_operand,
@@ -196,7 +197,7 @@ def scan_forward_kernel(
     p_keep,  # (T, groups) words of row bits or None
     p_alive,  # (T, groups) words of row bits or None
     p_steps,  # (groups,) or None
-    p_gate,  # (T, B, PARTS·H·N) or None
+    p_gate,  # (T, B, GATE_PARTS·H·N) or None
     B,
     T,
     x_stride_t,
@@ -211,6 +212,7 @@ def scan_forward_kernel(
     V: tl.constexpr,
     ALIGNED: tl.constexpr,
     PARTS: tl.constexpr,
+    GATE_PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLIT_FACTORS: tl.constexpr,
     ACT: tl.constexpr,
@@ -282,9 +284,10 @@ def scan_forward_kernel(
     if p_alive is not None:
         p_alive += i_g
     if p_gate is not None:
-        o_g = offsets(last, F // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
-        p_turn = words_of(p_gate + (i_b * F + i_h * N), WORD)
-        g_stride_t = B.to(tl.int64) * (F // WORD)
+        G: tl.constexpr = GATE_PARTS * H * N
+        o_g = offsets(last, G // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
+        p_turn = words_of(p_gate + (i_b * G + i_h * N), WORD)
+        g_stride_t = B.to(tl.int64) * (G // WORD)
         if PREFETCH:
             p_turn_line = p_turn + tl.minimum(PREFETCH, steps - 1).to(tl.int64) * g_stride_t
     # what goes from step to step: with ROWS_AHEAD Z of the first product, else X
@@ -292,7 +295,7 @@ def scan_forward_kernel(
         h_0 = load(p_h_0 + i_b * F + i_h * N, o_h, mask, IM, PARTS, V)
         h_0 = to_tile(h_0, PE, QE, V, False)
         if p_gate is not None:
-            first = to_tile(load(p_turn, o_g, x_mask, IW, PARTS, VW), PE, QE, V, NVIDIA)
+            first = to_tile(load(p_turn, o_g, x_mask, IW, GATE_PARTS, VW), PE, QE, V, NVIDIA)
             h_0 = multiply(first, h_0, NVIDIA)
         x = operand(h_0, SPLIT, NVIDIA)
         if p_keep is not None:
@@ -319,7 +322,7 @@ def scan_forward_kernel(
         )
     if GATE_AHEAD:
         p_turn += tl.where(steps > 1, g_stride_t, 0)
-        turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
+        turn = load(p_turn, o_g, x_mask, IW, GATE_PARTS, VW)
     for t in tl.range(0, steps):
         if p_keep is not None:  # of the step that this state goes into
             p_keep += tl.where(t + 1 < steps, groups, 0)
@@ -330,10 +333,10 @@ def scan_forward_kernel(
         if GATE_AHEAD:
             gate = to_tile(turn, PE, QE, V, NVIDIA)
             p_turn += tl.where(t + 2 < steps, g_stride_t, 0)
-            turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
+            turn = load(p_turn, o_g, x_mask, IW, GATE_PARTS, VW)
         elif p_gate is not None:  # likewise
             p_turn += tl.where(t + 1 < steps, g_stride_t, 0)
-            turn = load(p_turn, o_g, x_mask, IW, PARTS, VW)
+            turn = load(p_turn, o_g, x_mask, IW, GATE_PARTS, VW)
         if not ROWS_AHEAD:
             more = t + 1 < steps
             row, p_u, p_token, token = read_row(
@@ -392,7 +395,7 @@ def scan_forward_kernel(
             prefetch(lines(p_line, N // WORD, IW, PARTS))
             p_line += tl.where(t + 1 + PREFETCH < steps, x_stride_t, 0)
             if p_gate is not None:
-                prefetch(lines(p_turn_line, N // WORD, IW, PARTS))
+                prefetch(lines(p_turn_line, N // WORD, IW, GATE_PARTS))
                 p_turn_line += tl.where(t + 1 + PREFETCH < steps, g_stride_t, 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
@@ -418,8 +421,8 @@ def scan_backward_kernel(
     p_keep,  # (T, groups) words of row bits or None
     p_alive,  # (T, groups) words of row bits or None
     p_steps,  # (groups,) or None
-    p_gate,  # (T, B, PARTS·H·N) or None
-    p_d_gate,  # (T + 1, B, PARTS·H·N) or None; of the first step nothing is written
+    p_gate,  # (T, B, GATE_PARTS·H·N) or None
+    p_d_gate,  # (T + 1, B, GATE_PARTS·H·N) or None; of the first step nothing is written
     B,
     T,
     d_stride_t,
@@ -436,6 +439,7 @@ def scan_backward_kernel(
     V: tl.constexpr,
     ALIGNED: tl.constexpr,
     PARTS: tl.constexpr,
+    GATE_PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLIT_FACTORS: tl.constexpr,
     ACT: tl.constexpr,
@@ -523,16 +527,21 @@ def scan_backward_kernel(
             o_x = offsets(last, x_stride_b, P, QW, PP, QP // WORD, S1, S2, VW)
             p_u += i_b * x_stride_b + last_t * x_stride_t
     if p_gate is not None:
-        p_turn = words_of(p_gate + start, WORD) + last_t * s_stride_t
-        p_d_turn = p_d_gate + (start + (last_t + 1) * h_stride_t)
-        turn = no_value(load(p_turn, o_s, w_mask, IW, PARTS, VW))  # behind the last step
+        G: tl.constexpr = GATE_PARTS * H * N
+        o_g = offsets(last, G // WORD, P, QW, PP, QP // WORD, S1, S2, VW)
+        o_d_g = offsets(last, G, P, Q, PP, QP, S1, S2, V)
+        g_start = i_b * G + i_h * N
+        g_stride_t = B.to(tl.int64) * G
+        p_turn = words_of(p_gate + g_start, WORD) + last_t * (g_stride_t // WORD)
+        p_d_turn = p_d_gate + (g_start + (last_t + 1) * g_stride_t)
+        turn = no_value(load(p_turn, o_g, w_mask, IW, GATE_PARTS, VW))  # behind the last step
     if PREFETCH:
         ahead = tl.minimum(last_t, PREFETCH)
         p_line = words_of(p_h + start, WORD) + (last_t - ahead) * s_stride_t
         if p_dh is not None:
             p_d_line = p_d - ahead * d_stride_t
         if p_gate is not None:
-            p_turn_line = p_turn - ahead * s_stride_t
+            p_turn_line = p_turn - ahead * (g_stride_t // WORD)
     if AHEAD:
         h = load(p_state, o_s, w_mask, IW, PARTS, VW)
         if FROM_Z:
@@ -586,11 +595,14 @@ def scan_backward_kernel(
         if p_gate is not None:
             v = to_tile(h, PE, QE, V, NVIDIA)
             y = second_product(a_adjoint, x, zeros(PE, QE, PARTS), PE, QE)
-            d_turn = multiply_conj(v, y, NVIDIA)
+            if GATE_PARTS < PARTS:
+                d_turn = real_of_multiply_conj(v, y)
+            else:
+                d_turn = multiply_conj(v, y, NVIDIA)
             y = multiply_conj(to_tile(turn, PE, QE, V, NVIDIA), y, NVIDIA)
             g = add(y, to_tile(d, PE, QE, V, NVIDIA))
-            turn = load(p_turn, o_s, w_mask, IW, PARTS, VW)
-            p_turn -= s_stride_t
+            turn = load(p_turn, o_g, w_mask, IW, GATE_PARTS, VW)
+            p_turn -= g_stride_t // WORD
         else:
             g = second_product(a_adjoint, x, to_tile(d, PE, QE, V, NVIDIA), PE, QE)
             v = to_tile(h, PE, QE, V, NVIDIA)
@@ -643,8 +655,8 @@ def scan_backward_kernel(
         if p_alive is not None:
             g = select(g, tile_bits(alive, PE, QE, PP, QP, S1))
         if p_gate is not None:
-            store(p_d_turn, o_h, mask, d_turn, IM, PE, QE, V, V)
-            p_d_turn -= h_stride_t
+            store(p_d_turn, o_d_g, mask, d_turn, IM, PE, QE, V, V)
+            p_d_turn -= g_stride_t
         store(p_out, o_h, mask, g, IM, PE, QE, V, V)
         p_out -= h_stride_t
         x = operand(g, SPLIT, NVIDIA)
@@ -656,8 +668,8 @@ def scan_backward_kernel(
                 prefetch(lines(p_d_line, N // WORD, IW, PARTS))
                 p_d_line += tl.where(beyond, -d_stride_t, 0)
             if p_gate is not None:
-                prefetch(lines(p_turn_line, N // WORD, IW, PARTS))
-                p_turn_line += tl.where(beyond, -s_stride_t, 0)
+                prefetch(lines(p_turn_line, N // WORD, IW, GATE_PARTS))
+                p_turn_line += tl.where(beyond, -(g_stride_t // WORD), 0)
         if p_keep is not None:
             x = select_operand(x, tile_bits(keep, PE, QE, PP, QP, S1), NVIDIA)
         if p_dh is None:
@@ -728,6 +740,7 @@ def scan_forward(scan: Scan, how: How, **tuning) -> Tensor:
         how.nonlinearity,
         nvidia=on_nvidia(),
         given=[name for name in GIVEN if getattr(scan, name) is not None],
+        gate_parts=gate_parts(scan),
         arch=architecture(),
         **tuning,
     )
@@ -761,6 +774,13 @@ def with_gate(scan: Scan, dtype: torch.dtype) -> Scan:
     if scan.lengths is not None:
         gate = gate.masked_fill(past_end(len(gate), scan.lengths)[..., None], 0)
     return scan._replace(gate=packed(gate))
+
+
+def gate_parts(scan: Scan) -> int | None:
+    """Parts of the gate: those of a state, or 1 where it is real; None: there is no gate."""
+    if scan.gate is None:
+        return None
+    return scan.gate.shape[2] // (scan.a.shape[1] * scan.a.shape[2] * scan.b.shape[2])
 
 
 def states_before(h: Tensor, scan: Scan) -> Tensor:
@@ -804,7 +824,7 @@ def scan_backward(
     Returns:
         dx: (T, B, parts·H·N) contiguous, in h's dtype; zero beyond a row's length.
         dh_0: (B, parts·H·N) float32, or None where h_0 is None.
-        d_gate: (T, B, parts·H·N), in h's dtype, or None where gate is None.
+        d_gate: as the gate, in h's dtype, or None where gate is None.
     """
     T, B, F = h.shape
     a, b, h_0, lengths = scan.a, scan.b, scan.h_0, scan.lengths
@@ -814,7 +834,7 @@ def scan_backward(
     dx = allocate((T, B, F))
     dh_0 = h_0.new_zeros(h_0.shape) if h_0 is not None else None
     gate = scan.gate
-    d_gate = None if gate is None else allocate((T + 1, B, F))
+    d_gate = None if gate is None else allocate((T + 1, *gate.shape[1:]))
     if h.numel() == 0:
         return dx, dh_0, None if d_gate is None else d_gate[1:]
     if dh is None and dh_n is None:
@@ -849,6 +869,7 @@ def scan_backward(
         nvidia=on_nvidia(),
         backward=True,
         given=[] if gate is None else ["gate"],
+        gate_parts=gate_parts(scan),
         arch=architecture(),
         **tuning,
     )
@@ -891,6 +912,7 @@ def scan_backward(
     d_gate[0].zero_()
     if h_0 is not None:
         y = gradient_before(dx[0], scan)
-        dh_0.copy_(planar_product(planar_conj(gate[0], parts), y, parts))
-        d_gate[0].copy_(planar_product(y, planar_conj(states_before(h, scan)[0], parts), parts))
+        dh_0.copy_(planar_product(planar_conj(gate[0], gate_parts(scan)), y, parts))
+        first = planar_product(y, planar_conj(states_before(h, scan)[0], parts), parts)
+        d_gate[0].copy_(first[:, : gate.shape[2]])
     return dx, dh_0, d_gate[:T]

@@ -281,8 +281,10 @@ def rounded_product(x, y, NVIDIA: tl.constexpr):
 
 @triton.jit
 def multiply(g, x, NVIDIA: tl.constexpr):
-    """g x, element by element."""
-    if len(x) == 2:
+    """g x, element by element; g may be real where x is complex."""
+    if len(g) < len(x):
+        return rounded_product(g[0], x[0], NVIDIA), rounded_product(g[0], x[1], NVIDIA)
+    elif len(x) == 2:
         re = tl.fma(g[0], x[0], -g[1] * x[1])
         return re, tl.fma(g[0], x[1], g[1] * x[0])
     else:
@@ -291,12 +293,20 @@ def multiply(g, x, NVIDIA: tl.constexpr):
 
 @triton.jit
 def multiply_conj(g, x, NVIDIA: tl.constexpr):
-    """conj(g) x, element by element."""
-    if len(x) == 2:
+    """conj(g) x, element by element; g may be real where x is complex."""
+    if len(g) < len(x):
+        return g[0] * x[0], g[0] * x[1]
+    elif len(x) == 2:
         re = tl.fma(g[0], x[0], g[1] * x[1])
         return re, tl.fma(g[0], x[1], -g[1] * x[0])
     else:
         return (rounded_product(g[0], x[0], NVIDIA),)
+
+
+@triton.jit
+def real_of_multiply_conj(g, x):
+    """The real part of conj(g) x, element by element, of complex g and x."""
+    return (tl.fma(g[0], x[0], g[1] * x[1]),)
 
 
 @triton.jit

@@ -269,11 +269,13 @@ def adjoint(w: Tensor) -> Tensor:
 
 
 def planar_product(g: Tensor, h: Tensor, parts: int) -> Tensor:
-    """g h, unit by unit, of planar `(…, parts·H·N)`."""
-    if parts == 1:
-        return g * h
-    (a, b), (c, d) = g.chunk(2, -1), h.chunk(2, -1)
-    return torch.cat((a * c - b * d, a * d + b * c), -1)
+    """g h, unit by unit, of planar `(…, parts·H·N)`; g may be real, `(…, H·N)`."""
+    if g.shape[-1] != h.shape[-1]:
+        g = torch.cat((g, g), -1)
+    elif parts == 2:
+        (a, b), (c, d) = g.chunk(2, -1), h.chunk(2, -1)
+        return torch.cat((a * c - b * d, a * d + b * c), -1)
+    return g * h
 
 
 def planar_conj(g: Tensor, parts: int) -> Tensor:

@@ -45,7 +45,7 @@ class Case:
     layout: str = "contiguous"  # see `with_layout`
     scale: float = 1.0  # of the input
     zeros: bool = False  # exact ones in the input
-    gate: bool = False
+    gate: bool | str = False  # "real": of a complex state
     beta: float = 0.3  # bound of both signs, or of the sign of a negative one; 0: none is passed
     noise: float = 0.02  # added to unitary factors, as training does
     dtype: torch.dtype | None = None  # of the input, where it is not that of all arguments
@@ -130,13 +130,16 @@ GATED = [
         Case(square(2, 3), act, B=5, H=2, reset=True, lengths=UNSORTED, gate=True)
         for act in NONLINEARITIES
     ),
+    *(Case(square(4, 3), act, B=5, reset=True, gate="real") for act in NONLINEARITIES),
     Case(square(5), B=5, starts="", lengths=UNSORTED, gate=True),
+    Case(square(5), B=5, H=2, reset=True, lengths=UNSORTED, gate="real"),
     Case(square(4, 3), layout="sliced", cotangents="h_n", gate=True),
     *(
         Case(square(4, 3), act, "embedding_scan", B=5, reset=True, gate=True)
         for act in ("modrelu", "modtanh")
     ),
     *(Case(square(4, 3), act, "step", gate=True) for act in ("modrelu", "tanh")),
+    *(Case(square(4, 3), "tanh", op, gate="real") for op in ("step", "embedding_scan")),
 ]
 STEPS = [Case(square(4, 3), act, "step") for act in NONLINEARITIES]
 LINEAR_SCANS = [
@@ -270,6 +273,11 @@ KERNELS = [
     for_kernels(3, 11, "relu", B=5, T=3, reset=True, lengths=True, gate=True),
     for_kernels(32, 32, T=3, B=2, gate=True, layout="odd"),
     for_kernels(64, 2, T=2, B=3, gate=True),
+    for_kernels(16, 16, gate="real"),
+    for_kernels(16, 16, "identity", gate="real", starts="", **BF16),
+    for_kernels(8, 8, B=5, H=2, reset=True, lengths=True, gate="real"),
+    for_kernels(3, 11, "tanh", B=5, T=3, H=2, reset=True, lengths=True, gate="real", **BF16),
+    for_kernels(32, 32, "identity", T=3, B=2, gate="real", layout="odd", **BF16),
     # far from and close to zero
     *(for_kernels(16, 16, act, scale=50.0, T=3) for act in NONLINEARITIES),
     *(for_kernels(16, 16, act, scale=50.0, T=3, **BF16) for act in ("modrelu", "modtanh", "tanh")),
@@ -352,7 +360,8 @@ def draw(case, dtype=torch.float64, seed=0, x_dtype=None):
     reset = torch.rand(B, T, generator=generator) < 0.2
     reset[:1, :1] = reset[-1:, -1:] = True
     shapes = {"h": (B, T, features), "h_n": (B, features), "c_n": (B, features)}
-    gate = normal(B, T, features, scale=0.7).to(x_dtype) if case.gate else None
+    numbers = case.units if case.gate == "real" else features
+    gate = normal(B, T, numbers, scale=0.7).to(x_dtype) if case.gate else None
     if case.op == "step":
         x, shapes = x[:, 0], {"h": shapes["h_n"]}
         gate = None if gate is None else gate[:, 0]

@@ -88,7 +88,9 @@ def scan(
     parts, multiply = factors[0].shape[0], product(factors)
     taken, x_proj = steps_of(x_proj, lengths)
     beta = 0.0 if beta is None else beta
-    gate = None if gate is None else from_planar(steps_of(gate, lengths)[1], parts)
+    if gate is not None:
+        real = gate.shape[-1] < x_proj.shape[-1]
+        gate = from_planar(steps_of(gate, lengths)[1], 1 if real else parts)
     state = torch.zeros_like(x_proj[:, :1].sum(1)) if h_0 is None else h_0
     outputs = []
     for t in range(x_proj.shape[1]):

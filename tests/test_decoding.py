@@ -20,6 +20,7 @@ STEPS = {
     "relu-one-factor": {"nonlinearity": "relu", "factors": (24,), "num_heads": 1},
     "identity-real": {"nonlinearity": "identity", "field": "real"},
     "rotation": {"state_gate": "rotation"},
+    "sigmoid": {"state_gate": "sigmoid"},
     "modtanh-gate-real": {"state_gate": "modtanh", "field": "real", "nonlinearity": "tanh"},
     "modrelu-real-heads": {"nonlinearity": "modrelu", "field": "real", "num_heads": 4},
 }

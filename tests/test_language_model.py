@@ -11,7 +11,7 @@ from kru_triton.lm.model import LanguageModel, match_parameters
 from kru_triton.lm.presets import MODELS, PRESETS, LanguageModelConfig
 
 every_model = pytest.mark.parametrize("model", MODELS)
-every_mixer = pytest.mark.parametrize("model", [*MODELS, "hybrid", "gated state"])
+every_mixer = pytest.mark.parametrize("model", [*MODELS, "hybrid", "gated state", "forgets"])
 VOCAB = 31
 LIMIT = 1e-11  # roundings of float64
 
@@ -20,8 +20,9 @@ def make(model, **kwargs):
     """A small model; `hybrid`: a KRU whose second block is linear attention; or one whose state has
     a gate."""
     torch.manual_seed(0)
-    if model == "gated state":
-        model, kwargs = "kru", {"state_gate": "rotation", **kwargs}
+    gates = {"gated state": "rotation", "forgets": "sigmoid"}
+    if model in gates:
+        model, kwargs = "kru", {"state_gate": gates[model], **kwargs}
     if model == "hybrid":
         model, kwargs = "kru", {"linear_attention": (1,), **kwargs}
     options = dict(vocab_size=VOCAB, d_model=16, hidden_size=12, num_heads=2, context_length=5)
@@ -238,7 +239,7 @@ def test_parameter_groups(model):
         assert all(is_factor) or not any(is_factor)
         assert group["lr"] == (1e-4 if all(is_factor) else 1e-3)
     assert any(g["weight_decay"] for g in groups)
-    assert (model in ("kru", "krulstm", "hybrid", "gated state")) == any(
+    assert (model in ("kru", "krulstm", "hybrid", "gated state", "forgets")) == any(
         g["lr"] == 1e-4 for g in groups
     )
     torch.optim.AdamW(groups)

@@ -79,6 +79,8 @@ def slow_gate(kru, x, suffix, parameters):
     if kru.state_gate == "none":
         return None
     z = x @ parameters[f"weight_gate{suffix}"].T + parameters[f"bias_gate{suffix}"]
+    if kru.state_gate == "sigmoid":
+        return z.sigmoid()
     if kru.state_gate == "rotation":
         return oracle.to_planar(torch.exp(1j * z), 2)
     z = oracle.from_planar(z, kru.parts)
@@ -100,6 +102,8 @@ MODULES = {
     "rectangular": dict(factors=((2, 3), (3, 2), (2, 2))),
     "no bias": dict(bias=False, factors=(2, 2, 3)),
     "rotation": dict(state_gate="rotation", num_layers=2, bidirectional=True),
+    "sigmoid gate": dict(state_gate="sigmoid", num_heads=2, bidirectional=True),
+    "real sigmoid gate": dict(state_gate="sigmoid", field="real", nonlinearity="identity"),
     "modtanh gate": dict(state_gate="modtanh", num_heads=2, nonlinearity="identity"),
     "real gate": dict(state_gate="modtanh", field="real", nonlinearity="tanh"),
     **{act: dict(nonlinearity=act, num_layers=2) for act in NONLINEARITIES},
@@ -663,8 +667,8 @@ BUILD_ERRORS = {
     "nonlinearity": (ValueError, "nonlinearity: must be one of", dict(nonlinearity="sigmoid")),
     "gate": (
         ValueError,
-        "state_gate: must be one of 'none', 'rotation'",
-        dict(state_gate="sigmoid"),
+        "state_gate: must be one of 'none', 'sigmoid', 'rotation'",
+        dict(state_gate="tanh"),
     ),
     "gate real": (
         ValueError,

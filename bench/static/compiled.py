@@ -77,7 +77,7 @@ class Variant:
     dtype: str = "bf16"  # of memory
     nonlinearity: str = "modrelu"
     field: str = "complex"
-    flags: tuple[str, ...] = ()  # of GIVEN
+    flags: tuple[str, ...] = ()  # of GIVEN; "real" of a complex state's gate
     part: str = "all"  # of the weight gradient: all, da, db or dbeta
     tuning: tuple[tuple[str, int | None], ...] = ()  # choices in place of the default ones
     products: str = ""  # their precision, where it is not that of memory
@@ -162,6 +162,7 @@ class Variant:
             how |= {"backward": self.kernel == "backward", "arch": target.arch}
             # the adjoint has no use of its own for them
             how["given"] = [f for f in self.flags if f == "gate" or not how["backward"]]
+            how["gate_parts"] = 1 if "real" in self.flags else None
             constants, options = compile_options(self.tile, **how)
         if "backward" in self.kernel:
             constants["FLOOR"] = launch.floor_of(DTYPE[self.dtype])
@@ -202,8 +203,10 @@ def variants() -> list[Variant]:
         table.append(Variant(kernel, 32, 32, flags=GIVEN[:3]))
         for P, Q in [(8, 8), (16, 16), (32, 32)]:
             table.append(Variant(kernel, P, Q, flags=("gate",)))
+            table.append(Variant(kernel, P, Q, flags=("gate", "real")))
         for P in (16, 32):
             table.append(Variant(kernel, P, P, "fp32", flags=("gate",)))
+            table.append(Variant(kernel, P, P, "fp32", flags=("gate", "real")))
         for dtype in ("bf16", "fp32"):  # of the preset that tracks states
             table.append(Variant(kernel, 2, 64, dtype, nonlinearity="tanh", flags=("gate",)))
     for P, Q in [(8, 8), (16, 16), (32, 32)]:

@@ -48,10 +48,11 @@ class KRU(RecurrentLayers):
         num_heads: independent diagonal blocks of the recurrent matrix.
         field: "complex" or "real" (real state, orthogonal factors).
         nonlinearity: "modrelu", "modtanh", "tanh", "relu" or "identity".
-        state_gate: "none", "rotation" or "modtanh". The state is multiplied, unit by unit, by a
-            number that depends on the input, before the recurrent matrix: by exp(i (G x_t + c)),
-            which keeps a unitary recurrence unitary (complex field), or by tanh(|z|) z/|z| of
-            z = G x_t + c, which may forget as well. Not with time_parallel.
+        state_gate: "none", "sigmoid", "rotation" or "modtanh". The state is multiplied, unit by
+            unit, by a number that depends on the input, before the recurrent matrix: by
+            sigmoid(G x_t + c), a forget gate; by exp(i (G x_t + c)), which keeps a unitary
+            recurrence unitary (complex field); or by tanh(|z|) z/|z| of z = G x_t + c, which
+            turns and forgets. Not with time_parallel.
         bias: learn b.
         batch_first: input and output are `(B, T, …)` instead of `(T, B, …)`.
         dropout: probability on the output of every layer but the last.

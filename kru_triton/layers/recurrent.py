@@ -28,7 +28,7 @@ from kru_triton.reference import apply_nonlinearity
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
-GATES = ("none", "rotation", "modtanh")
+GATES = ("none", "sigmoid", "rotation", "modtanh")
 
 
 class Recurrence(nn.Module):
@@ -84,9 +84,9 @@ class Recurrence(nn.Module):
         if self.nonlinearity == "modrelu":
             setattr(self, f"beta{suffix}", parameter(self.hidden_size))
         if self.state_gate != "none":
-            angles = self.hidden_size if self.state_gate == "rotation" else self.output_size
-            setattr(self, f"weight_gate{suffix}", parameter(angles, input_size))
-            setattr(self, f"bias_gate{suffix}", parameter(angles))
+            numbers = self.output_size if self.state_gate == "modtanh" else self.hidden_size
+            setattr(self, f"weight_gate{suffix}", parameter(numbers, input_size))
+            setattr(self, f"bias_gate{suffix}", parameter(numbers))
         for f, (p, q) in enumerate(self.factor_shapes):
             setattr(self, f"factor{f}{suffix}", parameter(self.parts, heads, p, q))
 
@@ -99,8 +99,8 @@ class Recurrence(nn.Module):
         return [getattr(self, f"factor{f}{suffix}") for f in range(len(self.factor_shapes))]
 
     def reset_parameters(self) -> None:
-        """Haar unitary factors, beta and bias 0, input weights N(0, 1/D); a gate's bias such that a
-        state turns by 0, or keeps 0.96 of itself, where there is no input."""
+        """Haar unitary factors, beta and bias 0, input weights N(0, 1/D); a gate's bias such that,
+        where there is no input, a state keeps 0.88 of itself, turns by 0, or keeps 0.96."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("factor"):
                 unitary_(parameter)
@@ -108,7 +108,7 @@ class Recurrence(nn.Module):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
             else:
                 nn.init.zeros_(parameter)
-                if name.startswith("bias_gate") and self.state_gate == "modtanh":
+                if name.startswith("bias_gate") and self.state_gate != "rotation":
                     nn.init.constant_(parameter[: self.hidden_size], 2.0)
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
@@ -117,11 +117,14 @@ class Recurrence(nn.Module):
         )
 
     def _gate(self, x: Tensor, suffix: str) -> Tensor | None:
-        """By what the state is multiplied before the recurrent matrix, `(…, F)` of x `(…, D)`."""
+        """By what the state is multiplied before the recurrent matrix, of x `(…, D)`: `(…, F)`, or
+        of "sigmoid" a real number for each unit."""
         if self.state_gate == "none":
             return None
         weight, bias = (getattr(self, f"{kind}_gate{suffix}") for kind in ("weight", "bias"))
         g = nnf.linear(x, weight, bias)
+        if self.state_gate == "sigmoid":
+            return g.sigmoid()
         if self.state_gate == "rotation":
             return torch.cat((g.cos(), g.sin()), -1)
         g = g.unflatten(-1, (self.parts, -1))

@@ -28,7 +28,7 @@ class LanguageModelConfig:
     nonlinearity: Nonlinearity = "modrelu"
     radius: float = 0.9  # KRU: the recurrent matrix starts as this times a unitary one
     time_parallel: bool = False  # KRU without nonlinearity: blocks of time side by side
-    state_gate: Literal["none", "rotation", "modtanh"] = "none"  # KRU: as there
+    state_gate: Literal["none", "sigmoid", "rotation", "modtanh"] = "none"  # KRU: as there
     gated: bool = True  # KRU: multiply the state by silu(G x) before the projection
     input_gated: bool = True  # KRU: multiply the input by sigmoid(I x) before the recurrence
     token_shift: bool = True  # KRU: mix every input with the one before, by a share per channel

@@ -34,7 +34,7 @@ class Scan(NamedTuple):
     reset: Tensor | None = None  # (T, B) bool
     lengths: Tensor | None = None  # (B,) int64, from 0 to T
     tokens: Tensor | None = None  # (T, B) int64
-    gate: Tensor | None = None  # (T, B, F), any strides of T and B
+    gate: Tensor | None = None  # (T, B, F), or (T, B, H·N) of real numbers; any strides of T and B
 
 
 class LSTMScan(NamedTuple):
@@ -101,9 +101,10 @@ def scan_arguments(
         check_shape("h_0", h_0, (batch, parts * heads * units), "(B, parts·H·N)")
     if gate is not None:
         check_same("gate", gate, x, name)
-        shape = (time, batch) if time_first else (batch, time)
+        rows = (time, batch) if time_first else (batch, time)
         meaning = f"({'T, B' if time_first else 'B, T'}, parts·H·N)"
-        check_shape("gate", gate, (*shape, parts * heads * units), meaning)
+        if tuple(gate.shape) != (*rows, heads * units):  # real
+            check_shape("gate", gate, (*rows, parts * heads * units), f"{meaning}, real: H·N")
     if reset is not None:
         check_shape("reset", reset, (batch, time), "(B, T)")
         _check_kind("reset", reset, "a bool", x, name)

@@ -84,7 +84,8 @@ def kru_scan(
             length a row's h is 0, x_proj, reset and gate are not looked at, and no gradient arises.
         gate: `(B, T, parts·H·N)`, a number for every unit (complex: real parts, then imaginary
             parts) by which its h_{t-1} is multiplied before step t; of |gate_t| = 1 it turns the
-            state, of 0 it forgets it. In the dtype of `x_proj` or of the factors.
+            state, of 0 it forgets it. `(B, T, H·N)` in the complex field are real numbers. In the
+            dtype of `x_proj` or of the factors.
         backend: "auto", "triton" or "torch".
         precision: of the products inside the Triton kernels. "bf16" rounds factors and states to
             bfloat16; "bf16x2" takes each factor as a sum of two bfloat16 numbers, in two products,
@@ -187,7 +188,8 @@ def kru_step(
     if x_proj.dim() != 2:
         raise ValueError(f"x_proj: one step takes (B, parts·H·N), got shape {tuple(x_proj.shape)}")
     if gate is not None:
-        check_shape("gate", gate, tuple(x_proj.shape), "that of x_proj")
+        if gate.dim() != 2:
+            raise ValueError(f"gate: one step takes (B, parts·H·N), got shape {tuple(gate.shape)}")
         gate = gate.unsqueeze(1)
     _, h = kru_scan(
         x_proj.unsqueeze(1),

@@ -5,6 +5,7 @@
     weights    dA = Σ G_t (X_{t-1} Bᵀ)ᴴ,  dB = Σ (Aᴴ G_t)-contracted with X_{t-1}
     gates      X_{t-1} = gate_t ⊙ h_{t-1};  with Y_t = Aᴴ G_t conj(B),
                g_{t-1} = dh_{t-1} + conj(gate_t) ⊙ Y_t,  dgate_t = Y_t ⊙ conj(h_{t-1})
+               (its real part where the gate is real)
 
 Only h is saved. Gradients follow PyTorch's convention (dL/dRe + i·dL/dIm).
 
@@ -112,9 +113,10 @@ class _Step:
             # one small product per (head, row): stride 0 over rows, a copy only with several heads
             self.left = left.reshape(-1, *left.shape[2:])
 
-    def buffer(self, slots: int) -> Tensor:
-        """An empty `(slots, H, B, P, c, Q)` buffer."""
-        shape = (slots, self.heads, self.batch, self.p, self.parts, self.q)
+    def buffer(self, slots: int, like: Tensor | None = None) -> Tensor:
+        """An empty `(slots, H, B, P, c, Q)` buffer, for states or of the parts that `like` has."""
+        parts = self.parts if like is None else self.parts_of(like)
+        shape = (slots, self.heads, self.batch, self.p, parts, self.q)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
@@ -133,13 +135,17 @@ class _Step:
 
     def planar(self, x: Tensor) -> Tensor:
         """`(T, B, F)` of any strides as the permuted view `(T, H, B, P, c, Q)`."""
-        shape = (x.shape[0], self.batch, self.parts, self.heads, self.p, self.q)
+        shape = (x.shape[0], self.batch, self.parts_of(x), self.heads, self.p, self.q)
         return x.view(shape).permute(0, 3, 1, 4, 2, 5)
+
+    def parts_of(self, x: Tensor) -> int:
+        """The parts of planar `(…, F)`: those of states, or 1 of real gates."""
+        return x.shape[-1] // (self.heads * self.p * self.q)
 
     def load(self, slots: Tensor, x: Tensor) -> None:
         """Copy `(T, B, F)` into T slots; part by part, on a CPU twice as fast as at once."""
         x = self.planar(x)
-        for k in range(self.parts):
+        for k in range(x.shape[-2]):
             slots[..., k, :].copy_(x[..., k, :])
 
     def chunks(self):
@@ -196,7 +202,7 @@ def _forward(
     cut, cuts = step.cut(scan.reset)
     gates = None
     if scan.gate is not None:
-        gates, gated = step.buffer(step.chunk), step.buffer(1)
+        gates, gated = step.buffer(step.chunk, scan.gate), step.buffer(1)
     last = 0
     for start, end in step.chunks():
         if start:
@@ -277,22 +283,24 @@ def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | No
 
 
 def multiply(gate: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write gate ⊙ x, of slots."""
-    (real, *imag), (first, *second) = _parts(gate), _parts(x)
-    torch.mul(real, first, out=_parts(out)[0])
+    """Write gate ⊙ x, of slots; the gate may be real where x is complex."""
+    (real, *imag), sources, results = _parts(gate), _parts(x), _parts(out)
+    for source, result in zip(sources, results):
+        torch.mul(real, source, out=result)
     if imag:
-        _parts(out)[0].addcmul_(imag[0], second[0], value=-1)
-        torch.mul(real, second[0], out=_parts(out)[1])
-        _parts(out)[1].addcmul_(imag[0], first)
+        results[0].addcmul_(imag[0], sources[1], value=-1)
+        results[1].addcmul_(imag[0], sources[0])
 
 
 def add_conj_product(out: Tensor, gate: Tensor, x: Tensor) -> None:
-    """Add conj(gate) ⊙ x, of slots."""
-    (real, *imag), (first, *second) = _parts(gate), _parts(x)
-    _parts(out)[0].addcmul_(real, first)
+    """Add conj(gate) ⊙ x, of slots; its real part to a real out; the gate may be real."""
+    (real, *imag), sources, results = _parts(gate), _parts(x), _parts(out)
+    for source, result in zip(sources, results):
+        result.addcmul_(real, source)
     if imag:
-        _parts(out)[0].addcmul_(imag[0], second[0])
-        _parts(out)[1].addcmul_(real, second[0]).addcmul_(imag[0], first, value=-1)
+        results[0].addcmul_(imag[0], sources[1])
+        for result in results[1:]:
+            result.addcmul_(imag[0], sources[0], value=-1)
 
 
 def _parts(x: Tensor) -> list[Tensor]:
@@ -330,7 +338,7 @@ def backward(
     dx = allocate(h.shape, dtype=h.dtype, device=h.device)
     d_gate = None
     if scan.gate is not None:
-        d_gate = allocate(h.shape, dtype=scan.gate.dtype, device=h.device)
+        d_gate = allocate(scan.gate.shape, dtype=scan.gate.dtype, device=h.device)
     dh_0 = a.new_zeros(batch, features) if dh_n is None else dh_n.to(a.dtype, copy=True)
     first = a.new_zeros(batch, features) if h_0 is None else h_0
     da, db = torch.zeros_like(a), torch.zeros_like(b)
@@ -349,7 +357,7 @@ def backward(
 
 def _backward(
     dx: Tensor,  # (T, B, F), written
-    d_gate: Tensor | None,  # (T, B, F), written
+    d_gate: Tensor | None,  # as the gate, written
     d_state: Tensor,  # (B, F), gradient of the last state; that of h_0 is written over it
     dh: Tensor | None,  # (T, B, F)
     h: Tensor,  # (T, B, F)
@@ -371,7 +379,8 @@ def _backward(
         inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
     cut, cuts = step.cut(scan.reset)
     if d_gate is not None:
-        gates, gated, back = (step.buffer(step.chunk) for _ in range(3))
+        gates = step.buffer(step.chunk, scan.gate)
+        gated, back = step.buffer(step.chunk), step.buffer(step.chunk)
         back_rows = step.rows(back)
     carry = step.buffer(1)
     step.load(carry, d_state[None])

@@ -101,9 +101,9 @@ class Config:
     """The recurrent matrix starts as this times a unitary one."""
     time_parallel: bool = False
     """With --nonlinearity identity: run blocks of time side by side (for a GPU and few lanes)."""
-    state_gate: Literal["none", "rotation", "modtanh"] = "none"
-    """Multiply the state of kru by a gate of the input, before the recurrent matrix: by numbers of
-    modulus 1, or of up to 1."""
+    state_gate: Literal["none", "sigmoid", "rotation", "modtanh"] = "none"
+    """Multiply the state of kru by a gate of the input, before the recurrent matrix: by numbers
+    from 0 to 1 (sigmoid), by ones of modulus 1 (rotation), or of up to 1 (modtanh)."""
     gated: bool = True
     """Multiply the recurrence's output by a gate of the input."""
     input_gated: bool = True

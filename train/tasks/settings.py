@@ -37,9 +37,9 @@ class TaskConfig:
     """Numbers the recurrence of kru works in."""
     nonlinearity: Nonlinearity = "modrelu"
     """Of kru, unitary and orthogonal."""
-    state_gate: Literal["none", "rotation", "modtanh"] = "none"
-    """Multiply the state of kru by a gate of the input, before the recurrent matrix: by numbers of
-    modulus 1, or of up to 1."""
+    state_gate: Literal["none", "sigmoid", "rotation", "modtanh"] = "none"
+    """Multiply the state of kru by a gate of the input, before the recurrent matrix: by numbers
+    from 0 to 1 (sigmoid), by ones of modulus 1 (rotation), or of up to 1 (modtanh)."""
     frozen_factors: bool = False
     """Control: leave the recurrent matrices of kru or krulstm as they were drawn."""
     input_std: float = 0.0
