@@ -79,6 +79,9 @@ def compile_options(
     # Z in place of X from step to step, and with it the next step's row, or the next two where a
     # step is shorter than the way to L2 and values are not read one by one
     two = one and nvidia and not (split or backward) and tile.aligned > 1
+    real_gate = nvidia and gate_parts == 1 and parts == 2
+    if real_gate and values == 512 and tile.rows == 1 and arch < 100:
+        two = False  # its load would sink to where it is used
     ahead = 2 if two else int(one if split else values <= 4096)
     if not nvidia and (nonlinearity == "modtanh" or not (one or backward)):
         ahead = 0  # fewer instructions of AMD's devices
@@ -110,7 +113,8 @@ def compile_options(
     }
     if nvidia and values > 4096 and (pairs or max(tile.PP, tile.QP) == 128):
         options["num_warps"] = 8  # of AMD's, a thread would have half the registers, and spill
-    if nvidia and (backward or split) and "gate" in given and values == 2048:
+    spills = backward or split or (real_gate and arch >= 100)
+    if nvidia and spills and "gate" in given and values == 2048:
         options["num_warps"] = 4  # one would spill
     if nvidia and options["num_warps"] == 1:
         # without it ptxas would stop at 128 or 168 and spill
@@ -133,6 +137,8 @@ def compile_options(
         options["maxnreg"] = 184  # ptxas would stop at 168 and spill
     if bf16_on_nvidia and backward and values == 8192 and arch < 90:
         constants["BETA_IN_LOOP"], options["num_warps"] = tile.PP == 128, 8
+    if bf16_on_nvidia and backward and real_gate and values == 512 and tile.rows == 1 and arch == 90:
+        options["maxnreg"] = 168  # likewise
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer
         few = nonlinearity == "modrelu" and tile.lines and arch >= 90

@@ -207,6 +207,9 @@ def variants() -> list[Variant]:
         for P in (16, 32):
             table.append(Variant(kernel, P, P, "fp32", flags=("gate",)))
             table.append(Variant(kernel, P, P, "fp32", flags=("gate", "real")))
+        for P in (8, 16):  # of the presets of language models
+            flags = ("gate", "real")
+            table.append(Variant(kernel, P, P, nonlinearity="identity", flags=flags))
         for dtype in ("bf16", "fp32"):  # of the preset that tracks states
             table.append(Variant(kernel, 2, 64, dtype, nonlinearity="tanh", flags=("gate",)))
     for P, Q in [(8, 8), (16, 16), (32, 32)]:
