@@ -80,7 +80,8 @@ def compile_options(
     # step is shorter than the way to L2 and values are not read one by one
     two = one and nvidia and not (split or backward) and tile.aligned > 1
     real_gate = nvidia and gate_parts == 1 and parts == 2
-    if real_gate and values == 512 and tile.rows == 1 and arch < 100:
+    of_256_units = real_gate and values == 512 and tile.rows == 1
+    if of_256_units and arch < 100:
         two = False  # its load would sink to where it is used
     ahead = 2 if two else int(one if split else values <= 4096)
     if not nvidia and (nonlinearity == "modtanh" or not (one or backward)):
@@ -137,7 +138,7 @@ def compile_options(
         options["maxnreg"] = 184  # ptxas would stop at 168 and spill
     if bf16_on_nvidia and backward and values == 8192 and arch < 90:
         constants["BETA_IN_LOOP"], options["num_warps"] = tile.PP == 128, 8
-    if bf16_on_nvidia and backward and real_gate and values == 512 and tile.rows == 1 and arch == 90:
+    if bf16_on_nvidia and backward and of_256_units and arch == 90:
         options["maxnreg"] = 168  # likewise
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer

@@ -100,7 +100,7 @@ class Recurrence(nn.Module):
 
     def reset_parameters(self) -> None:
         """Haar unitary factors, beta and bias 0, input weights N(0, 1/D); a gate's bias such that,
-        where there is no input, a state keeps 0.88 of itself, turns by 0, or keeps 0.96."""
+        where there is no input, a state keeps 0.73 of itself, turns by 0, or keeps 0.96."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("factor"):
                 unitary_(parameter)
@@ -108,8 +108,9 @@ class Recurrence(nn.Module):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
             else:
                 nn.init.zeros_(parameter)
-                if name.startswith("bias_gate") and self.state_gate != "rotation":
-                    nn.init.constant_(parameter[: self.hidden_size], 2.0)
+                if name.startswith("bias_gate"):
+                    start = {"sigmoid": 1.0, "rotation": 0.0, "modtanh": 2.0}[self.state_gate]
+                    nn.init.constant_(parameter[: self.hidden_size], start)
 
     def _project(self, x: Tensor, suffix: str) -> Tensor:
         return nnf.linear(

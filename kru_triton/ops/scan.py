@@ -25,7 +25,6 @@ from kru_triton.ops.arguments import (
     How,
     Scan,
     check_places,
-    check_shape,
     check_tensor,
     scan_arguments,
     steps_and_rows,

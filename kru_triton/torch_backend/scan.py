@@ -113,10 +113,9 @@ class _Step:
             # one small product per (head, row): stride 0 over rows, a copy only with several heads
             self.left = left.reshape(-1, *left.shape[2:])
 
-    def buffer(self, slots: int, like: Tensor | None = None) -> Tensor:
-        """An empty `(slots, H, B, P, c, Q)` buffer, for states or of the parts that `like` has."""
-        parts = self.parts if like is None else self.parts_of(like)
-        shape = (slots, self.heads, self.batch, self.p, parts, self.q)
+    def buffer(self, slots: int) -> Tensor:
+        """An empty `(slots, H, B, P, c, Q)` buffer."""
+        shape = (slots, self.heads, self.batch, self.p, self.parts, self.q)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
@@ -143,10 +142,11 @@ class _Step:
         return x.shape[-1] // (self.heads * self.p * self.q)
 
     def load(self, slots: Tensor, x: Tensor) -> None:
-        """Copy `(T, B, F)` into T slots; part by part, on a CPU twice as fast as at once."""
+        """Copy `(T, B, F)` into T slots; part by part, on a CPU twice as fast as at once. A real
+        gate goes into both, so that products with it are those of whole slots."""
         x = self.planar(x)
-        for k in range(x.shape[-2]):
-            slots[..., k, :].copy_(x[..., k, :])
+        for k in range(self.parts):
+            slots[..., k, :].copy_(x[..., min(k, x.shape[-2] - 1), :])
 
     def chunks(self):
         """The pairs (start, end) of all chunks in time order."""
@@ -202,7 +202,8 @@ def _forward(
     cut, cuts = step.cut(scan.reset)
     gates = None
     if scan.gate is not None:
-        gates, gated = step.buffer(step.chunk, scan.gate), step.buffer(1)
+        multiply = _product if step.parts_of(scan.gate) == 2 else torch.mul
+        gates, gated = step.buffer(step.chunk), step.buffer(1)
     last = 0
     for start, end in step.chunks():
         if start:
@@ -214,7 +215,7 @@ def _forward(
         for i in range(last):
             previous = rows[i]
             if gates is not None:
-                multiply(gates[i], state[i], gated[0])
+                multiply(gates[i], state[i], out=gated[0])
                 previous = step.rows(gated)[0]
             if cuts[start + i]:  # not in place: slot i is still to be copied out
                 whole = state[i] if gates is None else gated[0]
@@ -282,25 +283,18 @@ def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | No
     return modrelu
 
 
-def multiply(gate: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write gate ⊙ x, of slots; the gate may be real where x is complex."""
-    (real, *imag), sources, results = _parts(gate), _parts(x), _parts(out)
-    for source, result in zip(sources, results):
-        torch.mul(real, source, out=result)
-    if imag:
-        results[0].addcmul_(imag[0], sources[1], value=-1)
-        results[1].addcmul_(imag[0], sources[0])
+def _product(gate: Tensor, x: Tensor, *, out: Tensor) -> None:
+    """Write gate ⊙ x, of complex slots."""
+    (real, imag), (first, second), results = _parts(gate), _parts(x), _parts(out)
+    torch.mul(real, first, out=results[0]).addcmul_(imag, second, value=-1)
+    torch.mul(real, second, out=results[1]).addcmul_(imag, first)
 
 
-def add_conj_product(out: Tensor, gate: Tensor, x: Tensor) -> None:
-    """Add conj(gate) ⊙ x, of slots; its real part to a real out; the gate may be real."""
-    (real, *imag), sources, results = _parts(gate), _parts(x), _parts(out)
-    for source, result in zip(sources, results):
-        result.addcmul_(real, source)
-    if imag:
-        results[0].addcmul_(imag[0], sources[1])
-        for result in results[1:]:
-            result.addcmul_(imag[0], sources[0], value=-1)
+def _add_conj_product(out: Tensor, gate: Tensor, x: Tensor) -> None:
+    """Add conj(gate) ⊙ x, of complex slots."""
+    (real, imag), (first, second), results = _parts(gate), _parts(x), _parts(out)
+    results[0].addcmul_(real, first).addcmul_(imag, second)
+    results[1].addcmul_(real, second).addcmul_(imag, first, value=-1)
 
 
 def _parts(x: Tensor) -> list[Tensor]:
@@ -379,8 +373,10 @@ def _backward(
         inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
     cut, cuts = step.cut(scan.reset)
     if d_gate is not None:
-        gates = step.buffer(step.chunk, scan.gate)
-        gated, back = step.buffer(step.chunk), step.buffer(step.chunk)
+        multiply, add_conj_product = torch.mul, torch.Tensor.addcmul_
+        if step.parts_of(scan.gate) == 2:
+            multiply, add_conj_product = _product, _add_conj_product
+        gates, gated, back = (step.buffer(step.chunk) for _ in range(3))
         back_rows = step.rows(back)
     carry = step.buffer(1)
     step.load(carry, d_state[None])
@@ -401,7 +397,7 @@ def _backward(
         if d_gate is not None:
             step.load(gates[:n], scan.gate[start:end])
             before = gated[:n]
-            multiply(gates[:n], past, before)
+            multiply(gates[:n], past, out=before)
         adjoint.prepare(before, None if inputs is None else inputs(start, end))
         for i in range(n - 1, -1, -1):
             adjoint.step(i)
@@ -426,7 +422,10 @@ def _backward(
         step.planar(dx[start:end]).copy_(grad[1 : n + 1])
         if d_gate is not None:
             add_conj_product(gates[:n].zero_(), past, back[:n])
-            step.planar(d_gate[start:end]).copy_(gates[:n])
+            d = gates[:n]
+            if step.parts_of(d_gate) < step.parts:
+                d = d.sum(-2, keepdim=True)
+            step.planar(d_gate[start:end]).copy_(d)
     step.planar(d_state[None]).copy_(carry)
     return weights.a(), weights.b(), adjoint.d_beta.view(-1)
 
