@@ -202,7 +202,7 @@ def _forward(
     cut, cuts = step.cut(scan.reset)
     gates = None
     if scan.gate is not None:
-        multiply = _product if step.parts_of(scan.gate) == 2 else torch.mul
+        multiply, _ = _gate_products(step, scan.gate)
         gates, gated = step.buffer(step.chunk), step.buffer(1)
     last = 0
     for start, end in step.chunks():
@@ -281,6 +281,13 @@ def _activation(step: _Step, state: Tensor, nonlinearity: str, beta: Tensor | No
         multiply(i)
 
     return modrelu
+
+
+def _gate_products(step: _Step, gate: Tensor) -> tuple[Callable, Callable]:
+    """multiply(gate, x, out=) and add_conj_product(out, gate, x), of slots."""
+    if step.parts_of(gate) == 2:
+        return _product, _add_conj_product
+    return torch.mul, Tensor.addcmul_
 
 
 def _product(gate: Tensor, x: Tensor, *, out: Tensor) -> None:
@@ -373,9 +380,7 @@ def _backward(
         inner_rows, inner_blocks = step.rows(inner), step.blocks(inner)
     cut, cuts = step.cut(scan.reset)
     if d_gate is not None:
-        multiply, add_conj_product = torch.mul, torch.Tensor.addcmul_
-        if step.parts_of(scan.gate) == 2:
-            multiply, add_conj_product = _product, _add_conj_product
+        multiply, add_conj_product = _gate_products(step, scan.gate)
         gates, gated, back = (step.buffer(step.chunk) for _ in range(3))
         back_rows = step.rows(back)
     carry = step.buffer(1)
