@@ -144,7 +144,7 @@ def draw_curves(axis, found: list[dict]) -> None:
     models = defaultdict(list)
     for row in sorted(found, key=lambda row: row["val_bpb"]):
         attends = bool(row.get("model_config", {}).get("linear_attention"))
-        own = models[row["model"], attends, row["optimizer"], other_lanes(row)]
+        own = models[row["model"] + state_gate(row), attends, row["optimizer"], other_lanes(row)]
         if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
     for number, ((model, attends, optimizer, lanes), own) in enumerate(models.items()):
@@ -157,7 +157,7 @@ def draw_curves(axis, found: list[dict]) -> None:
         ]
         what = f"{model} + linear attention" if attends else model
         name = f"{what}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
-        width = 2.2 if model == "kru" else 1
+        width = 2.2 if model.split()[0] == "kru" else 1
         axis.plot(tokens[1:], bits[1:], color=f"C{number}", label=name, linewidth=width)
         ends = [row["val_bpb"] for row in own]
         axis.plot([tokens[-1]] * len(ends), ends, "x", color=f"C{number}", markersize=5)
@@ -169,7 +169,8 @@ def scaling(rows, new):
     models = defaultdict(dict)  # rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
         if read_twenty(row) and not row.get("seed"):  # of seed 0 the best rate
-            models[row["model"] + other_lanes(row)].setdefault(row["params"], row)
+            model = row["model"] + state_gate(row) + other_lanes(row)
+            models[model].setdefault(row["params"], row)
     models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
     if not models:
         return None
@@ -182,6 +183,12 @@ def scaling(rows, new):
         axis.plot(sizes, scale * sizes**exponent, color=f"C{number}", label=label)
     finish(axis, "parameters N, each read 20 tokens", "bits per byte of held-out text")
     return figure, [row for own in models.values() for row in own]
+
+
+def state_gate(row: dict) -> str:
+    """For a label: what a state is multiplied by."""
+    gate = row.get("model_config", {}).get("state_gate", "none")
+    return "" if gate == "none" else f" ({gate} gate)"
 
 
 def other_lanes(row: dict) -> str:

@@ -27,9 +27,9 @@ DATA = Path(__file__).parent / "data"
 SHARED = "--lr-floor 1 --log-every 1 --wandb disabled --device cpu --backend torch"
 LM_FLAGS = (
     "--preset tiny --d-model 8 --num-layers 1 --hidden-size 8 --num-heads 1 --nonlinearity tanh "
-    "--batch-size 2 --segment-length 16 --tokenizer characters --data text:text/*.txt "
-    "--valid text:text/2.txt --optimizer adamw --lr 1.6e-2 --warmup 0 --dtype float32 "
-    f"--sample-tokens 4 {SHARED}"
+    "--state-gate none --batch-size 2 --segment-length 16 --tokenizer characters "
+    "--data text:text/*.txt --valid text:text/2.txt --optimizer adamw --lr 1.6e-2 --warmup 0 "
+    f"--dtype float32 --sample-tokens 4 {SHARED}"
 )
 COPY_FLAGS = (
     f"--preset tiny --T 5 --hidden-size 8 --factors 2 4 --batch-size 4 --no-pictures {SHARED}"

@@ -100,7 +100,8 @@ class Config:
     radius: float = 0.9
     """The recurrent matrix starts as this times a unitary one."""
     time_parallel: bool = False
-    """With --nonlinearity identity: run blocks of time side by side (for a GPU and few lanes)."""
+    """With --nonlinearity identity and --state-gate none: run blocks of time side by side (for a
+    GPU and few lanes)."""
     state_gate: Literal["none", "sigmoid", "rotation", "modtanh"] = "none"
     """Multiply the state of kru by a gate of the input, before the recurrent matrix: by numbers
     from 0 to 1 (sigmoid), by ones of modulus 1 (rotation), or of up to 1 (modtanh)."""
