@@ -353,7 +353,7 @@ def match_parameters(config: LanguageModelConfig, count: int) -> LanguageModelCo
     A Kronecker model keeps its hidden_size and factors: width hardly costs it recurrent parameters.
 
     Raises:
-        ValueError: no d_model from 8 to 8192 comes within 10 % of `count`.
+        ValueError: no d_model up to 8192 comes within 10 % of `count`.
     """
     ratio = config.hidden_size / config.d_model
     unit = 2 * config.num_heads if config.model == "transformer" else 2
