@@ -113,8 +113,9 @@ def held_out_text(specs: tuple[str, ...], run_dir: Path | None = None) -> list[D
     valid_bytes = began.get("valid_bytes", Config.valid_bytes)
     if specs == data:
         if "held_out" in saved:
-            return [(name, text.encode()) for name, text in saved["held_out"]]
-        documents = split(data, valid, valid_bytes, saved, began).held_out
+            documents = [(name, text.encode()) for name, text in saved["held_out"]]
+        else:
+            documents = split(data, valid, valid_bytes, saved, began).held_out
         if began.get("valid_sha256") not in (None, statistics(documents)["sha256"]):
             raise UserError(
                 f"{run_dir}: the text that it held out of --data {' '.join(data)} has changed; "
