@@ -428,6 +428,8 @@ def test_committed_rows_make_tables():
     for path in harness.RESULTS.glob("*.jsonl"):
         lines, _ = harness.table(path)
         assert len(lines) > 4
+    pytest.importorskip("tyro")
+    assert front.main(["baselines", "--table"]) == 0
 
 
 def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):
