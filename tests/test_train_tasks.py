@@ -344,7 +344,7 @@ def test_mnist_of_the_wrong_shape_or_values(tmp_path):
         pixel_mnist.read(write(",".join(["0"] * 785)))
     with pytest.raises(UserError, match="cannot be read"):
         pixel_mnist.read(write("a,b\n"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"--data .*: there is no such file or directory; give"):
         pixel_mnist.read(str(tmp_path / "missing.csv"))
 
 
@@ -909,7 +909,9 @@ def test_frozen_factors_stay_as_drawn(tmp_path):
 def test_a_run_that_diverges_ends_with_3(tmp_path, capsys):
     flags = f"{TOY_COPY} --lr 1e30 --clip 0 --steps 30"
     assert train(copy_memory, flags, tmp_path / "run") == (3, None)
-    assert "error: non-finite" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error: non-finite" in err
+    assert "a lower --recurrent-lr or --lr may help, or --clip 1" in err
 
 
 def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
@@ -952,6 +954,11 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
 def test_bad_flags(flags, message):
     with pytest.raises(UserError, match=message):
         copy_memory.setup(shlex.split(flags))
+
+
+def test_what_a_preset_says_is_told_from_flags():
+    with pytest.raises(UserError, match=r"got \(1.0, 0.01\) of --preset integrator"):
+        adding.setup(["--num-layers", "3"])
 
 
 def test_bad_input_ends_with_2(tmp_path):

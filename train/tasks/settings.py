@@ -143,8 +143,10 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
         raise UserError(f"--decay-share must be at most 1, got {config.decay_share}")
     spreads = config.init_spread
     if len(spreads) not in (1, config.num_layers) or not all(0 <= s <= 1 for s in spreads):
+        source = f" of --preset {preset}" if spreads == presets[preset].get("init_spread") else ""
         raise UserError(
             f"--init-spread must be 1 or {config.num_layers} numbers in [0, 1], got {spreads}"
+            f"{source}"
         )
     if not (config.steps or config.minutes or config.patience):
         raise UserError("one of --steps, --minutes and --patience must limit the run")
