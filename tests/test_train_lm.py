@@ -410,6 +410,11 @@ def test_resume_must_and_never(tmp_path, corpus, monkeypatch, capsys):
     )
     assert (old["seed"], new["seed"]) == (0, 1)
     assert checkpoints.load_latest(tmp_path / "run" / "old-1")[0].trainer["step"] == 3
+    (tmp_path / "run/checkpoints/step-3/model.safetensors").unlink()
+    before = sorted((tmp_path / "run").rglob("*"))
+    assert run_in_process(monkeypatch, *flags, "--seed", 1, "--resume", "must") == 2
+    assert re.search(r"--resume must: .*; step-3 is corrupt: model", capsys.readouterr().err)
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_what_a_run_remembers_of_its_data_is_set_aside_with_it(tmp_path, corpus, monkeypatch):
