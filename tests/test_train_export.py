@@ -619,6 +619,7 @@ def test_bad_arguments_for_evaluation(run_dir, text, tmp_path, monkeypatch, caps
         ({"data": f"text:{tmp_path}/empty.txt"}, "empty corpus"),
         ({"model": str(tmp_path)}, "no checkpoint under"),
         ({"device": "nowhere"}, "--device nowhere"),
+        ({"json": f"{tmp_path}/none/a.json"}, "--json .*/none/a.json: must be a file in a folder"),
     ]
     for values, message in cases:
         config = EvaluateConfig(**{"model": str(run_dir), "data": text[0], **values})
