@@ -26,7 +26,7 @@ from kru_triton.train import reproduce
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run import run as run_module
 from kru_triton.train.run.device import device_name
-from kru_triton.train.run.settings import UserError, parse
+from kru_triton.train.run.settings import UserError, model_settings, parse, unused
 from kru_triton.train.tasks import adding, copy_memory, music, pixel_mnist, state_tracking, timit
 from kru_triton.train.tasks import loop as task_loop
 from kru_triton.train.tasks.models import (
@@ -959,6 +959,17 @@ def test_bad_flags(flags, message):
 def test_what_a_preset_says_is_told_from_flags():
     with pytest.raises(UserError, match=r"got \(1.0, 0.01\) of --preset integrator"):
         adding.setup(["--num-layers", "3"])
+
+
+def test_flags_of_another_model_are_named_and_what_a_preset_says_is_not(capsys):
+    copy_memory.setup(shlex.split("--preset balanced --model lstm"))
+    assert capsys.readouterr().out == ""
+    copy_memory.setup(shlex.split("--model lstm --state-gate rotation --factors 3 5"))
+    said = capsys.readouterr().out
+    assert said == "note: not used by --model lstm: --factors, --state-gate\n"
+    config = parse(shlex.split("--preset tiny --model gru --factors 7 7 --state-gate rotation"))
+    (said,) = unused(config, model_settings(PRESETS["tiny"]))
+    assert said == "note: not used by --model gru: --factors, --state-gate"
 
 
 def test_bad_input_ends_with_2(tmp_path):

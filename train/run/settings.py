@@ -222,6 +222,24 @@ BEFORE = {
     "chrono": 0,
     "asked": "cited",
 }
+# The models that use a setting; the others pass over it.
+USED_BY = {
+    "factors": ("kru", "krulstm"),
+    **dict.fromkeys(("field", "state_gate", "time_parallel", "radius"), ("kru",)),
+    **dict.fromkeys(("gated", "input_gated", "token_shift"), ("kru",)),
+    **dict.fromkeys(("nonlinearity", "input_std", "init_spread"), ("kru", "unitary", "orthogonal")),
+}
+
+
+def unused(config, preset: dict) -> list[str]:
+    """A line about settings that are not the preset's and that the model does not use, if any."""
+    before = {**vars(type(config)()), **preset}
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name, models in USED_BY.items()
+        if config.model not in models and getattr(config, name, None) != before.get(name)
+    ]
+    return [f"note: not used by --model {config.model}: {', '.join(flags)}"] if flags else []
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Config:

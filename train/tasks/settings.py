@@ -10,7 +10,7 @@ import tyro
 
 from kru_triton.nonlinearity import Nonlinearity
 from kru_triton.ops.arguments import Backend, Precision
-from kru_triton.train.run.settings import UserError, check_seed, read_toml
+from kru_triton.train.run.settings import UserError, check_seed, read_toml, unused
 
 
 @dataclass
@@ -160,4 +160,6 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
         )
     if config.frozen_factors and config.model not in ("kru", "krulstm"):
         raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
+    for line in unused(config, presets[preset]):
+        print(line)
     return config
