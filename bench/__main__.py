@@ -1,7 +1,7 @@
 """One way in for all benchmarks.
 
     python -m bench --list                    what there is
-    python -m bench --quick                   every benchmark on toy sizes: shows that it runs
+    python -m bench --quick                   what --all runs, of every device, on toy sizes
     python -m bench --all                     every benchmark that this device is for
     python -m bench gpu --part d              one of them, with its own flags (--help)
     python -m bench --table                   the newest rows of this device, with ratios

@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=harness.RESULTS / "reproduction.json")
     parser.add_argument("--figures", type=Path, default=harness.ROOT / "bench" / "figures")
     options = parser.parse_args(argv)
+    if not options.rows.is_file():
+        parser.error(f"--rows: no file {options.rows}")
     pyplot = harness.pyplot_for(parser)
-
     runs = curves(json.loads(options.rows.read_text()))
     for cell, found in runs.items():
         if not found:

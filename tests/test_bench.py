@@ -40,6 +40,19 @@ def test_bad_flags_name_what_there_is(capsys):
     assert "say --list, --quick, --all" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("picture --rows /nope", "--rows: no file /nope"),
+        ("compiled --match nope", "no variant of --kernel has --match nope"),
+    ],
+)
+def test_what_is_not_there_is_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        front.main(flags.split())
+    assert message in capsys.readouterr().err
+
+
 def test_an_unknown_benchmark_is_told_which_there_are(capsys):
     assert front.main(["kernel"]) == 2
     assert "no benchmark 'kernel'; there are gpu, cpu" in capsys.readouterr().err

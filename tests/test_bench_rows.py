@@ -314,9 +314,14 @@ def test_model_of_unknown_devices_and_its_report(capsys):
     said = capsys.readouterr().out
     assert "| B=2048 |" in said
     assert "| 64x64 |" in said
-    with pytest.raises(SystemExit):
-        model.main(["--device", "v100"])
-    assert "h200" in capsys.readouterr().err
+    for flags, message in [
+        (["--device", "v100"], "h200"),
+        (["--set", "foo=1"], "--set: must be NAME=NUMBER, NAME of processors, clock"),
+        (["--set", "mma_cycles=x"], "--set: must be NAME=NUMBER"),
+    ]:
+        with pytest.raises(SystemExit):
+            model.main(flags)
+        assert message in capsys.readouterr().err
 
 
 def test_the_model_takes_what_a_device_measured_and_shows_measured_times(tmp_path, capsys):
@@ -428,6 +433,8 @@ def test_committed_rows_make_tables():
     for path in harness.RESULTS.glob("*.jsonl"):
         lines, _ = harness.table(path)
         assert len(lines) > 4
+    pytest.importorskip("tyro")
+    assert front.main(["baselines", "--table"]) == 0
 
 
 def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):

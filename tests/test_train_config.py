@@ -97,6 +97,9 @@ def test_a_missing_toml_file_is_named(tmp_path):
         ("--temperature inf", "--temperature must be at least 0, got inf"),
         ("--top-p 0", r"--top-p must be in \(0, 1\], got 0"),
         ("--factors 4 0", "--factors must be positive"),
+        ("--radius -1", "--radius must be at least 0, got -1"),
+        ("--radius nan", "--radius must be at least 0, got nan"),
+        ("--mlp-ratio inf", "--mlp-ratio must be positive and finite, got inf"),
     ],
 )
 def test_values_out_of_range_are_named(flags, message):

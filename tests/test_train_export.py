@@ -215,6 +215,12 @@ def test_what_cannot_be_exported(run_dir, folder, tmp_path, monkeypatch, capsys)
     for (source, out), message in cases:
         with pytest.raises(UserError, match=message):
             export.export(ExportConfig(str(source), str(out)))
+    plain = LanguageModel(LanguageModelConfig(257, hidden_size=16, frame="plain", num_layers=1))
+    trainer = {"step": 1, "model_config": dataclasses.asdict(plain.config)}
+    files = {"model": plain.state_dict()}, {"trainer": trainer}
+    checkpoints.save(tmp_path / "plain", 1, *files, keep=1)
+    with pytest.raises(UserError, match="plain cannot be exported: frame: a 'plain' network"):
+        export.export(ExportConfig(str(tmp_path / "plain"), str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
     error = error_of(export, monkeypatch, capsys, tmp_path, tmp_path / "new")
     assert error.startswith("error: no checkpoint under")
@@ -619,6 +625,7 @@ def test_bad_arguments_for_evaluation(run_dir, text, tmp_path, monkeypatch, caps
         ({"data": f"text:{tmp_path}/empty.txt"}, "empty corpus"),
         ({"model": str(tmp_path)}, "no checkpoint under"),
         ({"device": "nowhere"}, "--device nowhere"),
+        ({"json": f"{tmp_path}/none/a.json"}, "--json .*/none/a.json: must be a file in a folder"),
     ]
     for values, message in cases:
         config = EvaluateConfig(**{"model": str(run_dir), "data": text[0], **values})

@@ -356,6 +356,20 @@ def test_another_configuration_is_refused_with_the_settings_that_differ(
     assert metrics(run_dir) == before
 
 
+@pytest.mark.parametrize("other", [["--tokenizer", "bpe:9"], ["--data", "json:{}/a.json"]])
+def test_refused_data_leave_the_run_as_it_was(tmp_path, finished, long_flags, monkeypatch, other):
+    def files():
+        paths = (path for path in run_dir.rglob("*") if path.name != ".lock" and path.is_file())
+        return {path: path.read_bytes() for path in paths}
+
+    run_dir, _ = finished
+    before = files()
+    (tmp_path / "a.json").write_text('{"text": "some words"}\n' * 20)
+    flags = [*long_flags, "--run-dir", run_dir, *(flag.format(tmp_path) for flag in other)]
+    assert run_in_process(monkeypatch, *flags) == 2
+    assert files() == before
+
+
 def test_other_text_is_another_configuration(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("some words to learn from\n" * 400)
     flags = [
@@ -396,6 +410,11 @@ def test_resume_must_and_never(tmp_path, corpus, monkeypatch, capsys):
     )
     assert (old["seed"], new["seed"]) == (0, 1)
     assert checkpoints.load_latest(tmp_path / "run" / "old-1")[0].trainer["step"] == 3
+    (tmp_path / "run/checkpoints/step-3/model.safetensors").unlink()
+    before = sorted((tmp_path / "run").rglob("*"))
+    assert run_in_process(monkeypatch, *flags, "--seed", 1, "--resume", "must") == 2
+    assert re.search(r"--resume must: .*; step-3 is corrupt: model", capsys.readouterr().err)
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_what_a_run_remembers_of_its_data_is_set_aside_with_it(tmp_path, corpus, monkeypatch):
@@ -740,6 +759,12 @@ def test_evaluation_reads_what_the_run_held_out_and_nothing_it_trains_on(
     assert read(*(spec.replace(str(tmp_path), f"{tmp_path}/.") for spec in specs)) == kept
     monkeypatch.setattr(held_out, "MEMORY_LIMIT", 10**9)  # the run knows what it did
     assert read() == kept
+    if kinds == "json":
+        saved = json.loads((tmp_path / "run/data.json").read_text())
+        saved["held_out"].pop()
+        (tmp_path / "run/data.json").write_text(json.dumps(saved))
+        with pytest.raises(UserError, match=r"the text that it held out of --data json:.* changed"):
+            read()
     if kinds == "text" and limit > 1000:
         with pytest.raises(UserError, match=r"was trained on .*\.text, of --data text:.*1\*"):
             read(f"text:{tmp_path}/text/1*")

@@ -1060,6 +1060,12 @@ def test_shards_without_text_end_no_run_and_change_no_batch(tmp_path, kind, capf
         ("a.jsonl.gz", b'{"text": "a"}\n', "json:{file}", "a.jsonl.gz: "),
         ("a.jsonl", b"", "json:{file}", "the first rows have no text"),
         ("a.jsonl", b'{"text": "all the text there is"}', "json:{file}", "give --valid"),
+        (
+            "a.jsonl",
+            b'{"text": "text 8"}',
+            "json:{file}",
+            r"all of its documents are in the held-out part \(1 in",
+        ),
         ("a.jsonl", b"", "json:{tmp}/b*", r"no file matches 'json:.*/b\*'"),
         ("a.jsonl", b"", "csv:{file}", "unknown data 'csv:.*known: stdlib"),
         ("a.jsonl", b"", "0:json:{file}", "the weight must be positive"),

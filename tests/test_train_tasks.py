@@ -26,7 +26,7 @@ from kru_triton.train import reproduce
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run import run as run_module
 from kru_triton.train.run.device import device_name
-from kru_triton.train.run.settings import UserError, parse
+from kru_triton.train.run.settings import UserError, model_settings, parse, unused
 from kru_triton.train.tasks import adding, copy_memory, music, pixel_mnist, state_tracking, timit
 from kru_triton.train.tasks import loop as task_loop
 from kru_triton.train.tasks.models import (
@@ -344,7 +344,7 @@ def test_mnist_of_the_wrong_shape_or_values(tmp_path):
         pixel_mnist.read(write(",".join(["0"] * 785)))
     with pytest.raises(UserError, match="cannot be read"):
         pixel_mnist.read(write("a,b\n"))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"--data .*: there is no such file or directory; give"):
         pixel_mnist.read(str(tmp_path / "missing.csv"))
 
 
@@ -909,7 +909,9 @@ def test_frozen_factors_stay_as_drawn(tmp_path):
 def test_a_run_that_diverges_ends_with_3(tmp_path, capsys):
     flags = f"{TOY_COPY} --lr 1e30 --clip 0 --steps 30"
     assert train(copy_memory, flags, tmp_path / "run") == (3, None)
-    assert "error: non-finite" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error: non-finite" in err
+    assert "a lower --recurrent-lr or --lr may help, or --clip 1" in err
 
 
 def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
@@ -952,6 +954,22 @@ def test_the_other_tasks_train(tmp_path, mnist_file, music_files, timit_folder):
 def test_bad_flags(flags, message):
     with pytest.raises(UserError, match=message):
         copy_memory.setup(shlex.split(flags))
+
+
+def test_what_a_preset_says_is_told_from_flags():
+    with pytest.raises(UserError, match=r"got \(1.0, 0.01\) of --preset integrator"):
+        adding.setup(["--num-layers", "3"])
+
+
+def test_flags_of_another_model_are_named_and_what_a_preset_says_is_not(capsys):
+    copy_memory.setup(shlex.split("--preset balanced --model lstm"))
+    assert capsys.readouterr().out == ""
+    copy_memory.setup(shlex.split("--model lstm --state-gate rotation --factors 3 5"))
+    said = capsys.readouterr().out
+    assert said == "note: not used by --model lstm: --factors, --state-gate\n"
+    config = parse(shlex.split("--preset tiny --model gru --factors 7 7 --state-gate rotation"))
+    (said,) = unused(config, model_settings(PRESETS["tiny"]))
+    assert said == "note: not used by --model gru: --factors, --state-gate"
 
 
 def test_bad_input_ends_with_2(tmp_path):

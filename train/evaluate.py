@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -224,6 +225,9 @@ def evaluate(config: EvaluateConfig) -> dict:
         raise UserError(f"--dynamic-lr must be at least 0, got {config.dynamic_lr}")
     if not 0 <= config.dynamic_decay <= 1:
         raise UserError(f"--dynamic-decay must be in [0, 1], got {config.dynamic_decay}")
+    target = Path(config.json)
+    if config.json and (target.is_dir() or not os.access(target.parent, os.W_OK)):
+        raise UserError(f"--json {config.json}: must be a file in a folder that can be written to")
     model, tokenizer, folder = load_model(config.model, config.device, config.backend)
     device = next(model.parameters()).device
     documents = read_text(config)
@@ -309,9 +313,9 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names may be no UTF-8
     with one_line():
         report = evaluate(config)
+        print(table(report))
         if config.json:
             write_atomic(Path(config.json), json.dumps(report, indent=1) + "\n")
-        print(table(report))
 
 
 if __name__ == "__main__":

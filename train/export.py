@@ -106,7 +106,10 @@ def export(config: ExportConfig) -> Path:
     if is_exported(config.run_dir):
         raise UserError(f"{config.run_dir} is an exported folder already; give a run directory")
     model, tokenizer, _ = load_model(config.run_dir, "cpu", "auto")
-    causal_lm = KRUForCausalLM.from_language_model(model, bos_token_id=tokenizer.bos)
+    try:
+        causal_lm = KRUForCausalLM.from_language_model(model, bos_token_id=tokenizer.bos)
+    except ValueError as error:
+        raise UserError(f"{config.run_dir} cannot be exported: {error}") from error
     tokens = pretrained_tokenizer(tokenizer)
     card = model_card(causal_lm, training_summary(Path(config.run_dir)))
     out.mkdir(parents=True, exist_ok=True)

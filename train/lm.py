@@ -45,6 +45,7 @@ from torch.optim import Optimizer
 
 from kru_triton import KRU
 from kru_triton.lm.model import LanguageModel
+from kru_triton.lm.presets import PRESETS
 from kru_triton.train.run import checkpoints
 from kru_triton.train.run.device import pick_device, pick_dtype, rng_state, set_rng_state
 from kru_triton.train.run.directory import setting_of, versions
@@ -59,7 +60,15 @@ from kru_triton.train.run.optimizers import (
 from kru_triton.train.run.processes import Processes, join, leave
 from kru_triton.train.run.run import NonFiniteError, Run, TrainState, is_due
 from kru_triton.train.run.script import one_line
-from kru_triton.train.run.settings import SEEDS, Config, UserError, model_config, parse
+from kru_triton.train.run.settings import (
+    SEEDS,
+    Config,
+    UserError,
+    model_config,
+    model_settings,
+    parse,
+    unused,
+)
 from kru_triton.train.text import data
 from kru_triton.train.text.batches import Batches, TokenArray, validation_segments
 from kru_triton.train.text.documents import describe_statistics
@@ -415,6 +424,7 @@ def describe_model(model: LanguageModel, optimizers: list[Optimizer], run: Run) 
     count = run.processes.world_size
     return [
         textwrap.fill(f"model {dataclasses.asdict(model.config)}", 100, break_on_hyphens=False),
+        *unused(run.config, model_settings(PRESETS[run.config.preset])),
         f"{model.num_parameters:,} parameters, {model.num_recurrent_parameters:,} recurrent",
         textwrap.fill(describe_optimizers(optimizers), 100),
         f"backend: {model.backend_report()}; {next(model.parameters()).device}, "

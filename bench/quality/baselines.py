@@ -262,7 +262,7 @@ def train(script: str, flags: list[str], folder: Path) -> dict | None:
 
 def print_table(rows: list[dict]) -> None:
     """Per comparison, model and optimizer the best rate, its mean over seeds, and every rate of
-    seed 0."""
+    the lowest seed."""
     columns = "data, comparison, model, optimizer, parameters (recurrent), tokens, best lr, val bpb"
     print(f"\n| {columns.replace(', ', ' | ')} | all |\n{'|---' * 9}|")
     cells = {}
@@ -274,7 +274,8 @@ def print_table(rows: list[dict]) -> None:
     for key, own in sorted(cells.items(), key=lambda c: c[0][:7]):
         name, *_, blocks, kind, _, model, optimizer = key
         model += f", linear attention in {', '.join(map(str, blocks))}" if blocks else ""
-        first = sorted((r for r in own if r["seed"] == 0), key=lambda r: r["lr"])
+        lowest = min(r["seed"] for r in own)
+        first = sorted((r for r in own if r["seed"] == lowest), key=lambda r: r["lr"])
         best = min(first, key=lambda r: r["val_bpb"])
         bits = [r["val_bpb"] for r in own if (r["lr"], r["steps"]) == (best["lr"], best["steps"])]
         spread = f" ± {statistics.stdev(bits):.3f} ({len(bits)} seeds)" if len(bits) > 1 else ""

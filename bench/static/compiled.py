@@ -408,6 +408,8 @@ def report(
     ]
     if unknown := set(args.variant or ()) - {v.name for v in chosen}:
         made.error(f"no such variants: {', '.join(sorted(unknown))}")
+    if not chosen:
+        made.error(f"no variant of --kernel has --match {' '.join(args.match)} in its name")
     short = {
         "registers": "regs",
         "shared_bytes": "shared",

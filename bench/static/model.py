@@ -210,7 +210,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="of a Device")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of rows")
     options = parser.parse_args(argv)
-    given = {name: float(value) for name, value in (pair.split("=") for pair in options.set)}
+    names = [field.name for field in dataclasses.fields(Device) if field.type is not str]
+    given = dict(pair.partition("=")[::2] for pair in options.set)
+    try:
+        given = {names[names.index(name)]: float(value) for name, value in given.items()}
+    except ValueError:
+        words = " ".join(options.set)
+        parser.error(f"--set: must be NAME=NUMBER, NAME of {', '.join(names)}, got {words}")
     if options.length < 1:
         parser.error(f"--length: must be positive, got {options.length}")
     files = sorted(options.results.glob("*.jsonl"))

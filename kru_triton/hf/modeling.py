@@ -402,7 +402,8 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `(B, T)`, the input itself: the loss shifts them by one; -100 is not counted and
-                is what padding must have. With labels no cache is returned unless asked for.
+                is what padding must have. A token behind padding is not counted either, as no first
+                token is. With labels no cache is returned unless asked for.
             logits_to_keep: how many of the last positions get logits (0: all), or their indices.
             num_items_in_batch: what the sum of losses is divided by; None: the number of targets.
             kwargs: `shift_labels (B, T)`, the token after each one, in place of `labels`. (Trainer
@@ -423,6 +424,7 @@ class KRUForCausalLM(KRUPreTrainedModel, GenerationMixin):
             _check_labels("shift_labels", shift_labels, tokens, None)
         elif labels is not None:
             _check_labels("labels", labels, tokens, attention_mask)
+            labels = _without_first(labels, attention_mask)
         learning = labels is not None or shift_labels is not None
         if learning:
             use_cache = bool(use_cache)
@@ -473,3 +475,10 @@ def _check_labels(name: str, labels: Tensor, tokens: Tensor | None, mask: Tensor
             f"labels: {wrong} positions that attention_mask marks as padding are not -100; set "
             "labels[attention_mask == 0] = -100"
         )
+
+
+def _without_first(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """-100 where the token before is padding, which predicts nothing."""
+    if mask is None or mask.shape != labels.shape:
+        return labels
+    return labels.masked_fill(nn.functional.pad(mask[:, :-1] == 0, (1, 0)), -100)

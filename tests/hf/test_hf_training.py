@@ -25,6 +25,11 @@ def test_labels_give_the_loss_of_the_next_token(model):
     total = float(sum(losses).detach())
     assert output.loss.item() == pytest.approx(total / 10, rel=1e-6)
     assert CACHE not in output
+    left, mask = padded(7, 5)
+    labels = left.masked_fill(mask == 0, -100)
+    loss = model(left, attention_mask=mask, labels=labels).loss
+    assert loss.item() == pytest.approx(total / 10, rel=1e-6)
+    labels = tokens.masked_fill(padded(7, 5, side="right")[1] == 0, -100)
     halved = model(tokens, labels=labels, num_items_in_batch=20).loss
     assert halved.item() == pytest.approx(total / 20, rel=1e-6)
     loss, logits = model(tokens, labels=labels, return_dict=False)

@@ -46,11 +46,9 @@ def claim(run_dir: Path, resume: str) -> tuple[TextIO, Path | None]:
         if resume == "never":
             set_aside(run_dir)
         else:
-            checkpoint = find_checkpoint(run_dir)
+            checkpoint = find_checkpoint(run_dir, resume == "must")
     except OSError as error:
         raise UserError(f"--run-dir {run_dir} cannot be written: {error.strerror}") from error
-    if resume == "must" and checkpoint is None:
-        raise UserError(f"--resume must: no good checkpoint under {run_dir / 'checkpoints'}")
     return lock, checkpoint
 
 
@@ -86,9 +84,13 @@ def share(run_dir: Path, rank: int) -> None:
         raise UserError(f"{where} cannot be written: {error.strerror}") from error
 
 
-def find_checkpoint(run_dir: Path) -> Path | None:
-    """The newest good checkpoint; corrupt ones are renamed."""
+def find_checkpoint(run_dir: Path, must: bool = False) -> Path | None:
+    """The newest good checkpoint; corrupt ones are renamed. UserError where one `must` be there."""
     checkpoint, corrupt = checkpoints.latest(run_dir)
+    if must and not checkpoint:
+        reasons = "".join(f"; {path.name} is corrupt: {reason}" for path, reason in corrupt)
+        where = run_dir / "checkpoints"
+        raise UserError(f"--resume must: no good checkpoint under {where}{reasons}")
     for path, reason in corrupt:
         aside = path.with_name(f"corrupt-{path.name}")
         print(f"warning: {path} is corrupt: {reason}; now named {aside.name}")

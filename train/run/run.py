@@ -69,8 +69,8 @@ class Run:
     """A run of this process, and of the others of `processes`.
 
     Args:
-        config: with `run_dir`, `resume`, `steps`, `minutes`, `keep`, `wandb`, `wandb_project` and
-            `wandb_name`.
+        config: with `run_dir`, `resume`, `steps`, `minutes`, `clip`, `keep`, `wandb`,
+            `wandb_project` and `wandb_name`.
     """
 
     def __init__(self, config, processes: Processes = Processes()):  # noqa: B008 (frozen)
@@ -341,7 +341,8 @@ class Run:
         if isinstance(error, NonFiniteError):
             self.writer.wait()
             self.code, said = 3, self.first
-            hint = "; a lower --recurrent-lr, --lr or --clip may help"
+            limited = ", --lr or --clip may help", " or --lr may help, or --clip 1"
+            hint = f"; a lower --recurrent-lr{limited[not self.config.clip]}"
         else:
             if isinstance(error, BrokenPipeError):
                 drop_output()

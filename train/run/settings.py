@@ -223,6 +223,24 @@ BEFORE = {
     "chrono": 0,
     "asked": "cited",
 }
+# The models that use a setting; the others pass over it.
+USED_BY = {
+    "factors": ("kru", "krulstm"),
+    **dict.fromkeys(("field", "state_gate", "time_parallel", "radius"), ("kru",)),
+    **dict.fromkeys(("gated", "input_gated", "token_shift"), ("kru",)),
+    **dict.fromkeys(("nonlinearity", "input_std", "init_spread"), ("kru", "unitary", "orthogonal")),
+}
+
+
+def unused(config, preset: dict) -> list[str]:
+    """A line about settings that are not the preset's and that the model does not use, if any."""
+    before = {**vars(type(config)()), **preset}
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name, models in USED_BY.items()
+        if config.model not in models and getattr(config, name, None) != before.get(name)
+    ]
+    return [f"note: not used by --model {config.model}: {', '.join(flags)}"] if flags else []
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Config:
@@ -344,7 +362,7 @@ def validate(config: Config) -> None:
         "log_every keep valid_bytes shuffle_buffer grad_accumulation",
         0: "match_params steps minutes lr recurrent_lr weight_decay warmup clip unitarity_weight "
         "recompute checkpoint_every eval_every sample_tokens temperature dropout lr_floor "
-        "decay_share workers",
+        "decay_share workers radius",
     }
     for least, names in at_least.items():
         for name in names.split():
@@ -369,7 +387,7 @@ def validate(config: Config) -> None:
             raise UserError(f"{flag} must be at most 1, got {getattr(config, name)}")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be in (0, 1], got {config.top_p}")
-    if not config.mlp_ratio > 0:
-        raise UserError(f"--mlp-ratio must be positive, got {config.mlp_ratio}")
+    if not 0 < config.mlp_ratio < math.inf:
+        raise UserError(f"--mlp-ratio must be positive and finite, got {config.mlp_ratio}")
     if any(size < 1 for size in config.factors):
         raise UserError(f"--factors must be positive, got {config.factors}")

@@ -134,6 +134,8 @@ class Wandb:
         project: str,
         name: str,
     ) -> None:
+        for variable in [v for v in os.environ if v.startswith("WANDB_") and not os.environ[v]]:
+            del os.environ[variable]  # W&B refuses an empty mode
         import wandb
 
         self.wandb = wandb

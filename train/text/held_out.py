@@ -86,7 +86,7 @@ def split(
         sources = [find_again(Source.of_json(value)) for value in saved["sources"]]
         held_out = [(name, text.encode()) for name, text in saved["held_out"]]
     elif by_checksum:
-        sources = find_sources(data, set(), notes)
+        sources = find_sources(data, set(), notes, by_checksum)
         held_out = held_out_documents(sources, valid_bytes)
     else:
         held_out, there = validation(valid, valid_bytes)
@@ -113,8 +113,9 @@ def held_out_text(specs: tuple[str, ...], run_dir: Path | None = None) -> list[D
     valid_bytes = began.get("valid_bytes", Config.valid_bytes)
     if specs == data:
         if "held_out" in saved:
-            return [(name, text.encode()) for name, text in saved["held_out"]]
-        documents = split(data, valid, valid_bytes, saved, began).held_out
+            documents = [(name, text.encode()) for name, text in saved["held_out"]]
+        else:
+            documents = split(data, valid, valid_bytes, saved, began).held_out
         if began.get("valid_sha256") not in (None, statistics(documents)["sha256"]):
             raise UserError(
                 f"{run_dir}: the text that it held out of --data {' '.join(data)} has changed; "
@@ -237,7 +238,9 @@ def check_not_empty(role: str, part: list[Document], data, valid: str) -> None:
 # Streamed
 
 
-def find_sources(data: tuple[str, ...], held_out: set[str], notes: list[str]) -> list[Source]:
+def find_sources(
+    data: tuple[str, ...], held_out: set[str], notes: list[str], by_checksum: bool = False
+) -> list[Source]:
     """The sources of `--data` without the files that are held out, each file in the first that
     names it (with this field). Those that have none left are left out."""
     sources, taken = [], set()
@@ -256,8 +259,15 @@ def find_sources(data: tuple[str, ...], held_out: set[str], notes: list[str]) ->
         if not own:
             continue
         sources.append(source.with_shards(own))
-        if not any(text for _, text in itertools.islice(source_documents(sources[-1]), 10_000)):
+        texts = (text for _, text in itertools.islice(source_documents(sources[-1]), 10_000))
+        first = next(texts, None)
+        if first is None:
             raise UserError(f"--data {spec}: the first rows have no text")
+        if by_checksum and all(map(is_held_out, itertools.chain([first], texts))):
+            raise UserError(
+                f"--data {spec}: all of its documents are in the held-out part (1 in 50); give "
+                "--valid, or split them"
+            )
     return sources
 
 

@@ -31,18 +31,14 @@ def remembered(config: Config, run_dir: Path, rank: int) -> dict | None:
     """data.json of this run, None where it is to be written."""
     if rank == 0 and config.resume == "never":
         return None
-    saved = read_record(run_dir / "data.json")
-    if not saved:
-        return None
-    if saved["settings"] == data_settings(config):
-        return saved
+    saved, now = read_record(run_dir / "data.json"), data_settings(config)
+    there = saved.get("settings") or read_record(run_dir / "config.json")
+    different = [key for key in now if there.get(key, now[key]) != now[key]]
+    if not different:
+        return saved or None
     if rank == 0 and not (run_dir / "config.json").exists():
         return None  # of a run that never began
-    lines = [
-        f"  {key}: {saved['settings'].get(key)!r} there, {value!r} now"
-        for key, value in data_settings(config).items()
-        if saved["settings"].get(key) != value
-    ]
+    lines = [f"  {key}: {there[key]!r} there, {now[key]!r} now" for key in different]
     raise UserError(
         "\n".join([f"{run_dir} belongs to a run with other data:", *lines])
         + "\nchoose another --run-dir, or --resume never to set that run's files aside"
