@@ -203,7 +203,8 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
             return row
     lanes = f"{config.batch_size}x{config.segment_length}"
     setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
-    setting += f"-{lanes}" if lanes != "{1}x{3}".format(*LANES) else ""
+    setting += f"-{lanes}" if lanes != "x".join(LANES[1::2]) else ""
+    setting += f"-{sizes['state_gate']}" if sizes["state_gate"] != "none" else ""
     folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
     summary = train("lm.py", [*flags, "--data", args.data], folder)
     told = shlex.join(["python", "train/lm.py", *flags, "--data", without_folder(args.data)])
@@ -270,7 +271,9 @@ def print_table(rows: list[dict]) -> None:
         blocks = tuple(row["model_config"]["linear_attention"])
         comparison = row["data"], row["preset"], row["params"], row["flags"], blocks, row["kind"]
         length = row["steps"] if row["kind"] == "tokens" else 0
-        cells.setdefault((*comparison, length, row["model"], row["optimizer"]), []).append(row)
+        gate = row["model_config"]["state_gate"]
+        model = row["model"] + (f", {gate} gate" if gate != "none" else "")
+        cells.setdefault((*comparison, length, model, row["optimizer"]), []).append(row)
     for key, own in sorted(cells.items(), key=lambda c: c[0][:7]):
         name, *_, blocks, kind, _, model, optimizer = key
         model += f", linear attention in {', '.join(map(str, blocks))}" if blocks else ""
