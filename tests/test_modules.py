@@ -559,6 +559,21 @@ def test_recurrent_matrix_is_the_kron_of_the_factors_and_unitary(field):
     assert unitarity_penalty(kru).item() == pytest.approx(54)
 
 
+def test_a_layer_direction_or_head_that_is_not_there():
+    kru = KRU(3, 24, 2)
+    for name, got, rule in (("layer", 2, 1), ("layer", -1, 1), ("direction", 1, 0)):
+        match = f"{name}: must be from 0 to {rule}, got {got}"
+        where = {"layer": 0, name: got}
+        for ask in (kru.recurrent_matrix, kru.recurrent_factors, kru.beta):
+            with pytest.raises(IndexError, match=match):
+                ask(**where)
+        for project in (kru.input_projection, kru.gate_projection):
+            with pytest.raises(IndexError, match=match):
+                project(torch.zeros(5, 1, 3), **where)
+    with pytest.raises(IndexError, match="head: must be from 0 to 0, got 1"):
+        kru.recurrent_matrix(head=1)
+
+
 def test_output_size_and_repr():
     assert KRU(3, 24).output_size == 48
     assert KRU(3, 24, field="real").output_size == 24

@@ -12,7 +12,6 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from kru_triton.kronecker import kron_dense
 from kru_triton.layers.decoding import LSTMStep
 from kru_triton.layers.recurrent import RecurrentLayers, check_state
 from kru_triton.ops.arguments import check_choice, lstm_arguments
@@ -190,9 +189,8 @@ class KRULSTM(RecurrentLayers):
         self, gate: str, layer: int = 0, direction: int = 0, head: int = 0
     ) -> Tensor:
         """W_0 ⊗ … ⊗ W_{F-1} of one gate ("i", "f", "g" or "o") and head, real `(N, N)`."""
-        block = GATES.index(check_choice("gate", gate, GATES)) * self.num_heads + head
-        factors = [w[:, block, None] for w in self.recurrent_factors(layer, direction)]
-        return kron_dense(factors)[0, 0]
+        place = GATES.index(check_choice("gate", gate, GATES))
+        return self._matrix(layer, direction, head, place)[0]
 
     def extra_repr(self) -> str:
         return super().extra_repr().partition(", field=")[0]

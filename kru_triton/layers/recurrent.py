@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
-from kru_triton.kronecker import factor_shapes
+from kru_triton.kronecker import factor_shapes, kron_dense
 from kru_triton.layers.decoding import LSTMStep, Step
 from kru_triton.nonlinearity import NONLINEARITIES
 from kru_triton.ops.arguments import BACKENDS, PRECISIONS, How, check_choice, check_shape
@@ -435,19 +435,32 @@ class RecurrentLayers(Recurrence):
 
     def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
         """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
-        x_proj = self._project(x, suffix_of(layer, direction))
+        x_proj = self._project(x, self._suffix(layer, direction))
         return x_proj if self.batch_first else x_proj.transpose(0, 1)
 
     def gate_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The gate of one layer and direction, as `input_projection`; None without one."""
-        gate = self._gate(x, suffix_of(layer, direction))
+        gate = self._gate(x, self._suffix(layer, direction))
         return gate if gate is None or self.batch_first else gate.transpose(0, 1)
 
     def recurrent_factors(self, layer: int | None = None, direction: int = 0):
         """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
         if layer is not None:
-            return self._factors(suffix_of(layer, direction))
+            return self._factors(self._suffix(layer, direction))
         return [self._factors(suffix) for suffix in self._suffixes]
+
+    def _matrix(self, layer: int, direction: int, head: int, gate: int = 0) -> Tensor:
+        """W_0 ⊗ … ⊗ W_{F-1} of one head of a gate, planar `(parts, N, N)`."""
+        _check_index("head", head, self.num_heads)
+        block = gate * self.num_heads + head
+        factors = [w[:, block, None] for w in self.recurrent_factors(layer, direction)]
+        return kron_dense(factors)[:, 0]
+
+    def _suffix(self, layer: int, direction: int) -> str:
+        """`suffix_of` one that there is."""
+        _check_index("layer", layer, self.num_layers)
+        _check_index("direction", direction, self.num_directions)
+        return suffix_of(layer, direction)
 
     @property
     def _suffixes(self) -> list[str]:
@@ -481,6 +494,11 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name}: must be at least 1, got {value}")
     return value
+
+
+def _check_index(name: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise IndexError(f"{name}: must be from 0 to {count - 1}, got {index}")
 
 
 def check_state(name: str, h) -> None:
