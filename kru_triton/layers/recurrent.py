@@ -397,6 +397,10 @@ class RecurrentLayers(Recurrence):
         finally:
             self.steps = outer
 
+    def __getstate__(self) -> dict:
+        """All but the prepared steps: a copy has weights of its own, and may outlive `decoding`."""
+        return {name: value for name, value in vars(self).items() if name != "steps"}
+
     def _stepped(self, input, states, reset, embedding, h_n_only: bool) -> tuple | None:
         """Output and last states of one time step, by a `Step` for each layer; None where none can
         stand for the scan, and where an argument does not fit."""
