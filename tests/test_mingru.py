@@ -76,6 +76,18 @@ def test_the_candidate_of_the_paper_is_positive_and_continuous():
     torch.testing.assert_close(output.flatten(), expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_in_half_precision(dtype):
+    torch.manual_seed(0)
+    layers, x, h_0 = MinGRU(3, 8, num_layers=2), torch.randn(9, 2, 3), torch.rand(2, 2, 8)
+    exact, exact_n = layers(x, h_0)
+    output, h_n = layers.to(dtype)(x.to(dtype), h_0)
+    assert output.dtype == h_n.dtype == torch.float32
+    # weights, inputs and gates rounded to 2^-9, in two layers
+    assert (output - exact).norm() < 2e-2 * exact.norm()
+    assert (h_n - exact_n).norm() < 2e-2 * exact_n.norm()
+
+
 def test_single_steps_of_a_model_equal_one_pass():
     torch.manual_seed(0)
     config = LanguageModelConfig(model="mingru", vocab_size=11, d_model=8, hidden_size=6)

@@ -82,8 +82,9 @@ class MinGRU(nn.Module):
             candidate = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
             h = diagonal_scan(keep, gate.sigmoid() * candidate, h_0[layer].to(keep.dtype))
             last.append(h[-1].clone())  # in memory of its own: a state holds no sequence
-            input = self.dropout(h) if layer < self.num_layers - 1 else h
-        return input, torch.stack(last)
+            if layer < self.num_layers - 1:
+                input = self.dropout(h).to(x.dtype)
+        return h, torch.stack(last)
 
 
 def diagonal_scan(a: Tensor, b: Tensor, h_0: Tensor) -> Tensor:
