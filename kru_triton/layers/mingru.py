@@ -148,5 +148,9 @@ def _in_pairs(a: Tensor, b: Tensor) -> Tensor:
     h = torch.empty_like(b)
     h[1::2] = _in_pairs(even_a * a[1::2], torch.addcmul(b[1::2], a[1::2], even_b))
     h[0] = b[0]
-    torch.addcmul(b[2::2], a[2::2], h[1 : time - 1 : 2], out=h[2::2])
+    rest = b[2::2], a[2::2], h[1 : time - 1 : 2]
+    if torch.compiler.is_compiling():  # which takes no strided out
+        h[2::2] = torch.addcmul(*rest)
+    else:
+        torch.addcmul(*rest, out=h[2::2])
     return h
