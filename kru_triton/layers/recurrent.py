@@ -51,7 +51,7 @@ class Recurrence(nn.Module):
         precision: str,
     ):
         super().__init__()
-        self.input_size = _positive("input_size", input_size)
+        self.input_size = check_positive("input_size", input_size)
         self.factor_shapes = factor_shapes(factors, hidden_size, num_heads)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.field = check_choice("field", field, FIELDS)
@@ -198,7 +198,7 @@ class RecurrentLayers(Recurrence):
         **recurrence,
     ):
         super().__init__(input_size, hidden_size, **recurrence)
-        self.num_layers = _positive("num_layers", num_layers)
+        self.num_layers = check_positive("num_layers", num_layers)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"dropout: must be a number, got {type(dropout).__name__} {dropout!r}")
         if not 0 <= dropout < 1:
@@ -492,7 +492,7 @@ def suffix_of(layer: int, direction: int = 0) -> str:
     return f"_l{layer}" + ("_reverse" if direction else "")
 
 
-def _positive(name: str, value: int) -> int:
+def check_positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: must be an int, got {type(value).__name__} {value!r}")
     if value < 1:

@@ -107,10 +107,10 @@ def scan_arguments(
             check_shape("gate", gate, (*rows, parts * heads * units), f"{meaning}, real: H·N")
     if reset is not None:
         check_shape("reset", reset, (batch, time), "(B, T)")
-        _check_kind("reset", reset, "a bool", x, name)
+        check_kind("reset", reset, "a bool", x, name)
     if lengths is not None:
         check_shape("lengths", lengths, (batch,), "steps of each row, (B,)")
-        _check_kind("lengths", lengths, "an int64", x, name)
+        check_kind("lengths", lengths, "an int64", x, name)
 
     dtype = state_dtype(x)
     if how.nonlinearity == "modrelu" and beta is None:
@@ -187,7 +187,7 @@ def _check_input(x: Tensor, tokens: Tensor | None, name: str) -> None:
     if tokens is not None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
-        _check_kind("tokens", tokens, "an int64", x, "table")
+        check_kind("tokens", tokens, "an int64", x, "table")
 
 
 def _check_factors(factors: Sequence[Tensor], x: Tensor, name: str) -> tuple[int, int, int]:
@@ -237,7 +237,7 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: must have shape {shape} ({meaning}), got {tuple(x.shape)}")
 
 
-def _check_kind(name: str, x: Tensor, kind: str, x_proj: Tensor, x_name: str) -> None:
+def check_kind(name: str, x: Tensor, kind: str, x_proj: Tensor, x_name: str) -> None:
     """`x` is "a bool" or "an int64" tensor on the input's device."""
     dtype, convert = {"a bool": (torch.bool, ".bool()"), "an int64": (torch.int64, ".long()")}[kind]
     if x.dtype != dtype:
