@@ -819,6 +819,17 @@ def test_errors_of_tokens(kind, match, x, embedding):
         KRU(4, 12)(x, embedding=embedding)
 
 
+@pytest.mark.parametrize("token", [7, -1])
+def test_a_token_outside_the_embedding(token):
+    plain = KRU(4, 12)
+    parallel = KRU(4, 12, time_parallel=True, nonlinearity="identity")
+    for layers in (plain, parallel, KRU(4, 12, state_gate="rotation"), KRULSTM(4, 12)):
+        match = rf"tokens: must be from 0 to 6 \(rows of the table\), got .* {max(token, 0)}"
+        with pytest.raises(ValueError, match=match):
+            layers(torch.tensor([[0], [token]]), embedding=torch.zeros(7, 4))
+        layers.to("meta")(TOKENS.to("meta") + token, embedding=torch.zeros(7, 4, device="meta"))
+
+
 @pytest.mark.parametrize("cls", [KRU, KRUCell])
 @pytest.mark.parametrize(("kind", "match", "x"), INPUT_ERRORS.values(), ids=INPUT_ERRORS.keys())
 def test_errors_of_input(cls, kind, match, x):

@@ -11,7 +11,6 @@ R directions, V rows of an embedding.
 """
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton.layers.recurrent import (
@@ -20,7 +19,7 @@ from kru_triton.layers.recurrent import (
     check_features,
     check_state,
 )
-from kru_triton.ops.arguments import scan_arguments
+from kru_triton.ops.arguments import rows_of, scan_arguments
 from kru_triton.ops.linear import run_linear_scan
 from kru_triton.ops.scan import run_scan
 
@@ -144,8 +143,8 @@ class KRU(RecurrentLayers):
             x, gate = self._project(x, suffix), self._gate(x, suffix)
         else:
             table, gates = tables
-            gate = None if gates is None else nnf.embedding(x, gates)
-            x, tokens = (nnf.embedding(x, table), None) if self.time_parallel else (table, x)
+            gate = None if gates is None else rows_of(gates, x)
+            x, tokens = (rows_of(table, x), None) if self.time_parallel else (table, x)
         scan = scan_arguments(
             x,
             self._factors(suffix),

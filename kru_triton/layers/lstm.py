@@ -8,13 +8,12 @@ L layers, R directions.
 """
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from kru_triton.layers.decoding import LSTMStep
 from kru_triton.layers.recurrent import RecurrentLayers, check_state
-from kru_triton.ops.arguments import check_choice, lstm_arguments
+from kru_triton.ops.arguments import check_choice, lstm_arguments, rows_of
 from kru_triton.ops.lstm import run_lstm_scan, why_not_triton_lstm
 
 GATES = ("i", "f", "g", "o")
@@ -175,7 +174,7 @@ class KRULSTM(RecurrentLayers):
 
     def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, tables=None):
         """h `(T, B, F)` and h_n and c_n side by side; arguments as for any recurrence."""
-        x_proj = self._project(x, suffix) if tables is None else nnf.embedding(x, tables[0])
+        x_proj = self._project(x, suffix) if tables is None else rows_of(tables[0], x)
         h_0, c_0 = (None, None) if h_0 is None else h_0.chunk(2, -1)
         given = {"reset": reset, "lengths": lengths, "time_first": True}
         scan = lstm_arguments(x_proj, self._factors(suffix), h_0, c_0, self.how, **given)

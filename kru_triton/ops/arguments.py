@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton.kronecker import as_one_matrix, check_factors, group_factors, product_shape
@@ -272,7 +273,20 @@ def check_places(scan: Scan) -> None:
     """Raise a ValueError where a length is out of bounds or a token outside the table."""
     check_lengths(scan.lengths, steps_and_rows(scan)[0])
     if scan.tokens is not None:
-        _check_values("tokens", scan.tokens, 0, scan.x.shape[0] - 1, "rows of the table")
+        _check_tokens(scan.tokens, scan.x)
+
+
+def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
+    """`table[tokens]`, with the error of the ops for a token outside."""
+    try:
+        return nnf.embedding(tokens, table)
+    except IndexError:
+        _check_tokens(tokens, table)
+        raise
+
+
+def _check_tokens(tokens: Tensor, table: Tensor) -> None:
+    _check_values("tokens", tokens, 0, table.shape[0] - 1, "rows of the table")
 
 
 def _check_values(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:
