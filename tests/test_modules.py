@@ -559,6 +559,15 @@ def test_recurrent_matrix_is_the_kron_of_the_factors_and_unitary(field):
     assert unitarity_penalty(kru).item() == pytest.approx(54)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("field", "kind"), [("complex", torch.complex64), ("real", torch.float32)])
+def test_recurrent_matrix_of_half_precision_is_that_of_its_numbers(field, kind, dtype):
+    kru = KRU(3, 24, factors=(4, 6), field=field).to(dtype)
+    w = kru.recurrent_matrix()
+    assert w.dtype == kind
+    assert torch.equal(w, kru.float().recurrent_matrix())
+
+
 def test_a_layer_direction_or_head_that_is_not_there():
     kru = KRU(3, 24, 2)
     for name, got, rule in (("layer", 2, 1), ("layer", -1, 1), ("direction", 1, 0)):

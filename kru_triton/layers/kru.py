@@ -164,7 +164,8 @@ class KRU(RecurrentLayers):
         return getattr(self, f"beta{self._suffix(layer, direction)}", None)
 
     def recurrent_matrix(self, layer: int = 0, direction: int = 0, head: int = 0) -> Tensor:
-        """W_0 ⊗ … ⊗ W_{F-1} of one head as a complex `(N, N)` matrix (real in the real field)."""
+        """W_0 ⊗ … ⊗ W_{F-1} of one head as a complex `(N, N)` matrix (real in the real field), at
+        least in single precision."""
         w = self._matrix(layer, direction, head)
         return torch.complex(w[0], w[1]) if self.parts == 2 else w[0]
 

@@ -187,7 +187,8 @@ class KRULSTM(RecurrentLayers):
     def recurrent_matrix(
         self, gate: str, layer: int = 0, direction: int = 0, head: int = 0
     ) -> Tensor:
-        """W_0 ⊗ … ⊗ W_{F-1} of one gate ("i", "f", "g" or "o") and head, real `(N, N)`."""
+        """W_0 ⊗ … ⊗ W_{F-1} of one gate ("i", "f", "g" or "o") and head, real `(N, N)`, at least in
+        float32."""
         place = GATES.index(check_choice("gate", gate, GATES))
         return self._matrix(layer, direction, head, place)[0]
 

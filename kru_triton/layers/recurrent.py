@@ -21,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from kru_triton.kronecker import factor_shapes, kron_dense
 from kru_triton.layers.decoding import LSTMStep, Step
 from kru_triton.nonlinearity import NONLINEARITIES
-from kru_triton.ops.arguments import BACKENDS, PRECISIONS, How, check_choice, check_shape
+from kru_triton.ops.arguments import (
+    BACKENDS,
+    PRECISIONS,
+    How,
+    check_choice,
+    check_shape,
+    state_dtype,
+)
 from kru_triton.ops.dispatch import why_not_op
 from kru_triton.ops.scan import why_not_triton
 from kru_triton.reference import apply_nonlinearity
@@ -454,11 +461,12 @@ class RecurrentLayers(Recurrence):
         return [self._factors(suffix) for suffix in self._suffixes]
 
     def _matrix(self, layer: int, direction: int, head: int, gate: int = 0) -> Tensor:
-        """W_0 ⊗ … ⊗ W_{F-1} of one head of a gate, planar `(parts, N, N)`."""
+        """W_0 ⊗ … ⊗ W_{F-1} of one head of a gate, planar `(parts, N, N)`, at least in float32."""
         _check_index("head", head, self.num_heads)
         block = gate * self.num_heads + head
         factors = [w[:, block, None] for w in self.recurrent_factors(layer, direction)]
-        return kron_dense(factors)[:, 0]
+        dtype = state_dtype(factors[0])
+        return kron_dense([w.to(dtype) for w in factors])[:, 0]
 
     def _suffix(self, layer: int, direction: int) -> str:
         """`suffix_of` one that there is."""
