@@ -217,7 +217,10 @@ def test_parameters():
     assert lstm.output_size == 24
     for bias in (p for n, p in lstm.named_parameters() if "bias" in n):
         assert bias.tolist() == [0.0] * 24 + [1.0] * 24 + [0.0] * 48
-    assert repr(lstm) == "KRULSTM(3, 24, factors=(2x2, 3x3), num_heads=4)"
+    assert (
+        repr(lstm)
+        == "KRULSTM(3, 24, factors=(2x2, 3x3), num_heads=4, num_layers=2, bidirectional=True)"
+    )
 
 
 def test_recurrent_matrices_are_those_of_the_dense_twin_and_orthogonal():

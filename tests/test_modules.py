@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import (
 
 from kru_triton import KRU, KRULSTM, KRUCell, unitarity_penalty
 from kru_triton.layers import kru as modules
+from kru_triton.layers.mingru import MinGRU
 from kru_triton.nonlinearity import NONLINEARITIES
 
 
@@ -587,6 +588,17 @@ def test_output_size_and_repr():
     assert KRU(3, 24).output_size == 48
     assert KRU(3, 24, field="real").output_size == 24
     assert re.search(r"3, 24, factors=\(4x4, 6x6\), num_heads=1, field='complex'", repr(KRU(3, 24)))
+
+
+def test_repr_shows_what_differs_from_the_default():
+    options = "num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectional=True"
+    given = dict(num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectional=True)
+    for cls in (KRU, KRULSTM):
+        assert options not in repr(cls(3, 4))
+        assert repr(cls(3, 4, **given)).endswith(f", {options})")
+    assert repr(KRUCell(3, 4, bias=False)).endswith("nonlinearity='modrelu', bias=False)")
+    assert repr(MinGRU(3, 4)).startswith("MinGRU(\n  3, 4\n")
+    assert "3, 4, num_layers=2" in repr(MinGRU(3, 4, 2))
 
 
 @pytest.mark.parametrize("cls", [KRU, KRUCell])

@@ -61,6 +61,7 @@ class KRULSTM(RecurrentLayers):
         (torch.Size([2, 5, 64]), torch.Size([1, 2, 64]), torch.Size([1, 2, 64]), 512)
     """
 
+    always_shown = ("num_heads",)
     gates = 4
     states = 2  # h and c, side by side where both go from step to step
     mode = "LSTM"  # as torch.nn.LSTM has it
@@ -191,6 +192,3 @@ class KRULSTM(RecurrentLayers):
         float32."""
         place = GATES.index(check_choice("gate", gate, GATES))
         return self._matrix(layer, direction, head, place)[0]
-
-    def extra_repr(self) -> str:
-        return super().extra_repr().partition(", field=")[0]

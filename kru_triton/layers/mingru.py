@@ -66,6 +66,10 @@ class MinGRU(nn.Module):
             for p in (weight, getattr(self, f"bias_ih_l{layer}")):
                 nn.init.uniform_(p, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
 
+    def extra_repr(self) -> str:
+        layers = "" if self.num_layers == 1 else f", num_layers={self.num_layers}"
+        return f"{self.input_size}, {self.hidden_size}{layers}"
+
     def forward(
         self, input: Tensor, h_0: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -36,11 +36,24 @@ from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
 GATES = ("none", "sigmoid", "rotation", "modtanh")
+_DEFAULTS = {  # of what a repr shows where it differs
+    "state_gate": "none",
+    "num_layers": 1,
+    "has_bias": True,
+    "batch_first": False,
+    "dropout": 0,
+    "bidirectional": False,
+    "recompute": 0,
+    "time_parallel": False,
+    "backend": "auto",
+    "precision": "auto",
+}
 
 
 class Recurrence(nn.Module):
     """Sizes and parameters that all recurrences share; a suffix names layer and direction."""
 
+    always_shown: tuple[str, ...] = ("num_heads", "field", "nonlinearity")  # in the repr
     gates = 1  # recurrent matrices of a head, each with an input projection of its own
 
     def __init__(
@@ -171,11 +184,13 @@ class Recurrence(nn.Module):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{p}x{q}" for p, q in self.factor_shapes)
-        gate = "" if self.state_gate == "none" else f", state_gate={self.state_gate!r}"
-        return (
-            f"{self.input_size}, {self.hidden_size}, factors=({shapes}), num_heads={self.num_heads}"
-            f", field={self.field!r}, nonlinearity={self.nonlinearity!r}{gate}"
-        )
+        shown = [f"{self.input_size}, {self.hidden_size}, factors=({shapes})"]
+        shown += [f"{name}={getattr(self, name)!r}" for name in self.always_shown]
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name, default)
+            if value != default:
+                shown.append(f"{name.removeprefix('has_')}={value!r}")
+        return ", ".join(shown)
 
 
 class RecurrentLayers(Recurrence):
