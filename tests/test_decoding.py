@@ -117,6 +117,10 @@ def test_layers_decode_by_themselves(make_layers, batch_first, monkeypatch):
             short = state[:2] if make_layers is KRU else tuple(s[:2] for s in state)
             with pytest.raises(ValueError, match="h_0: "):
                 layers(step, short)
+            for dtype in (torch.long, torch.float64):
+                other = state.to(dtype) if make_layers is KRU else [s.to(dtype) for s in state]
+                with pytest.raises(TypeError, match=r"h_0: must be torch\.float32"):
+                    layers(step.transpose(0, 1) if batch_first else step, other)
     for a, b in zip(
         [last] if make_layers is KRU else last, [state] if make_layers is KRU else state
     ):

@@ -434,6 +434,7 @@ class RecurrentLayers(Recurrence):
             or self.bidirectional
             or (self.dropout and self.training)
             or not isinstance(states, tuple | list)
+            or len(states) != self.states
         ):
             return None
         time = 1 if self.batch_first else 0
@@ -441,7 +442,10 @@ class RecurrentLayers(Recurrence):
             if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu:
                 return None
         shape = (self.num_layers, input.shape[1 - time], self.output_size)
-        if input.shape[time] != 1 or any(x.shape != shape or x.is_complex() for x in states):
+        dtype, like = states[0].dtype, self.weight_ih_l0
+        if input.shape[time] != 1 or dtype not in (like.dtype, state_dtype(like)):
+            return None
+        if any(x.shape != shape or x.dtype != dtype for x in states):
             return None
         check_features("input", input, self.input_size, self.weight_ih_l0)
         x, after = input.select(time, 0), []
