@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from kru_triton import KRU, KRULSTM, KRUCell, unitarity_penalty
+from kru_triton import KRU, KRULSTM, KRUCell, kru_step, unitarity_penalty
 from kru_triton.layers import kru as modules
 from kru_triton.layers.mingru import MinGRU
 from kru_triton.nonlinearity import NONLINEARITIES
@@ -714,6 +714,11 @@ BUILD_ERRORS = {
     "backend": (ValueError, "backend: must be one of", dict(backend="cuda")),
     "precision": (ValueError, "precision: must be one of", dict(precision="fp8")),
     "dtype": (TypeError, "dtype: must be a real float dtype", dict(dtype=torch.complex64)),
+    "dtype str": (
+        TypeError,
+        "dtype: must be a real float dtype, got 'float32'",
+        dict(dtype="float32"),
+    ),
 }
 
 
@@ -883,6 +888,13 @@ def test_errors_of_h_0(kind, match, h_0):
     packed = pack_padded_sequence(torch.zeros(5, 3, 4), torch.tensor([5, 4, 3]))
     with pytest.raises(kind, match=match):
         kru(packed, h_0)
+
+
+def test_errors_of_a_step():
+    with pytest.raises(TypeError, match="x_proj: must be a tensor, got list"):
+        kru_step([0], [])
+    with pytest.raises(TypeError, match="gate: must be a tensor, got list"):
+        kru_step(torch.zeros(3, 8), [], gate=[0])
 
 
 def test_errors_of_unbatched_and_cell_states():

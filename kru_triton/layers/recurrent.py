@@ -88,10 +88,11 @@ class Recurrence(nn.Module):
         self.output_size = self.parts * hidden_size
 
     def _add_parameters(self, suffix: str, input_size: int, device, dtype) -> None:
-        if dtype is not None and not dtype.is_floating_point:
+        real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if dtype is not None and not real:
             raise TypeError(
-                f"dtype: must be a real float dtype, got {dtype}; complex parameters are stored as "
-                "real and imaginary parts"
+                f"dtype: must be a real float dtype, got {dtype!r}; complex parameters are stored "
+                "as real and imaginary parts"
             )
 
         def parameter(*shape):
