@@ -178,7 +178,8 @@ def gradient_norm_by_lag(
         lags: int64 `(T,)`, 0 … T − 1. norms: `(T,)` in the dtype of the states, norms[lag].
 
     Raises:
-        TypeError: an `h_0` that is no tensor, for a `KRULSTM` no tuple of two.
+        TypeError: a `kru` that is neither; an `h_0` that is no tensor, for a `KRULSTM` no tuple of
+            two.
         ValueError: another layer or direction, an `x`, `h_0` or `cotangent` of the wrong shape,
             or a `readout_steps` outside 1 … T.
 
@@ -187,6 +188,8 @@ def gradient_norm_by_lag(
         >>> kru = kru_triton.KRU(3, 16, batch_first=True)
         >>> lags, norms = gradient_norm_by_lag(kru, torch.randn(2, 50, 3), relative=True)
     """
+    if not hasattr(kru, "input_projection"):
+        raise TypeError(f"kru: must be a KRU or a KRULSTM, got {type(kru).__name__}")
     if (layer, direction) != (0, 0):
         raise ValueError(
             "layer, direction: only the first layer's forward direction (0, 0) is supported, got "
@@ -283,7 +286,8 @@ def unitarity_figure(module_or_factors: nn.Module | Iterable):
         `matplotlib.figure.Figure`. Errors below 1e-16 are drawn at 1e-16.
 
     Raises:
-        RuntimeError: matplotlib is not installed. Else as `unitarity_error`.
+        ValueError: there is no factor. RuntimeError: matplotlib is not installed. Else as
+            `unitarity_error`.
 
     Example:
         >>> import torch
@@ -291,6 +295,11 @@ def unitarity_figure(module_or_factors: nn.Module | Iterable):
         >>> figure.savefig("/dev/null", format="png")
     """
     errors = unitarity_error(module_or_factors)
+    if not errors:
+        raise ValueError(
+            "module_or_factors: must hold Kronecker factors, got none; pass a model with KRU or "
+            "KRULSTM layers, or a list of factors"
+        )
     figure, axes = _figure(width=7.0, height=1.8 + 0.25 * len(errors))
     for row, values in enumerate(errors.values()):
         points = values.double().clamp_min(1e-16).tolist()

@@ -12,7 +12,7 @@ real operations only, so it may be differentiated and compiled like any other re
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -53,6 +53,11 @@ def check_factors(factors: Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(
             "factors: expected a sequence of tensors, got one tensor of shape "
             f"{tuple(factors.shape)}; write [tensor] for a single factor"
+        )
+    if not isinstance(factors, Iterable):
+        raise TypeError(
+            f"factors: expected a sequence of tensors, got {type(factors).__name__}; of a layer "
+            "write kru.recurrent_factors(0)"
         )
     factors = list(factors)
     if not factors:

@@ -134,7 +134,8 @@ def gram_residual(w: Tensor) -> Tensor:
     """
     w = w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
     w = w.mT if w.shape[-2] < w.shape[-1] else w
-    with torch.autocast(w.device.type, enabled=False):
+    # the meta device has no autocast
+    with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):
         if w.shape[0] == 1:
             left = right = w[0]
         else:

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from kru_triton import why_not_triton, why_not_triton_lstm
 from kru_triton.kernels import why_not
+from kru_triton.layers.mingru import MinGRU
 from kru_triton.nonlinearity import NONLINEARITIES
 from kru_triton.ops import dispatch
 from kru_triton.reference import kru_lstm_scan_reference, kru_scan_reference
@@ -432,6 +433,19 @@ def test_compiled_once_for_marked_batch_and_length(op, backend):
         expected = run(OPS[op][0], case, torch.float32, **how)
         assert_close(run(marked, case, torch.float32, **how), expected, 1e-6)
     assert counter.frame_count == 1
+
+
+def test_min_gru_in_one_graph():
+    """Long enough that steps between the joined ones follow from them."""
+    torch._dynamo.reset()
+    layers, x = MinGRU(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    compiled, results = torch.compile(layers, fullgraph=True, backend="aot_eager"), []
+    reset = torch.arange(10).view(2, 5) % 4 == 0
+    for run_layers in (layers, compiled):
+        output, h_n = run_layers(x, reset=reset)
+        gradients = torch.autograd.grad(output.square().sum() + h_n.sum(), layers.parameters())
+        results.append([output, h_n, *gradients])
+    torch.testing.assert_close(*results)
 
 
 # Memory

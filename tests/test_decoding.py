@@ -1,6 +1,8 @@
 """Single steps: prepared ones, those of layers by themselves, and as CUDA graphs."""
 
 import contextlib
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -115,10 +117,33 @@ def test_layers_decode_by_themselves(make_layers, batch_first, monkeypatch):
             short = state[:2] if make_layers is KRU else tuple(s[:2] for s in state)
             with pytest.raises(ValueError, match="h_0: "):
                 layers(step, short)
+            for dtype in (torch.long, torch.float64):
+                other = state.to(dtype) if make_layers is KRU else [s.to(dtype) for s in state]
+                with pytest.raises(TypeError, match=r"h_0: must be torch\.float32"):
+                    layers(step.transpose(0, 1) if batch_first else step, other)
     for a, b in zip(
         [last] if make_layers is KRU else last, [state] if make_layers is KRU else state
     ):
         assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("make_layers", [KRU, KRULSTM])
+def test_a_copy_is_not_decoding(make_layers):
+    torch.manual_seed(0)
+    layers, x = make_layers(5, 12).eval(), torch.randn(1, 2, 5)
+    with torch.no_grad():
+        with layers.decoding():
+            _, state = layers(x)
+            layers(x, state)
+            assert layers.steps
+            copies = copy.copy(layers), copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))
+        for twin in copies:
+            assert twin.steps is None
+            for weight in twin.parameters():
+                weight.mul_(0.5)
+            output, _ = twin(x, state)
+            with twin.decoding():
+                assert torch.allclose(output, twin(x, state)[0], atol=1e-6)
 
 
 class Recording(TorchDispatchMode):

@@ -20,7 +20,7 @@ from kru_triton.diagnostics import (
     unitarity_error,
     unitarity_figure,
 )
-from kru_triton.layers.kru import KRU
+from kru_triton.layers.kru import KRU, KRUCell
 from kru_triton.layers.lstm import KRULSTM
 from kru_triton.unitarity import unitarity_penalty, unitary_
 
@@ -288,6 +288,15 @@ def test_gradient_norm_errors(arguments, message):
     arguments = {"x": torch.ones(3, 5, 2, dtype=torch.float64), **arguments}
     with pytest.raises(ValueError, match=message):
         gradient_norm_by_lag(OneLayer("tanh"), **arguments)
+
+
+def test_what_is_no_layer_and_what_holds_no_factor():
+    with pytest.raises(TypeError, match="kru: must be a KRU or a KRULSTM, got KRUCell"):
+        gradient_norm_by_lag(KRUCell(3, 12), torch.ones(2, 5, 3))
+    with pytest.raises(TypeError, match=r"got KRU; of a layer write kru\.recurrent_factors\(0\)"):
+        spectrum(KRU(3, 12))
+    with pytest.raises(ValueError, match="module_or_factors: must hold Kronecker factors"):
+        unitarity_figure(nn.Linear(2, 2))
 
 
 # --- figures -------------------------------------------------------------------------------------

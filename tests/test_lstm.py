@@ -217,7 +217,10 @@ def test_parameters():
     assert lstm.output_size == 24
     for bias in (p for n, p in lstm.named_parameters() if "bias" in n):
         assert bias.tolist() == [0.0] * 24 + [1.0] * 24 + [0.0] * 48
-    assert repr(lstm) == "KRULSTM(3, 24, factors=(2x2, 3x3), num_heads=4)"
+    assert (
+        repr(lstm)
+        == "KRULSTM(3, 24, factors=(2x2, 3x3), num_heads=4, num_layers=2, bidirectional=True)"
+    )
 
 
 def test_recurrent_matrices_are_those_of_the_dense_twin_and_orthogonal():
@@ -239,6 +242,9 @@ def test_recurrent_matrices_are_those_of_the_dense_twin_and_orthogonal():
     assert diagnostics.spectrum(lstm.recurrent_factors(0)).abs().sub(1).abs().max() < 1e-12
     with pytest.raises(ValueError, match="gate: must be one of 'i', 'f', 'g', 'o', got 'c'"):
         lstm.recurrent_matrix("c")
+    for head in (lstm.num_heads, -1):  # of the next gate, of the last one
+        with pytest.raises(IndexError, match=rf"head: must be from 0 to 1, got {head}"):
+            lstm.recurrent_matrix("f", head=head)
 
 
 def test_gradient_reaches_every_parameter():

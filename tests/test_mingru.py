@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as nnf
+from torch.nn.utils.rnn import pack_sequence
 
 from kru_triton.layers import mingru
 from kru_triton.layers.mingru import MinGRU, diagonal_scan
@@ -74,6 +75,55 @@ def test_the_candidate_of_the_paper_is_positive_and_continuous():
     output, _ = layers(v[:, None, None])
     expected = torch.tensor([9.357622968839299e-14, 0.5, 0.5, 2.5], dtype=torch.float64)
     torch.testing.assert_close(output.flatten(), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_in_half_precision(dtype):
+    torch.manual_seed(0)
+    layers, x, h_0 = MinGRU(3, 8, num_layers=2), torch.randn(9, 2, 3), torch.rand(2, 2, 8)
+    exact, exact_n = layers(x, h_0)
+    output, h_n = layers.to(dtype)(x.to(dtype), h_0)
+    assert output.dtype == h_n.dtype == torch.float32
+    # weights, inputs and gates rounded to 2^-9, in two layers
+    assert (output - exact).norm() < 2e-2 * exact.norm()
+    assert (h_n - exact_n).norm() < 2e-2 * exact_n.norm()
+
+
+@pytest.mark.parametrize(
+    ("match", "x", "options"),
+    [
+        (r"input: must be \(T, B, D\) .* got shape \(5, 4\)", torch.ones(5, 4), {}),
+        (r"input: must be .* at least one step, got shape \(0, 3, 4\)", torch.ones(0, 3, 4), {}),
+        ("input: the last dimension must be input_size=4, got 3", torch.ones(5, 3, 3), {}),
+        (r"h_0: must have shape \(2, 3, 6\)", torch.ones(5, 3, 4), {"h_0": torch.ones(1, 1, 6)}),
+        (r"reset: must have shape \(3, 5\)", torch.ones(5, 3, 4), {"reset": torch.ones(5, 3) < 0}),
+    ],
+    ids=["unbatched", "no step", "width", "h_0", "reset"],
+)
+def test_errors_of_shapes(match, x, options):
+    with pytest.raises(ValueError, match=match):
+        MinGRU(4, 6, num_layers=2)(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("match", "x", "options"),
+    [
+        ("input: must be a tensor, got PackedSequence", pack_sequence([torch.ones(5, 4)]), {}),
+        (r"input: must be torch\.float32 like the parameters", torch.ones(5, 3, 4).double(), {}),
+        (r"h_0: must be torch\.float32", torch.ones(5, 3, 4), {"h_0": torch.ones(1, 3, 6).long()}),
+        ("reset: must be a bool tensor", torch.ones(5, 3, 4), {"reset": torch.ones(3, 5)}),
+    ],
+    ids=["packed", "dtype", "h_0", "reset"],
+)
+def test_errors_of_kinds(match, x, options):
+    with pytest.raises(TypeError, match=match):
+        MinGRU(4, 6)(x, **options)
+
+
+def test_errors_when_built():
+    for name in ("input_size", "hidden_size", "num_layers"):
+        with pytest.raises(ValueError, match=f"{name}: must be at least 1, got 0"):
+            MinGRU(**{"input_size": 4, "hidden_size": 6, name: 0})
 
 
 def test_single_steps_of_a_model_equal_one_pass():

@@ -20,8 +20,9 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from kru_triton import KRU, KRULSTM, KRUCell, unitarity_penalty
+from kru_triton import KRU, KRULSTM, KRUCell, kru_step, unitarity_penalty
 from kru_triton.layers import kru as modules
+from kru_triton.layers.mingru import MinGRU
 from kru_triton.nonlinearity import NONLINEARITIES
 
 
@@ -559,10 +560,45 @@ def test_recurrent_matrix_is_the_kron_of_the_factors_and_unitary(field):
     assert unitarity_penalty(kru).item() == pytest.approx(54)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("field", "kind"), [("complex", torch.complex64), ("real", torch.float32)])
+def test_recurrent_matrix_of_half_precision_is_that_of_its_numbers(field, kind, dtype):
+    kru = KRU(3, 24, factors=(4, 6), field=field).to(dtype)
+    w = kru.recurrent_matrix()
+    assert w.dtype == kind
+    assert torch.equal(w, kru.float().recurrent_matrix())
+
+
+def test_a_layer_direction_or_head_that_is_not_there():
+    kru = KRU(3, 24, 2)
+    for name, got, rule in (("layer", 2, 1), ("layer", -1, 1), ("direction", 1, 0)):
+        match = f"{name}: must be from 0 to {rule}, got {got}"
+        where = {"layer": 0, name: got}
+        for ask in (kru.recurrent_matrix, kru.recurrent_factors, kru.beta):
+            with pytest.raises(IndexError, match=match):
+                ask(**where)
+        for project in (kru.input_projection, kru.gate_projection):
+            with pytest.raises(IndexError, match=match):
+                project(torch.zeros(5, 1, 3), **where)
+    with pytest.raises(IndexError, match="head: must be from 0 to 0, got 1"):
+        kru.recurrent_matrix(head=1)
+
+
 def test_output_size_and_repr():
     assert KRU(3, 24).output_size == 48
     assert KRU(3, 24, field="real").output_size == 24
     assert re.search(r"3, 24, factors=\(4x4, 6x6\), num_heads=1, field='complex'", repr(KRU(3, 24)))
+
+
+def test_repr_shows_what_differs_from_the_default():
+    options = "num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectional=True"
+    given = dict(num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectional=True)
+    for cls in (KRU, KRULSTM):
+        assert options not in repr(cls(3, 4))
+        assert repr(cls(3, 4, **given)).endswith(f", {options})")
+    assert repr(KRUCell(3, 4, bias=False)).endswith("nonlinearity='modrelu', bias=False)")
+    assert repr(MinGRU(3, 4)).startswith("MinGRU(\n  3, 4\n")
+    assert "3, 4, num_layers=2" in repr(MinGRU(3, 4, 2))
 
 
 @pytest.mark.parametrize("cls", [KRU, KRUCell])
@@ -678,6 +714,11 @@ BUILD_ERRORS = {
     "backend": (ValueError, "backend: must be one of", dict(backend="cuda")),
     "precision": (ValueError, "precision: must be one of", dict(precision="fp8")),
     "dtype": (TypeError, "dtype: must be a real float dtype", dict(dtype=torch.complex64)),
+    "dtype str": (
+        TypeError,
+        "dtype: must be a real float dtype, got 'float32'",
+        dict(dtype="float32"),
+    ),
 }
 
 
@@ -804,6 +845,17 @@ def test_errors_of_tokens(kind, match, x, embedding):
         KRU(4, 12)(x, embedding=embedding)
 
 
+@pytest.mark.parametrize("token", [7, -1])
+def test_a_token_outside_the_embedding(token):
+    plain = KRU(4, 12)
+    parallel = KRU(4, 12, time_parallel=True, nonlinearity="identity")
+    for layers in (plain, parallel, KRU(4, 12, state_gate="rotation"), KRULSTM(4, 12)):
+        match = rf"tokens: must be from 0 to 6 \(rows of the table\), got .* {max(token, 0)}"
+        with pytest.raises(ValueError, match=match):
+            layers(torch.tensor([[0], [token]]), embedding=torch.zeros(7, 4))
+        layers.to("meta")(TOKENS.to("meta") + token, embedding=torch.zeros(7, 4, device="meta"))
+
+
 @pytest.mark.parametrize("cls", [KRU, KRUCell])
 @pytest.mark.parametrize(("kind", "match", "x"), INPUT_ERRORS.values(), ids=INPUT_ERRORS.keys())
 def test_errors_of_input(cls, kind, match, x):
@@ -836,6 +888,13 @@ def test_errors_of_h_0(kind, match, h_0):
     packed = pack_padded_sequence(torch.zeros(5, 3, 4), torch.tensor([5, 4, 3]))
     with pytest.raises(kind, match=match):
         kru(packed, h_0)
+
+
+def test_errors_of_a_step():
+    with pytest.raises(TypeError, match="x_proj: must be a tensor, got list"):
+        kru_step([0], [])
+    with pytest.raises(TypeError, match="gate: must be a tensor, got list"):
+        kru_step(torch.zeros(3, 8), [], gate=[0])
 
 
 def test_errors_of_unbatched_and_cell_states():

@@ -180,6 +180,12 @@ def test_penalty_gradient(shape):
     assert torch.autograd.gradcheck(lambda *w: unitarity_penalty(w), factors)
 
 
+def test_penalty_on_the_meta_device():
+    penalty = unitarity_penalty([torch.empty(2, 1, 3, 3, device="meta")])
+    assert penalty.is_meta
+    assert penalty.shape == ()
+
+
 def test_penalty_of_modules():
     layers = [Layer(0), Layer(1)]
     model = nn.Sequential(nn.Linear(2, 2), layers[0], nn.Sequential(layers[1]), layers[0])

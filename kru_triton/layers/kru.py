@@ -11,18 +11,15 @@ R directions, V rows of an embedding.
 """
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
-from kru_triton.kronecker import kron_dense
 from kru_triton.layers.recurrent import (
     Recurrence,
     RecurrentLayers,
     check_features,
     check_state,
-    suffix_of,
 )
-from kru_triton.ops.arguments import scan_arguments
+from kru_triton.ops.arguments import rows_of, scan_arguments
 from kru_triton.ops.linear import run_linear_scan
 from kru_triton.ops.scan import run_scan
 
@@ -146,8 +143,8 @@ class KRU(RecurrentLayers):
             x, gate = self._project(x, suffix), self._gate(x, suffix)
         else:
             table, gates = tables
-            gate = None if gates is None else nnf.embedding(x, gates)
-            x, tokens = (nnf.embedding(x, table), None) if self.time_parallel else (table, x)
+            gate = None if gates is None else rows_of(gates, x)
+            x, tokens = (rows_of(table, x), None) if self.time_parallel else (table, x)
         scan = scan_arguments(
             x,
             self._factors(suffix),
@@ -164,11 +161,12 @@ class KRU(RecurrentLayers):
 
     def beta(self, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The modReLU threshold `(hidden_size,)`, None for other nonlinearities."""
-        return getattr(self, f"beta{suffix_of(layer, direction)}", None)
+        return getattr(self, f"beta{self._suffix(layer, direction)}", None)
 
     def recurrent_matrix(self, layer: int = 0, direction: int = 0, head: int = 0) -> Tensor:
-        """W_0 ⊗ … ⊗ W_{F-1} of one head as a complex `(N, N)` matrix (real in the real field)."""
-        w = kron_dense(self.recurrent_factors(layer, direction))[:, head]
+        """W_0 ⊗ … ⊗ W_{F-1} of one head as a complex `(N, N)` matrix (real in the real field), at
+        least in single precision."""
+        w = self._matrix(layer, direction, head)
         return torch.complex(w[0], w[1]) if self.parts == 2 else w[0]
 
 

@@ -8,14 +8,12 @@ L layers, R directions.
 """
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from kru_triton.kronecker import kron_dense
 from kru_triton.layers.decoding import LSTMStep
 from kru_triton.layers.recurrent import RecurrentLayers, check_state
-from kru_triton.ops.arguments import check_choice, lstm_arguments
+from kru_triton.ops.arguments import check_choice, lstm_arguments, rows_of
 from kru_triton.ops.lstm import run_lstm_scan, why_not_triton_lstm
 
 GATES = ("i", "f", "g", "o")
@@ -63,6 +61,7 @@ class KRULSTM(RecurrentLayers):
         (torch.Size([2, 5, 64]), torch.Size([1, 2, 64]), torch.Size([1, 2, 64]), 512)
     """
 
+    always_shown = ("num_heads",)
     gates = 4
     states = 2  # h and c, side by side where both go from step to step
     mode = "LSTM"  # as torch.nn.LSTM has it
@@ -176,7 +175,7 @@ class KRULSTM(RecurrentLayers):
 
     def _scan(self, x: Tensor, suffix: str, h_0, reset, lengths=None, tables=None):
         """h `(T, B, F)` and h_n and c_n side by side; arguments as for any recurrence."""
-        x_proj = self._project(x, suffix) if tables is None else nnf.embedding(x, tables[0])
+        x_proj = self._project(x, suffix) if tables is None else rows_of(tables[0], x)
         h_0, c_0 = (None, None) if h_0 is None else h_0.chunk(2, -1)
         given = {"reset": reset, "lengths": lengths, "time_first": True}
         scan = lstm_arguments(x_proj, self._factors(suffix), h_0, c_0, self.how, **given)
@@ -189,10 +188,7 @@ class KRULSTM(RecurrentLayers):
     def recurrent_matrix(
         self, gate: str, layer: int = 0, direction: int = 0, head: int = 0
     ) -> Tensor:
-        """W_0 ⊗ … ⊗ W_{F-1} of one gate ("i", "f", "g" or "o") and head, real `(N, N)`."""
-        block = GATES.index(check_choice("gate", gate, GATES)) * self.num_heads + head
-        factors = [w[:, block, None] for w in self.recurrent_factors(layer, direction)]
-        return kron_dense(factors)[0, 0]
-
-    def extra_repr(self) -> str:
-        return super().extra_repr().partition(", field=")[0]
+        """W_0 ⊗ … ⊗ W_{F-1} of one gate ("i", "f", "g" or "o") and head, real `(N, N)`, at least in
+        float32."""
+        place = GATES.index(check_choice("gate", gate, GATES))
+        return self._matrix(layer, direction, head, place)[0]

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from kru_triton.layers.recurrent import check_features, check_positive
+from kru_triton.ops.arguments import check_kind, check_same, check_shape, check_tensor
+
 
 class MinGRU(nn.Module):
     """Stacked minGRU layers, time first: `output, h_n = mingru(input, h_0=None, reset=None)`.
@@ -30,6 +33,9 @@ class MinGRU(nn.Module):
         num_layers: stacked layers; each reads the output of the one before.
         dropout: probability on the output of every layer but the last.
 
+    Raises:
+        ValueError, TypeError: a size or an argument breaks a rule.
+
     Example:
         >>> mingru = MinGRU(3, 8)
         >>> output, h_n = mingru(torch.randn(5, 2, 3))
@@ -37,11 +43,15 @@ class MinGRU(nn.Module):
         (torch.Size([5, 2, 8]), torch.Size([1, 2, 8]))
     """
 
+    weight_ih_l0: Tensor
+
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0
     ):
         super().__init__()
-        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.input_size = check_positive("input_size", input_size)
+        self.hidden_size = check_positive("hidden_size", hidden_size)
+        self.num_layers = check_positive("num_layers", num_layers)
         self.dropout = nn.Dropout(dropout)
         for layer in range(num_layers):
             weight = torch.empty(2 * hidden_size, hidden_size if layer else input_size)
@@ -56,6 +66,10 @@ class MinGRU(nn.Module):
             for p in (weight, getattr(self, f"bias_ih_l{layer}")):
                 nn.init.uniform_(p, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
 
+    def extra_repr(self) -> str:
+        layers = "" if self.num_layers == 1 else f", num_layers={self.num_layers}"
+        return f"{self.input_size}, {self.hidden_size}{layers}"
+
     def forward(
         self, input: Tensor, h_0: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -69,8 +83,21 @@ class MinGRU(nn.Module):
         Returns:
             output `(T, B, H)` and `h_n (L, B, H)`, at least in float32.
         """
-        if h_0 is None:
-            h_0 = input.new_zeros(self.num_layers, input.shape[1], self.hidden_size)
+        check_tensor("input", input)
+        if input.dim() != 3 or not len(input):
+            raise ValueError(
+                f"input: must be (T, B, D) of at least one step, got shape {tuple(input.shape)}"
+            )
+        check_features("input", input, self.input_size, self.weight_ih_l0)
+        time, batch, _ = input.shape
+        if reset is not None:
+            check_shape("reset", reset, (batch, time), "(B, T)")
+            check_kind("reset", reset, "a bool", input, "input")
+        if h_0 is not None:
+            check_same("h_0", h_0, input, "input")
+            check_shape("h_0", h_0, (self.num_layers, batch, self.hidden_size), "(L, B, H)")
+        else:
+            h_0 = input.new_zeros(self.num_layers, batch, self.hidden_size)
         last = []
         for layer in range(self.num_layers):
             weights = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"bias_ih_l{layer}")
@@ -82,8 +109,9 @@ class MinGRU(nn.Module):
             candidate = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
             h = diagonal_scan(keep, gate.sigmoid() * candidate, h_0[layer].to(keep.dtype))
             last.append(h[-1].clone())  # in memory of its own: a state holds no sequence
-            input = self.dropout(h) if layer < self.num_layers - 1 else h
-        return input, torch.stack(last)
+            if layer < self.num_layers - 1:
+                input = self.dropout(h).to(x.dtype)
+        return h, torch.stack(last)
 
 
 def diagonal_scan(a: Tensor, b: Tensor, h_0: Tensor) -> Tensor:
@@ -147,5 +175,9 @@ def _in_pairs(a: Tensor, b: Tensor) -> Tensor:
     h = torch.empty_like(b)
     h[1::2] = _in_pairs(even_a * a[1::2], torch.addcmul(b[1::2], a[1::2], even_b))
     h[0] = b[0]
-    torch.addcmul(b[2::2], a[2::2], h[1 : time - 1 : 2], out=h[2::2])
+    rest = b[2::2], a[2::2], h[1 : time - 1 : 2]
+    if torch.compiler.is_compiling():  # which takes no strided out
+        h[2::2] = torch.addcmul(*rest)
+    else:
+        torch.addcmul(*rest, out=h[2::2])
     return h

@@ -18,10 +18,17 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
-from kru_triton.kronecker import factor_shapes
+from kru_triton.kronecker import factor_shapes, kron_dense
 from kru_triton.layers.decoding import LSTMStep, Step
 from kru_triton.nonlinearity import NONLINEARITIES
-from kru_triton.ops.arguments import BACKENDS, PRECISIONS, How, check_choice, check_shape
+from kru_triton.ops.arguments import (
+    BACKENDS,
+    PRECISIONS,
+    How,
+    check_choice,
+    check_shape,
+    state_dtype,
+)
 from kru_triton.ops.dispatch import why_not_op
 from kru_triton.ops.scan import why_not_triton
 from kru_triton.reference import apply_nonlinearity
@@ -29,11 +36,24 @@ from kru_triton.unitarity import unitarity_penalty, unitary_
 
 FIELDS = ("complex", "real")
 GATES = ("none", "sigmoid", "rotation", "modtanh")
+_DEFAULTS = {  # of what a repr shows where it differs
+    "state_gate": "none",
+    "num_layers": 1,
+    "has_bias": True,
+    "batch_first": False,
+    "dropout": 0,
+    "bidirectional": False,
+    "recompute": 0,
+    "time_parallel": False,
+    "backend": "auto",
+    "precision": "auto",
+}
 
 
 class Recurrence(nn.Module):
     """Sizes and parameters that all recurrences share; a suffix names layer and direction."""
 
+    always_shown: tuple[str, ...] = ("num_heads", "field", "nonlinearity")  # in the repr
     gates = 1  # recurrent matrices of a head, each with an input projection of its own
 
     def __init__(
@@ -51,7 +71,7 @@ class Recurrence(nn.Module):
         precision: str,
     ):
         super().__init__()
-        self.input_size = _positive("input_size", input_size)
+        self.input_size = check_positive("input_size", input_size)
         self.factor_shapes = factor_shapes(factors, hidden_size, num_heads)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.field = check_choice("field", field, FIELDS)
@@ -68,10 +88,11 @@ class Recurrence(nn.Module):
         self.output_size = self.parts * hidden_size
 
     def _add_parameters(self, suffix: str, input_size: int, device, dtype) -> None:
-        if dtype is not None and not dtype.is_floating_point:
+        real = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if dtype is not None and not real:
             raise TypeError(
-                f"dtype: must be a real float dtype, got {dtype}; complex parameters are stored as "
-                "real and imaginary parts"
+                f"dtype: must be a real float dtype, got {dtype!r}; complex parameters are stored "
+                "as real and imaginary parts"
             )
 
         def parameter(*shape):
@@ -164,11 +185,13 @@ class Recurrence(nn.Module):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{p}x{q}" for p, q in self.factor_shapes)
-        gate = "" if self.state_gate == "none" else f", state_gate={self.state_gate!r}"
-        return (
-            f"{self.input_size}, {self.hidden_size}, factors=({shapes}), num_heads={self.num_heads}"
-            f", field={self.field!r}, nonlinearity={self.nonlinearity!r}{gate}"
-        )
+        shown = [f"{self.input_size}, {self.hidden_size}, factors=({shapes})"]
+        shown += [f"{name}={getattr(self, name)!r}" for name in self.always_shown]
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name, default)
+            if value != default:
+                shown.append(f"{name.removeprefix('has_')}={value!r}")
+        return ", ".join(shown)
 
 
 class RecurrentLayers(Recurrence):
@@ -198,7 +221,7 @@ class RecurrentLayers(Recurrence):
         **recurrence,
     ):
         super().__init__(input_size, hidden_size, **recurrence)
-        self.num_layers = _positive("num_layers", num_layers)
+        self.num_layers = check_positive("num_layers", num_layers)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"dropout: must be a number, got {type(dropout).__name__} {dropout!r}")
         if not 0 <= dropout < 1:
@@ -397,6 +420,10 @@ class RecurrentLayers(Recurrence):
         finally:
             self.steps = outer
 
+    def __getstate__(self) -> dict:
+        """All but the prepared steps: a copy has weights of its own, and may outlive `decoding`."""
+        return {name: value for name, value in vars(self).items() if name != "steps"}
+
     def _stepped(self, input, states, reset, embedding, h_n_only: bool) -> tuple | None:
         """Output and last states of one time step, by a `Step` for each layer; None where none can
         stand for the scan, and where an argument does not fit."""
@@ -408,6 +435,7 @@ class RecurrentLayers(Recurrence):
             or self.bidirectional
             or (self.dropout and self.training)
             or not isinstance(states, tuple | list)
+            or len(states) != self.states
         ):
             return None
         time = 1 if self.batch_first else 0
@@ -415,7 +443,10 @@ class RecurrentLayers(Recurrence):
             if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu:
                 return None
         shape = (self.num_layers, input.shape[1 - time], self.output_size)
-        if input.shape[time] != 1 or any(x.shape != shape or x.is_complex() for x in states):
+        dtype, like = states[0].dtype, self.weight_ih_l0
+        if input.shape[time] != 1 or dtype not in (like.dtype, state_dtype(like)):
+            return None
+        if any(x.shape != shape or x.dtype != dtype for x in states):
             return None
         check_features("input", input, self.input_size, self.weight_ih_l0)
         x, after = input.select(time, 0), []
@@ -435,19 +466,33 @@ class RecurrentLayers(Recurrence):
 
     def input_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor:
         """U x + b of one layer and direction: x `(T, B, ·)` (or batch-first) -> `(B, T, F)`."""
-        x_proj = self._project(x, suffix_of(layer, direction))
+        x_proj = self._project(x, self._suffix(layer, direction))
         return x_proj if self.batch_first else x_proj.transpose(0, 1)
 
     def gate_projection(self, x: Tensor, layer: int = 0, direction: int = 0) -> Tensor | None:
         """The gate of one layer and direction, as `input_projection`; None without one."""
-        gate = self._gate(x, suffix_of(layer, direction))
+        gate = self._gate(x, self._suffix(layer, direction))
         return gate if gate is None or self.batch_first else gate.transpose(0, 1)
 
     def recurrent_factors(self, layer: int | None = None, direction: int = 0):
         """The factors `(parts, H, P, Q)` of one layer and direction; without a layer, of each."""
         if layer is not None:
-            return self._factors(suffix_of(layer, direction))
+            return self._factors(self._suffix(layer, direction))
         return [self._factors(suffix) for suffix in self._suffixes]
+
+    def _matrix(self, layer: int, direction: int, head: int, gate: int = 0) -> Tensor:
+        """W_0 ⊗ … ⊗ W_{F-1} of one head of a gate, planar `(parts, N, N)`, at least in float32."""
+        _check_index("head", head, self.num_heads)
+        block = gate * self.num_heads + head
+        factors = [w[:, block, None] for w in self.recurrent_factors(layer, direction)]
+        dtype = state_dtype(factors[0])
+        return kron_dense([w.to(dtype) for w in factors])[:, 0]
+
+    def _suffix(self, layer: int, direction: int) -> str:
+        """`suffix_of` one that there is."""
+        _check_index("layer", layer, self.num_layers)
+        _check_index("direction", direction, self.num_directions)
+        return suffix_of(layer, direction)
 
     @property
     def _suffixes(self) -> list[str]:
@@ -475,12 +520,17 @@ def suffix_of(layer: int, direction: int = 0) -> str:
     return f"_l{layer}" + ("_reverse" if direction else "")
 
 
-def _positive(name: str, value: int) -> int:
+def check_positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: must be an int, got {type(value).__name__} {value!r}")
     if value < 1:
         raise ValueError(f"{name}: must be at least 1, got {value}")
     return value
+
+
+def _check_index(name: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise IndexError(f"{name}: must be from 0 to {count - 1}, got {index}")
 
 
 def check_state(name: str, h) -> None:

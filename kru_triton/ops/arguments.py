@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from kru_triton.kronecker import as_one_matrix, check_factors, group_factors, product_shape
@@ -107,10 +108,10 @@ def scan_arguments(
             check_shape("gate", gate, (*rows, parts * heads * units), f"{meaning}, real: H·N")
     if reset is not None:
         check_shape("reset", reset, (batch, time), "(B, T)")
-        _check_kind("reset", reset, "a bool", x, name)
+        check_kind("reset", reset, "a bool", x, name)
     if lengths is not None:
         check_shape("lengths", lengths, (batch,), "steps of each row, (B,)")
-        _check_kind("lengths", lengths, "an int64", x, name)
+        check_kind("lengths", lengths, "an int64", x, name)
 
     dtype = state_dtype(x)
     if how.nonlinearity == "modrelu" and beta is None:
@@ -187,7 +188,7 @@ def _check_input(x: Tensor, tokens: Tensor | None, name: str) -> None:
     if tokens is not None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens: must be (B, T), got shape {tuple(tokens.shape)}")
-        _check_kind("tokens", tokens, "an int64", x, "table")
+        check_kind("tokens", tokens, "an int64", x, "table")
 
 
 def _check_factors(factors: Sequence[Tensor], x: Tensor, name: str) -> tuple[int, int, int]:
@@ -237,7 +238,7 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}: must have shape {shape} ({meaning}), got {tuple(x.shape)}")
 
 
-def _check_kind(name: str, x: Tensor, kind: str, x_proj: Tensor, x_name: str) -> None:
+def check_kind(name: str, x: Tensor, kind: str, x_proj: Tensor, x_name: str) -> None:
     """`x` is "a bool" or "an int64" tensor on the input's device."""
     dtype, convert = {"a bool": (torch.bool, ".bool()"), "an int64": (torch.int64, ".long()")}[kind]
     if x.dtype != dtype:
@@ -272,7 +273,20 @@ def check_places(scan: Scan) -> None:
     """Raise a ValueError where a length is out of bounds or a token outside the table."""
     check_lengths(scan.lengths, steps_and_rows(scan)[0])
     if scan.tokens is not None:
-        _check_values("tokens", scan.tokens, 0, scan.x.shape[0] - 1, "rows of the table")
+        _check_tokens(scan.tokens, scan.x)
+
+
+def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
+    """`table[tokens]`, with the error of the ops for a token outside."""
+    try:
+        return nnf.embedding(tokens, table)
+    except IndexError:
+        _check_tokens(tokens, table)
+        raise
+
+
+def _check_tokens(tokens: Tensor, table: Tensor) -> None:
+    _check_values("tokens", tokens, 0, table.shape[0] - 1, "rows of the table")
 
 
 def _check_values(name: str, x: Tensor, low: int, high: int, meaning: str) -> None:

@@ -16,7 +16,7 @@ the gradient that each block receives from those behind it, and in place of (3) 
 step: nothing is differentiated through the powers.
 
 The powers are taken in double precision. Where W is not normal this loses nothing, as the
-eigenvectors of A and B would (`python -m bench cpu --only linear` compares), and a real W stays
+eigenvectors of A and B would (compared in bench/NOTES.md, 2026-11-24), and a real W stays
 real. W^r must not overflow: that takes a spectral radius above 4 even for blocks of 64 steps.
 """
 

@@ -184,9 +184,11 @@ def kru_step(
         >>> kru_step(torch.zeros(3, 8), w, h_0=torch.ones(3, 8)).shape
         torch.Size([3, 8])
     """
+    check_tensor("x_proj", x_proj)
     if x_proj.dim() != 2:
         raise ValueError(f"x_proj: one step takes (B, parts·H·N), got shape {tuple(x_proj.shape)}")
     if gate is not None:
+        check_tensor("gate", gate)
         if gate.dim() != 2:
             raise ValueError(f"gate: one step takes (B, parts·H·N), got shape {tuple(gate.shape)}")
         gate = gate.unsqueeze(1)
