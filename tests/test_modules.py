@@ -900,8 +900,12 @@ def test_errors_of_a_step():
 def test_errors_of_unbatched_and_cell_states():
     with pytest.raises(ValueError, match=r"h_0: must have shape \(2, 24\) .* got \(1, 24\)"):
         KRU(4, 12, 2)(torch.zeros(5, 4), torch.zeros(1, 24))
-    with pytest.raises(ValueError, match=r"h_0: must have shape \(3, 24\)"):
+    with pytest.raises(ValueError, match=r"h_0: must have shape \(1, 24\) .* got \(1,\)"):
+        KRU(4, 12)(torch.zeros(5, 4), torch.zeros(()))
+    with pytest.raises(ValueError, match=r"h: must have shape \(3, 24\)"):
         KRUCell(4, 12)(torch.zeros(3, 4), torch.zeros(2, 24))
+    with pytest.raises(ValueError, match=r"h: must have shape \(24,\) .* got \(1, 24\)"):
+        KRUCell(4, 12)(torch.zeros(4), torch.zeros(1, 24))
     with pytest.raises(TypeError, match="h: must be a tensor, got list"):
         KRUCell(4, 12)(torch.zeros(3, 4), [0.0])
     with pytest.raises(TypeError, match=r"h: must be planar real, got torch\.complex64"):

@@ -19,7 +19,7 @@ from kru_triton.layers.recurrent import (
     check_features,
     check_state,
 )
-from kru_triton.ops.arguments import rows_of, scan_arguments
+from kru_triton.ops.arguments import check_shape, rows_of, scan_arguments
 from kru_triton.ops.linear import run_linear_scan
 from kru_triton.ops.scan import run_scan
 
@@ -224,6 +224,9 @@ class KRUCell(Recurrence):
         check_features("input", input, self.input_size, self.weight_ih)
         check_state("h", h)
         batched = input.dim() == 2
+        if h is not None:
+            shape = (*input.shape[:-1], self.output_size)
+            check_shape("h", h, shape, "B, parts·H·N" if batched else "parts·H·N")
         if not batched:
             input, h = input.unsqueeze(0), None if h is None else h.unsqueeze(0)
         _, h_n = self._scan(input.unsqueeze(0), "", h)

@@ -296,7 +296,7 @@ class RecurrentLayers(Recurrence):
         batch_dim = 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
-            h_0 = None if h_0 is None else h_0.unsqueeze(1)
+            h_0 = None if h_0 is None else h_0.unsqueeze(min(h_0.dim(), 1))
             reset = None if reset is None else reset.unsqueeze(0)
         x = input.transpose(0, 1) if self.batch_first else input
         h_0 = self._check_h_0(h_0, x.shape[1], batched)
