@@ -197,6 +197,8 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     config = parse(flags)
     sizes = dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size))
     sizes = json.loads(json.dumps(sizes))
+    if model != "kru":  # which alone has it, whatever the preset says
+        sizes["state_gate"] = "none"
     for row in map(with_choices, harness.read_rows(args.out)):
         same = all(row[name] == value for name, value in key.items())
         if same and row["model_config"] == sizes:
