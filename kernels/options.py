@@ -139,7 +139,7 @@ def compile_options(
     if bf16_on_nvidia and backward and values == 8192 and arch < 90:
         constants["BETA_IN_LOOP"], options["num_warps"] = tile.PP == 128, 8
     if bf16_on_nvidia and backward and of_256_units and arch == 90:
-        options["maxnreg"] = 168  # likewise
+        options["maxnreg"] = 168  # with more registers the gate's load sinks to its use
     if bf16_on_nvidia and backward and values == 1024:
         # with more registers it waits longer
         few = nonlinearity == "modrelu" and tile.lines and arch >= 90

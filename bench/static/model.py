@@ -211,12 +211,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of rows")
     options = parser.parse_args(argv)
     names = [field.name for field in dataclasses.fields(Device) if field.type is not str]
-    given = dict(pair.partition("=")[::2] for pair in options.set)
-    try:
-        given = {names[names.index(name)]: float(value) for name, value in given.items()}
-    except ValueError:
-        words = " ".join(options.set)
-        parser.error(f"--set: must be NAME=NUMBER, NAME of {', '.join(names)}, got {words}")
+    given = {}
+    for pair in options.set:
+        name, _, value = pair.partition("=")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            name = ""
+        if name not in names:
+            parser.error(f"--set: must be NAME=NUMBER, NAME of {', '.join(names)}, got {pair}")
     if options.length < 1:
         parser.error(f"--length: must be positive, got {options.length}")
     files = sorted(options.results.glob("*.jsonl"))

@@ -341,8 +341,9 @@ class Run:
         if isinstance(error, NonFiniteError):
             self.writer.wait()
             self.code, said = 3, self.first
-            limited = ", --lr or --clip may help", " or --lr may help, or --clip 1"
-            hint = f"; a lower --recurrent-lr{limited[not self.config.clip]}"
+            hint = "; a lower --recurrent-lr or --lr may help, or --clip 1"
+            if self.config.clip:
+                hint = "; a lower --recurrent-lr, --lr or --clip may help"
         else:
             if isinstance(error, BrokenPipeError):
                 drop_output()
