@@ -211,9 +211,9 @@ def ptb_cells(config: Config) -> list[Cell]:
 
 
 def music_cells(config: Config) -> list[Cell]:
-    """Equal parameters; the baselines without dropout, and with that of the KRU."""
+    """Equal parameters; all but the KRU without dropout, too."""
     models = {"kru": "--preset balanced"}
-    for model in ("lstm", "gru", "rnn"):
+    for model in ("krulstm", "lstm", "gru", "rnn"):
         models |= {
             model: f"--preset {model}",
             f"{model}-dropout": f"--preset {model} --dropout 0.5",

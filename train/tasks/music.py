@@ -49,6 +49,7 @@ PRESETS = {
         "nonlinearity": "relu",
         "dropout": 0.5,
     },
+    "krulstm": {"model": "krulstm", "hidden_size": 112, "factors": (8, 14)},
     "lstm": {"model": "lstm", "hidden_size": 70},
     "gru": {"model": "gru", "hidden_size": 84},
     "rnn": {"model": "rnn", "hidden_size": 145},
