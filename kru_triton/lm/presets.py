@@ -45,9 +45,9 @@ class LanguageModelConfig:
 # (train/tasks/state_tracking.py).
 PRESETS = {
     "tiny": LanguageModelConfig(
-        d_model=88,
-        num_layers=3,
-        hidden_size=192,
+        d_model=136,
+        num_layers=2,
+        hidden_size=144,
         num_heads=4,
         nonlinearity="identity",
         state_gate="sigmoid",
