@@ -48,7 +48,9 @@ def test_bad_flags_name_what_there_is(capsys):
     ],
 )
 def test_what_is_not_there_is_named(flags, message, capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # given back: `compiled` takes it away
+    # `compiled` takes Triton's interpreter out of the environment: after what needs it, and for now
+    pytest.importorskip("bench.quality.precision")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
         front.main(flags.split())
     assert message in capsys.readouterr().err
