@@ -242,9 +242,6 @@ class AttentionMixer(Mixer):
         return self.projection(y), [k[:, :, kept], v[:, :, kept], age]
 
 
-CUT = -128.0  # log of the share of what stood before a document: zero in float32
-
-
 class LinearAttentionMixer(Mixer):
     """V (norm(y) · silu(G x)) of what a head reads from a matrix that every token writes to:
 
@@ -330,10 +327,12 @@ def _attend_linearly(
     `(B, T)`."""
     time = q.shape[-2]
     position = torch.arange(time, device=q.device)
-    decay = decay.masked_fill(start[:, None], CUT).cumsum(-1)
-    future = decay.new_full((time, time), -torch.inf).triu(1)
-    weight = (decay[..., :, None] - decay[..., None, :] + future).exp()
-    old = decay.exp()[..., None]
+    document = start.long().cumsum(1)
+    decay = decay.masked_fill(start[:, None], 0).cumsum(-1)  # of the own document; log
+    since = decay[..., :, None] - decay[..., None, :]
+    visible = (position[:, None] >= position) & (document[:, :, None] == document[:, None])
+    weight = since.masked_fill(~visible[:, None], -torch.inf).exp()
+    old = decay.masked_fill(document[:, None] > 0, -torch.inf).exp()[..., None]
     s = _rotate(s.mT, position.new_full((1,), -1)).mT  # as if it were written at position 0
     y = ((q @ k.mT) * weight) @ v + old * (q @ s)
     s = old[..., -1:, :] * s + (weight[..., -1, :, None] * k).mT @ v
