@@ -127,10 +127,12 @@ def curves(rows, new):
             comparisons[size, row["data"], row["steps"], "--dtype" in row["flags"]].append(row)
     longest: dict[str, list] = {}  # of each size
     for (size, *_), found in comparisons.items():
-        longest[size] = max(longest.get(size, []), found, key=length_and_count)
+        if len({row["model"] for row in found}) > 1:
+            longest[size] = max(longest.get(size, []), found, key=length_and_count)
     if not longest:
         return None
     figure, axes = new(len(longest))
+    figure.set_figheight(6)
     for axis, found in zip(axes, longest.values()):
         draw_curves(axis, found)
     return figure, [row for found in longest.values() for row in found]
@@ -158,11 +160,14 @@ def draw_curves(axis, found: list[dict]) -> None:
         what = f"{model} + linear attention" if attends else model
         name = f"{what}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
         width = 2.2 if model.split()[0] == "kru" else 1
-        axis.plot(tokens[1:], bits[1:], color=f"C{number}", label=name, linewidth=width)
+        style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--"}
+        axis.plot(tokens[1:], bits[1:], label=name, linewidth=width, **style)
         ends = [row["val_bpb"] for row in own]
         axis.plot([tokens[-1]] * len(ends), ends, "x", color=f"C{number}", markersize=5)
     axis.set_title(f"{found[0]['parameters']:,} parameters, {found[0]['data']}", fontsize=9)
     finish(axis, "million tokens", "bits per byte; x: held-out text", log=False)
+    axis.set_ylim(top=1.3 * min(row["val_bpb"] for row in found))
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # there are many
 
 
 def scaling(rows, new):
