@@ -9,8 +9,8 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
     cpu-speed         torch backend against the loop and torch.nn
-    curves            training loss of each size's longest finals over the tokens read, mean of
-                      the seeds; at its end the bits per byte of the validation text
+    curves            training loss of each size's longest finals of several models, mean
+                      of the seeds, over the tokens read; at its end the bits per byte of the validation text
     scaling           bits per byte at 20 tokens a parameter over the parameters, with power laws
 """
 

@@ -372,7 +372,9 @@ def synthetic(path):
     final = {"data": "stdlib", "preset": "tiny", "params": 108000, "flags": "", "kind": "tokens"}
     final |= {"model": "kru", "optimizer": "adamw", "lr": 1e-2, "steps": 8, "parameters": 108000}
     curve = [[1000 * step, 5.0 - step / 10] for step in range(1, 9)]
-    add("baselines", "kru", **final, tokens=8000, val_bpb=2.0, curve=curve)
+    read = {"tokens": 8000, "curve": curve}
+    add("baselines", "kru", **final, **read, val_bpb=2.0)
+    add("baselines", "gru", **{**final, **read, "model": "gru"}, val_bpb=2.1)
     for size in (1000, 2000, 4000):
         values = {"params": size, "parameters": size, "tokens": 20 * size, "val_bpb": size**-0.1}
         add("baselines", f"kru {size}", **{**final, **values})
@@ -388,6 +390,15 @@ def test_every_figure_is_drawn_from_rows_alone(tmp_path):
     assert drawn == {f"x-{name}" for name in plot.FIGURES}
     with pytest.raises(SystemExit):
         plot.main(["--results", str(tmp_path / "nothing")])
+
+
+def test_curves_of_one_model_alone_are_no_comparison(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "x.jsonl"
+    synthetic(path)
+    rows = [row for row in harness.read_rows(path) if row.get("model") != "gru"]
+    assert any("curve" in row for row in rows)
+    assert plot.curves(rows, None) is None
 
 
 def test_rows_in_other_lanes_are_not_of_the_same_scaling(tmp_path):
