@@ -10,7 +10,8 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     context           time per token against the tokens read before it, on a CPU
     cpu-speed         torch backend against the loop and torch.nn
     curves            training loss of each size's longest finals of several models, mean
-                      of the seeds, over the tokens read; at its end the bits per byte of the validation text
+                      of the seeds, over the tokens read; at its end the bits per
+                      byte of the validation text
     scaling           bits per byte at 20 tokens a parameter over the parameters, with power laws
 """
 
