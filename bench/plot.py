@@ -9,9 +9,9 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
     cpu-speed         torch backend against the loop and torch.nn
-    curves            training loss of each size's longest finals of several models, mean
-                      of the seeds, over the tokens read; at its end the bits per
-                      byte of the validation text
+    curves            training loss of each size's longest finals of several models,
+                      mean of the seeds, over the tokens read; at its end the bits per byte of
+                      the validation text
     scaling           bits per byte at 20 tokens a parameter over the parameters, with power laws
 """
 
@@ -52,7 +52,7 @@ def lines(axis, rows, x: str, y: str, label, style="-") -> None:
         )
 
 
-def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
+def finish(axis, xlabel: str, ylabel: str, log=True, **legend) -> None:
     from matplotlib import ticker
 
     axis.set_xlabel(xlabel)
@@ -65,7 +65,7 @@ def finish(axis, xlabel: str, ylabel: str, log=True) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, **legend)
 
 
 def steps(rows, new):
@@ -166,9 +166,9 @@ def draw_curves(axis, found: list[dict]) -> None:
         ends = [row["val_bpb"] for row in own]
         axis.plot([tokens[-1]] * len(ends), ends, "x", color=f"C{number}", markersize=5)
     axis.set_title(f"{found[0]['parameters']:,} parameters, {found[0]['data']}", fontsize=9)
-    finish(axis, "million tokens", "bits per byte; x: held-out text", log=False)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # there are many
+    finish(axis, "million tokens", "bits per byte; x: held-out text", log=False, **below)
     axis.set_ylim(top=1.3 * min(row["val_bpb"] for row in found))
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # there are many
 
 
 def scaling(rows, new):

@@ -48,7 +48,8 @@ def test_bad_flags_name_what_there_is(capsys):
     ],
 )
 def test_what_is_not_there_is_named(flags, message, capsys, monkeypatch):
-    # `compiled` takes Triton's interpreter out of the environment: after what needs it, and for now
+    # importing `compiled` takes Triton's interpreter from the environment: load what needs it,
+    # and have it back afterwards
     pytest.importorskip("bench.quality.precision")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):

@@ -211,7 +211,7 @@ def ptb_cells(config: Config) -> list[Cell]:
 
 
 def music_cells(config: Config) -> list[Cell]:
-    """Equal parameters; all but the KRU without dropout, too."""
+    """Equal parameters; every model with the KRU's dropout, the others also without."""
     models = {"kru": "--preset balanced"}
     for model in ("krulstm", "lstm", "gru", "rnn"):
         models |= {
