@@ -146,11 +146,10 @@ def length_and_count(found: list[dict]) -> tuple[int, int]:
 def draw_curves(axis, found: list[dict]) -> None:
     models = defaultdict(list)
     for row in sorted(found, key=lambda row: row["val_bpb"]):
-        attends = bool(row.get("model_config", {}).get("linear_attention"))
-        own = models[row["model"] + state_gate(row), attends, row["optimizer"], other_lanes(row)]
+        own = models[row["model"] + parts(row), row["optimizer"], other_lanes(row)]
         if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
-    for number, ((model, attends, optimizer, lanes), own) in enumerate(models.items()):
+    for number, ((model, optimizer, lanes), own) in enumerate(models.items()):
         points = list(zip(*(row["curve"] for row in own)))  # of all seeds
         groups = [points[i : i + 4] for i in range(0, len(points), 4)]
         tokens = [group[-1][0][0] / 1e6 for group in groups]
@@ -158,8 +157,7 @@ def draw_curves(axis, found: list[dict]) -> None:
             statistics.mean(nats for point in group for _, nats in point) / math.log(2)
             for group in groups
         ]
-        what = f"{model} + linear attention" if attends else model
-        name = f"{what}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
+        name = f"{model}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
         width = 2.2 if model.split()[0] == "kru" else 1
         style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--"}
         axis.plot(tokens[1:], bits[1:], label=name, linewidth=width, **style)
@@ -175,7 +173,7 @@ def scaling(rows, new):
     models = defaultdict(dict)  # rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
         if read_twenty(row) and not row.get("seed"):  # of seed 0 the best rate
-            model = row["model"] + state_gate(row) + other_lanes(row)
+            model = row["model"] + parts(row) + other_lanes(row)
             models[model].setdefault(row["params"], row)
     models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
     if not models:
@@ -191,10 +189,13 @@ def scaling(rows, new):
     return figure, [row for own in models.values() for row in own]
 
 
-def state_gate(row: dict) -> str:
-    """For a label: what a state is multiplied by."""
-    gate = row.get("model_config", {}).get("state_gate", "none")
-    return "" if gate == "none" else f" ({gate} gate)"
+def parts(row: dict) -> str:
+    """For a label: what a state is multiplied by, and whether a block, the last, looks up."""
+    config = {"state_gate": "none", "linear_attention": [], **row.get("model_config", {})}
+    gate, blocks = config["state_gate"], config["linear_attention"]
+    last = " last" if config.get("num_layers", 0) - 1 in blocks else ""
+    attention = f" + linear attention{last}" if blocks else ""
+    return ("" if gate == "none" else f" ({gate} gate)") + attention
 
 
 def other_lanes(row: dict) -> str:

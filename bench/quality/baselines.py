@@ -207,6 +207,8 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
     setting += f"-{lanes}" if lanes != "x".join(LANES[1::2]) else ""
     setting += f"-{sizes['state_gate']}" if sizes["state_gate"] != "none" else ""
+    blocks = sizes["linear_attention"]
+    setting += f"-attends-{'-'.join(map(str, blocks))}" if blocks not in ([], [1]) else ""
     folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
     summary = train("lm.py", [*flags, "--data", args.data], folder)
     told = shlex.join(["python", "train/lm.py", *flags, "--data", without_folder(args.data)])
