@@ -4,7 +4,7 @@ One flat dataclass, `Config`. Where a value comes from, the later wins:
 
     preset  <  TOML file (`--config`)  <  flags
 
-A preset's model sizes are in `kru_triton.lm.model.PRESETS`, its training settings in
+A preset's model sizes are in `kru_triton.lm.presets.PRESETS`, its training settings in
 `TRAINING` below. `IDENTITY_FREE` lists the settings that may change when a run is resumed; every
 other one belongs to the run's identity.
 """
@@ -22,7 +22,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from kru_triton.lm.model import match_parameters
-from kru_triton.lm.presets import PRESETS, LanguageModelConfig
+from kru_triton.lm.presets import PRESETS, LanguageModelConfig, lookup_blocks
 from kru_triton.nonlinearity import Nonlinearity
 from kru_triton.ops.arguments import Backend, Precision
 
@@ -252,6 +252,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     early.add_argument("--preset")
     early.add_argument("--config")
     early.add_argument("--data", action="append")
+    early.add_argument("--linear-attention", "--linear_attention", nargs="*")
     flags, _ = early.parse_known_args(argv)
     toml = read_toml(flags.config) if flags.config else {}
     preset = flags.preset or toml.get("preset") or Config.preset
@@ -267,9 +268,10 @@ def parse(argv: list[str] | None = None, description: str = "") -> Config:
     config = tyro.cli(Config, args=argv, default=default, description=description)
     if not config.steps and not config.minutes:
         config.steps = TRAINING[config.preset][-1]
-    if config.linear_attention == PRESETS[config.preset].linear_attention:  # as far as there are
-        there = range(config.num_layers if config.frame == "residual" else 0)
-        config.linear_attention = tuple(k for k in config.linear_attention if k in there)
+    asked = flags.linear_attention is not None or "linear_attention" in toml
+    if not asked and PRESETS[config.preset].linear_attention:  # in as many blocks as there are
+        blocks = config.num_layers if config.frame == "residual" else 0
+        config.linear_attention = lookup_blocks(blocks)
     validate(config)
     if len(config.data) == 1 and config.data[0].startswith("ptb:"):
         config = penn_treebank(config)
