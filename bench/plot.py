@@ -124,12 +124,12 @@ def curves(rows, new):
     comparisons = defaultdict(list)
     for row in ok(rows, "baselines", kind="tokens"):
         if row.get("curve") and not read_twenty(row):
-            size = f"{row['params']:.1e}"
-            comparisons[size, row["data"], row["steps"], "--dtype" in row["flags"]].append(row)
+            size, half = f"{row['parameters']:.0e}", "--dtype" in row["flags"]
+            comparisons[size, row["data"], row["steps"], other_lanes(row), half].append(row)
     longest: dict[str, list] = {}  # of each size
     for (size, *_), found in comparisons.items():
         if len({row["model"] for row in found}) > 1:
-            longest[size] = max(longest.get(size, []), found, key=length_and_count)
+            longest[size] = max(longest.get(size, []), found, key=length_and_date)
     if not longest:
         return None
     figure, axes = new(len(longest))
@@ -139,8 +139,8 @@ def curves(rows, new):
     return figure, [row for found in longest.values() for row in found]
 
 
-def length_and_count(found: list[dict]) -> tuple[int, int]:
-    return (found[0]["tokens"] if found else 0), len(found)
+def length_and_date(found: list[dict]) -> tuple[int, str]:
+    return max(((row["tokens"], row["date"]) for row in found), default=(0, ""))
 
 
 def draw_curves(axis, found: list[dict]) -> None:
@@ -150,22 +150,22 @@ def draw_curves(axis, found: list[dict]) -> None:
         if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
     for number, ((model, optimizer, lanes), own) in enumerate(models.items()):
-        points = list(zip(*(row["curve"] for row in own)))  # of all seeds
-        groups = [points[i : i + 4] for i in range(0, len(points), 4)]
-        tokens = [group[-1][0][0] / 1e6 for group in groups]
-        bits = [
-            statistics.mean(nats for point in group for _, nats in point) / math.log(2)
-            for group in groups
-        ]
+        curve = min(own, key=lambda row: row.get("seed", 0))["curve"]  # seeds read in other orders
+        groups = [curve[i : i + 4] for i in range(0, len(curve), 4)]
+        tokens = [group[-1][0] / 1e6 for group in groups]
+        bits = [statistics.mean(nats for _, nats in group) / math.log(2) for group in groups]
         name = f"{model}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
         width = 2.2 if model.split()[0] == "kru" else 1
         style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--"}
         axis.plot(tokens[1:], bits[1:], label=name, linewidth=width, **style)
         ends = [row["val_bpb"] for row in own]
         axis.plot([tokens[-1]] * len(ends), ends, "x", color=f"C{number}", markersize=5)
-    axis.set_title(f"{found[0]['parameters']:,} parameters, {found[0]['data']}", fontsize=9)
+    size = statistics.median_low(row["parameters"] for row in found)
+    axis.set_title(f"{size:,} parameters, {found[0]['data']}", fontsize=9)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # there are many
-    finish(axis, "million tokens", "bits per byte; x: held-out text", log=False, **below)
+    finish(
+        axis, "million tokens", "bits per byte of the first seed; x: held-out", log=False, **below
+    )
     axis.set_ylim(top=1.3 * min(row["val_bpb"] for row in found))
 
 
