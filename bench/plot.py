@@ -9,9 +9,9 @@ device, commit and date of its rows. Needs matplotlib (the extra `plot`).
     steps             time of a step on a GPU against batch rows, ours, predicted, torch.nn
     context           time per token against the tokens read before it, on a CPU
     cpu-speed         torch backend against the loop and torch.nn
-    curves            training loss of each size's longest finals of several models,
-                      mean of the seeds, over the tokens read; at its end the bits per byte of
-                      the validation text
+    curves            training loss of each size's longest finals of several models, of the
+                      first seed, over the tokens read; at its end the bits per byte of the
+                      validation text, of every seed
     scaling           bits per byte at 20 tokens a parameter over the parameters, with power laws
 """
 
@@ -146,16 +146,16 @@ def length_and_date(found: list[dict]) -> tuple[int, str]:
 def draw_curves(axis, found: list[dict]) -> None:
     models = defaultdict(list)
     for row in sorted(found, key=lambda row: row["val_bpb"]):
-        own = models[row["model"] + parts(row), row["optimizer"], other_lanes(row)]
+        own = models[f"{described(row)}, {row['optimizer']}"]
         if not own or all(row[key] == own[0][key] for key in ("lr", "params")):  # the best ones
             own.append(row)
-    for number, ((model, optimizer, lanes), own) in enumerate(models.items()):
+    for number, (model, own) in enumerate(models.items()):
         curve = min(own, key=lambda row: row.get("seed", 0))["curve"]  # seeds read in other orders
         groups = [curve[i : i + 4] for i in range(0, len(curve), 4)]
         tokens = [group[-1][0] / 1e6 for group in groups]
         bits = [statistics.mean(nats for _, nats in group) / math.log(2) for group in groups]
-        name = f"{model}{lanes}, {optimizer}, {len(own)} seed{'s' * (len(own) > 1)}"
-        width = 2.2 if model.split()[0] == "kru" else 1
+        name = f"{model}, {len(own)} seed{'s' * (len(own) > 1)}"
+        width = 2.2 if own[0]["model"] == "kru" else 1
         style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--"}
         axis.plot(tokens[1:], bits[1:], label=name, linewidth=width, **style)
         ends = [row["val_bpb"] for row in own]
@@ -173,8 +173,7 @@ def scaling(rows, new):
     models = defaultdict(dict)  # rows by size
     for row in sorted(ok(rows, "baselines", kind="tokens"), key=lambda row: row["val_bpb"]):
         if read_twenty(row) and not row.get("seed"):  # of seed 0 the best rate
-            model = row["model"] + parts(row) + other_lanes(row)
-            models[model].setdefault(row["params"], row)
+            models[described(row)].setdefault(row["params"], row)
     models = {model: list(own.values()) for model, own in models.items() if len(own) > 2}
     if not models:
         return None
@@ -189,13 +188,14 @@ def scaling(rows, new):
     return figure, [row for own in models.values() for row in own]
 
 
-def parts(row: dict) -> str:
-    """For a label: what a state is multiplied by, and whether a block, the last, looks up."""
+def described(row: dict) -> str:
+    """The model, its gate, whether a block, the last, has linear attention, and uncommon lanes."""
     config = {"state_gate": "none", "linear_attention": [], **row.get("model_config", {})}
     gate, blocks = config["state_gate"], config["linear_attention"]
     last = " last" if config.get("num_layers", 0) - 1 in blocks else ""
     attention = f" + linear attention{last}" if blocks else ""
-    return ("" if gate == "none" else f" ({gate} gate)") + attention
+    gated = "" if gate == "none" else f" ({gate} gate)"
+    return row["model"] + gated + attention + other_lanes(row)
 
 
 def other_lanes(row: dict) -> str:
