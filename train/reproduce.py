@@ -258,8 +258,8 @@ def gradient_cells(config: Config) -> list[Cell]:
 
 
 def state_cells(task: str, config: Config) -> list[Cell]:
-    """Every model of equal width, one layer and two; KRU with a gate (of several factors) and the
-    LSTMs of twice the width, with eight times the sequences, too.
+    """Every model of equal width, one layer and two; then in one layer of twice the width, KRU with
+    a gate (of several factors), for twice the steps of four times the sequences.
     """
     steps = 8000 if config.scale == "cpu" else 100000
     nonlinearities = ("modrelu", "modtanh", "tanh", "relu", "identity")
@@ -282,7 +282,7 @@ def state_cells(task: str, config: Config) -> list[Cell]:
     wide = f"--preset gated --steps {2 * steps}"
     settings |= {
         f"{model}-wide": f"{wide} --factors 8 16 {models.get(model, '')}".strip()
-        for model in ("kru", "krulstm", "lstm")
+        for model in ("kru", "krulstm", "rnn", "lstm", "gru", "mingru", "transformer")
     }
     settings |= {
         f"kru-wide-{name}": f"{wide} --factors {name.replace('x', ' ')}"
