@@ -448,6 +448,27 @@ def test_committed_rows_make_tables():
     assert front.main(["baselines", "--table"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("lr", "rates", "best", "tried"),
+    [
+        (1, 2, 8, [1, 2, 4, 8, 16]),  # the best at the upper end of what was tried
+        (4, 2, 2, [1, 2, 4, 8]),  # at the lower one
+        (1, 3, 2, [1, 2, 4]),
+        (1, 1, 8, [1]),
+    ],
+)
+def test_the_best_rate_is_inside_those_tried_but_for_a_single_one(
+    lr, rates, best, tried, monkeypatch
+):
+    baselines = pytest.importorskip("bench.quality.baselines")
+    monkeypatch.setattr(
+        baselines, "run", lambda *of: {"lr": of[-1], "val_bpb": abs(math.log(of[-1] / best))}
+    )
+    args = SimpleNamespace(lr=lr, rates=rates)
+    rows = baselines.bracket(args, "tokens", "kru", "muon", [], 10)
+    assert sorted(row["lr"] for row in rows) == tried
+
+
 def test_the_picture_of_the_readme_is_that_of_the_committed_rows(tmp_path):
     """By the version of Matplotlib that drew it: others place the same text elsewhere."""
     matplotlib = pytest.importorskip("matplotlib")

@@ -17,11 +17,12 @@ the better one of those tried (`SHAPES`).
             with the models in turn in one process, so other load on the machine favours none
 
 For each optimizer the learning rates double from `--lr` on; while the best one is at an end of
-those tried, the next one beyond it is run too, so every best is bracketed from both sides. The
-Kronecker factors keep the preset's rate. The finals then take each model's best optimizer and rate,
-with `--seeds` seeds, the first of all models before the second; at equal tokens they may be longer
-than what found the rate (`--final-steps`). Rows go to `bench/results/baselines.jsonl`; runs found
-there are not repeated, so a command that was cut off goes on where it was. `--table` prints all.
+those tried, the next one beyond it is run too, so every best is bracketed from both sides (`--rates
+1` takes `--lr` as it is). The Kronecker factors keep the preset's rate. The finals then take each
+model's best optimizer and rate, with `--seeds` seeds, the first of all models before the second; at
+equal tokens they may be longer than what found the rate (`--final-steps`). Rows go to
+`bench/results/baselines.jsonl`; runs found there are not repeated, so a command that was cut off
+goes on where it was. `--table` prints all.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--final-steps", type=int, default=0, help="of their finals; 0: as many")
     parser.add_argument("--minutes", type=float, default=1.5, help="at equal time; 0: leave out")
     parser.add_argument("--lr", type=float, default=2e-3, help="lowest learning rate of the grid")
-    parser.add_argument("--rates", type=int, default=4, help="learning rates before extending")
+    parser.add_argument("--rates", type=int, default=4, help="before extending; 1: --lr alone")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/baselines"))
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "baselines.jsonl")
@@ -178,12 +179,9 @@ def bracket(
             if lr not in rows:
                 rows[lr] = run(args, kind, model, optimizer, flags, steps, lr)
         best = min(rows, key=lambda lr: rows[lr]["val_bpb"])
-        if best == min(rows):
-            rates = [best / 2]
-        elif best == max(rows):
-            rates = [best * 2]
-        else:
+        if args.rates == 1 or min(rows) < best < max(rows):
             return list(rows.values())
+        rates = [best / 2 if best == min(rows) else best * 2]
 
 
 def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
