@@ -188,11 +188,12 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     """One training run, or its row where it has been made before."""
     key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
     key |= {"optimizer": optimizer, "data": args.name, "params": args.params, "flags": args.flags}
-    key |= {"seed": seed}
     flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
     flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
     flags += ["--seed", str(seed)]
     config = parse(flags)
+    momentum = config.muon_momentum if optimizer == "muon" else None
+    key |= {"seed": seed, "muon_momentum": momentum}
     sizes = dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size))
     sizes = json.loads(json.dumps(sizes))
     if model != "kru":  # which alone has it, whatever the preset says
@@ -205,6 +206,7 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     setting = f"{kind}-{model}-{optimizer}-{lr:g}-{steps}-{seed}"
     setting += f"-{lanes}" if lanes != "x".join(LANES[1::2]) else ""
     setting += f"-{sizes['state_gate']}" if sizes["state_gate"] != "none" else ""
+    setting += f"-momentum-{momentum:g}" if momentum not in (None, 0.95) else ""
     blocks = sizes["linear_attention"]
     setting += f"-attends-{'-'.join(map(str, blocks))}" if blocks not in ([], [1]) else ""
     folder = args.run_dir / f"{args.name}-{args.params}-{setting}"
@@ -239,7 +241,8 @@ def with_choices(row: dict) -> dict:
     """A row from before there was a choice says what it used, too."""
     before = {"linear_attention": [], "state_gate": "none"}
     before |= {"input_gated": False, "token_shift": False}
-    return {"optimizer": "adamw", **row, "model_config": {**before, **row["model_config"]}}
+    row = {"optimizer": "adamw", **row, "model_config": {**before, **row["model_config"]}}
+    return {"muon_momentum": 0.95 if row["optimizer"] == "muon" else None, **row}
 
 
 def curve(folder: Path) -> list[list]:
@@ -273,9 +276,10 @@ def print_table(rows: list[dict]) -> None:
         blocks = tuple(row["model_config"]["linear_attention"])
         comparison = row["data"], row["preset"], row["params"], row["flags"], blocks, row["kind"]
         length = row["steps"] if row["kind"] == "tokens" else 0
-        gate = row["model_config"]["state_gate"]
+        gate, momentum = row["model_config"]["state_gate"], row["muon_momentum"]
         model = row["model"] + (f", {gate} gate" if gate != "none" else "")
-        cells.setdefault((*comparison, length, model, row["optimizer"]), []).append(row)
+        optimizer = row["optimizer"] + (f", momentum {momentum}" if momentum else "")
+        cells.setdefault((*comparison, length, model, optimizer), []).append(row)
     for key, own in sorted(cells.items(), key=lambda c: c[0][:7]):
         name, *_, blocks, kind, _, model, optimizer = key
         model += f", linear attention in {', '.join(map(str, blocks))}" if blocks else ""

@@ -154,6 +154,7 @@ def identity(settings: dict) -> dict:
     """The settings that make a run what it is."""
     flat = {**BEFORE, **settings, **settings["model_config"]}
     free = IDENTITY_FREE | {"model_config", "wandb_id"}
+    free |= {"muon_momentum"} if flat["optimizer"] != "muon" else set()
     return {key: value for key, value in flat.items() if key not in free}
 
 

@@ -46,7 +46,8 @@ def build_optimizers(model: LanguageModel, config: Config) -> list[Optimizer]:
     rest = list(by_name.values())
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), fused=True)]
     if matrices:
-        optimizers.append(Muon([matrices], adjust_lr_fn="match_rms_adamw"))
+        momentum = config.muon_momentum
+        optimizers.append(Muon([matrices], momentum=momentum, adjust_lr_fn="match_rms_adamw"))
     elif config.optimizer == "muon":
         raise UserError(
             f"--optimizer muon: --model {config.model} --frame {config.frame} has no matrix "

@@ -139,6 +139,8 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices between embedding and head, AdamW for all else (embedding, head,
     factors, biases, norms). Gates that are packed in one matrix are one matrix to Muon."""
+    muon_momentum: float = 0.95
+    """Share of the gradients before that Muon keeps at each step."""
     lr: float = 3e-3
     """Peak learning rate of everything but the Kronecker factors: Muon's updates have the size of
     AdamW's at the same rate."""
@@ -217,6 +219,7 @@ IDENTITY_FREE = {
 # What a run did before there was a flag for it: its config.json does not say.
 BEFORE = {
     "optimizer": "adamw",
+    "muon_momentum": 0.95,
     "schedule": "cosine",
     "linear_attention": [],
     "state_gate": "none",
@@ -387,6 +390,8 @@ def validate(config: Config) -> None:
         if not getattr(config, name) <= 1:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} must be at most 1, got {getattr(config, name)}")
+    if not 0 <= config.muon_momentum < 1:
+        raise UserError(f"--muon-momentum must be in [0, 1), got {config.muon_momentum}")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top-p must be in (0, 1], got {config.top_p}")
     if not 0 < config.mlp_ratio < math.inf:
