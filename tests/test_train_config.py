@@ -93,6 +93,8 @@ def test_a_missing_toml_file_is_named(tmp_path):
         ("--steps -5", "--steps must be at least 0"),
         ("--dropout 1", "--dropout must be below 1"),
         ("--decay-share 1.5", "--decay-share must be at most 1, got 1.5"),
+        ("--muon-momentum 1", r"--muon-momentum must be in \[0, 1\), got 1"),
+        ("--muon-momentum -0.1", r"--muon-momentum must be in \[0, 1\), got -0.1"),
         ("--decay-share -1", "--decay-share must be at least 0"),
         (f"--seed {2**64}", r"--seed must be at least 0 and below 2\^64, got 1844"),
         (f"--seed {'9' * 400}", "--seed must be at least 0 and below"),

@@ -865,7 +865,7 @@ def test_a_run_module_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, ca
     flags = [*TINY, *corpus, "--run-dir", tmp_path, "--lr-floor", 1, "--optimizer", "adamw"]
     assert run_in_process(monkeypatch, *flags, "--steps", 3) == 0
     settings = json.loads((tmp_path / "config.json").read_text())
-    for name in ("optimizer", "schedule", "decay_share"):
+    for name in ("optimizer", "muon_momentum", "schedule", "decay_share"):
         del settings[name]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     muon = ["--optimizer", "muon", "--schedule", "wsd"]
@@ -874,6 +874,21 @@ def test_a_run_module_before_the_flags_goes_on(tmp_path, corpus, monkeypatch, ca
     assert "optimizer: 'adamw' there, 'muon' now" in err
     assert "schedule: 'cosine' there, 'wsd' now" in err
     assert run_in_process(monkeypatch, *flags, "--steps", 5) == 0
+
+
+def test_momentum_is_muons_and_belongs_to_its_runs(tmp_path, corpus, monkeypatch, capsys):
+    def train(momentum, optimizer, folder, steps):
+        flags = ["--muon-momentum", momentum, "--optimizer", optimizer, "--run-dir", folder]
+        more = ["--lr-floor", 1, "--steps", steps, "--log-every", 1]
+        return run_in_process(monkeypatch, *TINY, *corpus, *flags, *more)
+
+    muon, other, adamw = (tmp_path / name for name in ("muon", "other", "adamw"))
+    assert train(0.5, "muon", muon, 3) == train(0.9, "muon", other, 3) == 0
+    losses = [[row["train/loss_nats"] for row in metrics(folder)] for folder in (muon, other)]
+    assert losses[0] != losses[1]
+    assert train(0.9, "muon", muon, 4) == 2
+    assert "muon_momentum: 0.5 there, 0.9 now" in capsys.readouterr().err
+    assert train(0.5, "adamw", adamw, 3) == train(0.9, "adamw", adamw, 4) == 0
 
 
 def test_frozen_factors_stay_as_they_were_drawn_and_the_rest_learns(tmp_path, corpus, monkeypatch):
