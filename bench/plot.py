@@ -125,7 +125,7 @@ def curves(rows, new):
     for row in ok(rows, "baselines", kind="tokens"):
         if row.get("curve") and not read_twenty(row):
             size, half = f"{row['parameters']:.0e}", "--dtype" in row["flags"]
-            comparisons[size, row["data"], row["steps"], other_lanes(row), half].append(row)
+            comparisons[size, row["data"], row["steps"], uncommon(row), half].append(row)
     longest: dict[str, list] = {}  # of each size
     for (size, *_), found in comparisons.items():
         if len({row["model"] for row in found}) > 1:
@@ -189,19 +189,19 @@ def scaling(rows, new):
 
 
 def described(row: dict) -> str:
-    """The model, its gate, whether a block, the last, has linear attention, and uncommon lanes."""
+    """The model, its gate, linear attention and whether in the last block, and what is uncommon."""
     config = {"state_gate": "none", "linear_attention": [], **row.get("model_config", {})}
     gate, blocks = config["state_gate"], config["linear_attention"]
     last = " last" if config.get("num_layers", 0) - 1 in blocks else ""
     attention = f" + linear attention{last}" if blocks else ""
     gated = "" if gate == "none" else f" ({gate} gate)"
-    return row["model"] + gated + attention + other_lanes(row)
+    return row["model"] + gated + attention + uncommon(row)
 
 
-def other_lanes(row: dict) -> str:
-    """For a label: the lanes of a step, where they are not those of most rows."""
-    lanes = row.get("lanes", "32x128")
-    return "" if lanes == "32x128" else f", {lanes}"
+def uncommon(row: dict) -> str:
+    """For a label: the lanes of a step and Muon's momentum, where they are not the oldest rows'."""
+    lanes, momentum = row.get("lanes", "32x128"), row.get("muon_momentum") or 0.95
+    return f", {lanes}" * (lanes != "32x128") + f", momentum {momentum:g}" * (momentum != 0.95)
 
 
 def read_twenty(row: dict) -> bool:

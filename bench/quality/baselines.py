@@ -17,12 +17,11 @@ the better one of those tried (`SHAPES`).
             with the models in turn in one process, so other load on the machine favours none
 
 For each optimizer the learning rates double from `--lr` on; while the best one is at an end of
-those tried, the next one beyond it is run too, so every best is bracketed from both sides (`--rates
-1` takes `--lr` as it is). The Kronecker factors keep the preset's rate. The finals then take each
-model's best optimizer and rate, with `--seeds` seeds, the first of all models before the second; at
-equal tokens they may be longer than what found the rate (`--final-steps`). Rows go to
-`bench/results/baselines.jsonl`; runs found there are not repeated, so a command that was cut off
-goes on where it was. `--table` prints all.
+those tried, the next one beyond it is run too, so every best is bracketed from both sides. The
+Kronecker factors keep the preset's rate. The finals then take each model's best optimizer and rate,
+with `--seeds` seeds, the first of all models before the second; at equal tokens they may be longer
+than what found the rate (`--final-steps`). Rows go to `bench/results/baselines.jsonl`; runs found
+there are not repeated, so a command that was cut off goes on where it was. `--table` prints all.
 """
 
 import dataclasses
@@ -188,12 +187,11 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
     """One training run, or its row where it has been made before."""
     key = {"kind": kind, "preset": args.preset, "model": model, "lr": lr, "steps": steps}
     key |= {"optimizer": optimizer, "data": args.name, "params": args.params, "flags": args.flags}
-    flags = [*flags, "--steps", str(steps), "--lr", f"{lr:g}", "--wandb", "disabled"]
-    flags += ["--eval-every", "0", "--checkpoint-every", "0", "--sample-tokens", "0"]
-    flags += ["--seed", str(seed)]
+    key |= {"seed": seed}
+    flags = [*flags, *shlex.split(f"--steps {steps} --lr {lr:g} --wandb disabled --eval-every 0")]
+    flags += shlex.split(f"--checkpoint-every 0 --sample-tokens 0 --seed {seed}")
     config = parse(flags)
-    momentum = config.muon_momentum if optimizer == "muon" else None
-    key |= {"seed": seed, "muon_momentum": momentum}
+    key["muon_momentum"] = momentum = config.muon_momentum if optimizer == "muon" else None
     sizes = dataclasses.asdict(model_config(config, ByteTokenizer.vocab_size))
     sizes = json.loads(json.dumps(sizes))
     if model != "kru":  # which alone has it, whatever the preset says
