@@ -139,7 +139,7 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices between embedding and head, AdamW for all else (embedding, head,
     factors, biases, norms). Gates that are packed in one matrix are one matrix to Muon."""
-    muon_momentum: float = 0.95
+    muon_momentum: float = 0.9
     """Share of the gradients before that Muon keeps at each step."""
     lr: float = 3e-3
     """Peak learning rate of everything but the Kronecker factors: Muon's updates have the size of
