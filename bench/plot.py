@@ -190,12 +190,12 @@ def scaling(rows, new):
 
 def described(row: dict) -> str:
     """The model, its gate, linear attention and whether in the last block, and what is uncommon."""
-    config = {"state_gate": "none", "linear_attention": [], **row.get("model_config", {})}
-    gate, blocks = config["state_gate"], config["linear_attention"]
-    last = " last" if config.get("num_layers", 0) - 1 in blocks else ""
-    attention = f" + linear attention{last}" if blocks else ""
-    gated = "" if gate == "none" else f" ({gate} gate)"
-    return row["model"] + gated + attention + uncommon(row)
+    before = {"state_gate": "none", "linear_attention": [], "num_layers": 3}
+    config = before | row.get("model_config", {})
+    gate, blocks, count = (config[key] for key in before)
+    attention = f" + linear attention{' last' * (count - 1 in blocks)}" * bool(blocks)
+    attention += f", {count} blocks" * (count != 3)
+    return row["model"] + f" ({gate} gate)" * (gate != "none") + attention + uncommon(row)
 
 
 def uncommon(row: dict) -> str:

@@ -56,8 +56,9 @@ def lookup_blocks(num_layers: int) -> tuple[int, ...]:
 # parameters, and a forget gate from 0.1 to 1 million; base and large go on from there. In the last
 # of three blocks linear attention is better than in the second at 0.1 million parameters, level at
 # 1 million; of six blocks, at 4 million, the last ones were worse. tiny has two blocks for three:
-# as good a token, in three quarters of the time. An identity is linear in the state: no such model
-# keeps a parity at every length, where a gate is never negative (train/tasks/state_tracking.py).
+# what they learn less of a token they make up for in time (a GRU learns more there). An identity is
+# linear in the state: no such model keeps a parity at every length, where a gate is never negative
+# (train/tasks/state_tracking.py).
 PRESETS = {
     "tiny": LanguageModelConfig(
         d_model=136,
