@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import harness
+from bench.quality.baselines import with_choices
 
 FORMATS = ("svg", "png", "pdf")
 COMPARED = ("kru", "nn.LSTM", "nn.GRU")
@@ -190,17 +191,17 @@ def scaling(rows, new):
 
 def described(row: dict) -> str:
     """The model, its gate, linear attention and whether in the last block, and what is uncommon."""
-    before = {"state_gate": "none", "linear_attention": [], "num_layers": 3}
-    config = before | row.get("model_config", {})
-    gate, blocks, count = (config[key] for key in before)
-    attention = f" + linear attention{' last' * (count - 1 in blocks)}" * bool(blocks)
-    attention += f", {count} blocks" * (count != 3)
-    return row["model"] + f" ({gate} gate)" * (gate != "none") + attention + uncommon(row)
+    config = with_choices(row)["model_config"]
+    gate, attends, blocks = (config[k] for k in ("state_gate", "linear_attention", "num_layers"))
+    label = row["model"] + ("" if gate == "none" else f" ({gate} gate)")
+    if attends:
+        label += " + linear attention" + (" last" if blocks - 1 in attends else "")
+    return label + ("" if blocks == 3 else f", {blocks} blocks") + uncommon(row)
 
 
 def uncommon(row: dict) -> str:
     """For a label: the lanes of a step and Muon's momentum, where they are not the oldest rows'."""
-    lanes, momentum = row.get("lanes", "32x128"), row.get("muon_momentum") or 0.95
+    lanes, momentum = row.get("lanes", "32x128"), with_choices(row)["muon_momentum"] or 0.95
     return f", {lanes}" * (lanes != "32x128") + f", momentum {momentum:g}" * (momentum != 0.95)
 
 

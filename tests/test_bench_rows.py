@@ -371,6 +371,7 @@ def synthetic(path):
     add("steps", "flashrnn", status="skipped", reason="not installed")
     final = {"data": "stdlib", "preset": "tiny", "params": 108000, "flags": "", "kind": "tokens"}
     final |= {"model": "kru", "optimizer": "adamw", "lr": 1e-2, "steps": 8, "parameters": 108000}
+    final["model_config"] = {"num_layers": 3}
     curve = [[1000 * step, 5.0 - step / 10] for step in range(1, 9)]
     read = {"tokens": 8000, "curve": curve}
     add("baselines", "kru", **final, **read, val_bpb=2.0)

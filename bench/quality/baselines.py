@@ -237,9 +237,8 @@ def run(args, kind, model, optimizer, flags, steps, lr, seed=0) -> dict:
 
 def with_choices(row: dict) -> dict:
     """A row from before there was a choice says what it used, too."""
-    before = {"linear_attention": [], "state_gate": "none"}
-    before |= {"input_gated": False, "token_shift": False} | row["model_config"]
-    row = {"optimizer": "adamw", **row, "model_config": before}
+    old = {"linear_attention": [], "state_gate": "none", "input_gated": False, "token_shift": False}
+    row = {"optimizer": "adamw", **row, "model_config": old | row["model_config"]}
     return {"muon_momentum": 0.95 if row["optimizer"] == "muon" else None, **row}
 
 
